@@ -1,0 +1,92 @@
+//! The border between a machine and the engine that runs its processors.
+//!
+//! A machine gives an engine a [`Bus`] (what lies outside RAM) and gets back one [`Vcpu`] for each processor and one
+//! [`Interrupts`] for all of them. The machine starts one host thread a vCPU and calls [`Vcpu::run`]; the engine calls
+//! the bus in the middle of instructions, so a machine never holds a half-executed one. `run` returns only for what the
+//! machine must decide. Local APICs belong to the engine; 8259, 8254 and I/O APIC belong to the machine and reach the
+//! vCPUs through [`Interrupts`].
+//!
+//! Nothing here knows KVM or the translator.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+pub use arch::CpuState;
+
+/// What a vCPU reaches beyond RAM. Called from vCPU threads, concurrently.
+pub trait Bus: Send + Sync {
+    /// A read of 1 to 64 bytes at a guest-physical address that is not RAM. Where nothing answers, all ones.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// A write of 1 to 64 bytes at a guest-physical address that is not RAM. Where nothing answers, it is dropped.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// IN: 1, 2 or 4 bytes.
+    fn pio_read(&self, port: u16, data: &mut [u8]);
+    /// OUT: 1, 2 or 4 bytes.
+    fn pio_write(&self, port: u16, data: &[u8]);
+    /// The interrupt-acknowledge cycle to the 8259 pair, when a vCPU takes an external interrupt (ExtINT).
+    /// Returns its vector (the spurious one if the request has gone).
+    fn acknowledge_pic(&self) -> u8;
+    /// A local APIC broadcasts the end of a level-triggered interrupt (Intel SDM 3A 10.8.5): for I/O APICs.
+    fn end_of_interrupt(&self, vector: u8);
+}
+
+/// How devices interrupt vCPUs. Called from any thread; never blocks on a running vCPU.
+pub trait Interrupts: Send + Sync {
+    /// A message-signalled interrupt: a write of `data` to `address` in 0xfee0_0000..0xfef0_0000 (Intel SDM 3A 10.11).
+    /// The I/O APIC delivers through this too.
+    fn send_msi(&self, address: u64, data: u32);
+    /// The level of the 8259's INTR output, wired to LINT0 of the boot processor (and to its INTR pin while its APIC is
+    /// disabled). The engine calls [`Bus::acknowledge_pic`] when it takes it.
+    fn set_pic_output(&self, asserted: bool);
+    /// A non-maskable interrupt to one vCPU.
+    fn send_nmi(&self, vcpu: u32);
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A triple fault: the machine resets (Intel SDM 3A 6.15, interrupt 8).
+    TripleFault,
+    /// [`VcpuControl::stop`] was called; the state may be read, and `run` called again.
+    Stopped,
+    /// The engine can't go on. The text names what failed, where and, if known, what to do.
+    Failed(String),
+}
+
+/// One virtual processor, owned by one thread at a time.
+pub trait Vcpu: Send {
+    /// Runs until the machine has to decide something. Waits inside for halted and not-yet-started processors.
+    fn run(&mut self) -> Exit;
+    /// The whole state; only between calls of `run`.
+    fn state(&self) -> CpuState;
+    /// Replaces the whole state; only between calls of `run`.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error>;
+    /// A handle by which other threads stop this vCPU.
+    fn control(&self) -> Arc<dyn VcpuControl>;
+}
+
+/// Stops a vCPU from another thread.
+pub trait VcpuControl: Send + Sync {
+    /// Makes the current or next [`Vcpu::run`] return [`Exit::Stopped`] soon, once. Idempotent until then.
+    fn stop(&self);
+}
+
+/// A way to run processors.
+pub trait Engine: Send + Sync {
+    /// The name users type after `--accel`.
+    fn name(&self) -> &'static str;
+    /// Creates processor `id` (also its APIC id), in reset state: processor 0 running, all others waiting for SIPI.
+    fn create_vcpu(&self, id: u32, bus: Arc<dyn Bus>) -> Result<Box<dyn Vcpu>, Error>;
+    fn interrupts(&self) -> Arc<dyn Interrupts>;
+}
+
+/// Why an engine or a vCPU could not be made or set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{what}: {source}")]
+    Host { what: String, source: std::io::Error },
+    #[error("the {engine} engine can't run on this host: {why}")]
+    Unsupported { engine: &'static str, why: String },
+    #[error("the vCPU state is not valid: {0}")]
+    State(String),
+}
