@@ -1,0 +1,28 @@
+//! What sensitive instructions do, as Rust functions on [`Vcpu`].
+//!
+//! [`lookup`] says for a decoded instruction whether it has such a function. When a block reaches the instruction, all
+//! guest state is saved to the [`Vcpu`], `insn_rip` is set to the instruction's own RIP, `rip` to that of the next one, and the
+//! function is called. It returns `Ok` after it changed the state (a branch sets `rip`), or a [`Stop`]; with
+//! [`Stop::Fault`] no guest state may have changed, except as the architecture says (REP strings keep their progress).
+
+use iced_x86::Instruction;
+
+use crate::cpu::{Stop, Vcpu};
+
+pub type Exec = fn(&mut Vcpu, &Instruction) -> Result<(), Stop>;
+
+/// How a sensitive instruction is executed.
+#[derive(Clone, Copy)]
+pub struct Sensitive {
+    pub exec: Exec,
+    /// The instruction may change RIP, the mode (see [`crate::run`]) or interruptibility: the block ends here.
+    pub ends_block: bool,
+    /// The function reads or writes x87/SSE/AVX state in [`Vcpu::xsave`].
+    pub fp: bool,
+}
+
+/// The function for an instruction, if it is a sensitive one.
+pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
+    let _ = insn;
+    None
+}

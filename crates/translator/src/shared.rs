@@ -1,0 +1,148 @@
+//! What threads share: [`Machine`] for all vCPUs, [`VcpuShared`] for what others reach of one.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock, RwLock};
+
+use memory::{PAGE_SIZE, PageTracker, Ram};
+
+use crate::apic::Apic;
+use crate::cache::PollWord;
+use crate::wait::Parker;
+
+/// Requests to a vCPU, taken by its dispatcher. Bits of [`VcpuShared::requests`].
+pub mod request {
+    /// Return from `run` with `Exit::Stopped`.
+    pub const STOP: u32 = 1 << 0;
+    /// Look at the local APIC: an interrupt may be deliverable.
+    pub const INTERRUPT: u32 = 1 << 1;
+    pub const NMI: u32 = 1 << 2;
+    pub const INIT: u32 = 1 << 3;
+    /// Start-up IPI; its vector is in [`super::VcpuShared::sipi_vector`].
+    pub const SIPI: u32 = 1 << 4;
+    /// Another thread asked for code or write permissions to be dropped: see `cache`.
+    pub const INVALIDATE: u32 = 1 << 5;
+    /// The APIC timer's deadline may have passed.
+    pub const TIMER: u32 = 1 << 6;
+}
+
+/// What other threads reach of a vCPU.
+pub struct VcpuShared {
+    pub id: u32,
+    /// Bits of [`request`].
+    pub requests: AtomicU32,
+    pub sipi_vector: AtomicU8,
+    /// Not zero: emitted code returns to the dispatcher at its next backward branch or indirect jump.
+    pub poll: PollWord,
+    pub apic: Apic,
+    /// Where the vCPU's thread sleeps while halted.
+    pub parker: Parker,
+    pub invalidations: crate::cache::Invalidations,
+}
+
+impl VcpuShared {
+    /// Asks the vCPU for something: it will see it before it executes many more instructions, and at once if halted.
+    pub fn request(&self, bits: u32) {
+        self.requests.fetch_or(bits, Ordering::SeqCst);
+        self.poll.set();
+        self.parker.wake();
+    }
+}
+
+/// What all vCPUs of one machine share.
+pub struct Machine {
+    pub ram: Ram,
+    pub tracker: Arc<PageTracker>,
+    pub config: crate::Config,
+    /// What CPUID says, and the virtual clocks.
+    pub time: crate::time::Time,
+    /// The level of the 8259's output.
+    pub pic_asserted: AtomicU32,
+    bus: OnceLock<Arc<dyn engine::Bus>>,
+    vcpus: RwLock<Vec<Arc<VcpuShared>>>,
+    /// (first byte, size, host address) of RAM below and above the hole; kept apart for speed.
+    low: (u64, usize),
+    high: (u64, usize),
+}
+
+impl Machine {
+    pub fn new(ram: Ram, config: crate::Config, time: crate::time::Time) -> Self {
+        let span = |i: usize| ram.regions().get(i).map_or((0, 0), |r| (r.size, r.host));
+        Machine {
+            tracker: ram.tracker().clone(),
+            low: span(0),
+            high: span(1),
+            ram,
+            config,
+            time,
+            pic_asserted: AtomicU32::new(0),
+            bus: OnceLock::new(),
+            vcpus: RwLock::new(Vec::new()),
+        }
+    }
+
+    /// The host address of a guest-physical one, if it is RAM; valid to the end of its page.
+    #[inline]
+    pub fn ram_pointer(&self, gpa: u64) -> Option<*mut u8> {
+        if gpa < self.low.0 {
+            Some((self.low.1 + gpa as usize) as *mut u8)
+        } else if gpa.wrapping_sub(memory::HIGH_START) < self.high.0 {
+            Some((self.high.1 + (gpa - memory::HIGH_START) as usize) as *mut u8)
+        } else {
+            None
+        }
+    }
+
+    /// The index by which the tracker knows a page of RAM.
+    #[inline]
+    pub fn page_index(&self, gpa: u64) -> Option<usize> {
+        if gpa < self.low.0 {
+            Some((gpa / PAGE_SIZE) as usize)
+        } else if gpa.wrapping_sub(memory::HIGH_START) < self.high.0 {
+            Some(((self.low.0 + gpa - memory::HIGH_START) / PAGE_SIZE) as usize)
+        } else {
+            None
+        }
+    }
+
+    /// The inverse of [`Machine::page_index`].
+    pub fn page_address(&self, page: usize) -> u64 {
+        let offset = page as u64 * PAGE_SIZE;
+        if offset < self.low.0 { offset } else { memory::HIGH_START + offset - self.low.0 }
+    }
+
+    /// Set when the first vCPU is made.
+    pub fn bus(&self) -> &dyn engine::Bus {
+        self.bus.get().map_or(&NoBus, |b| &**b)
+    }
+
+    pub fn set_bus(&self, bus: Arc<dyn engine::Bus>) {
+        let _ = self.bus.set(bus);
+    }
+
+    pub fn add_vcpu(&self, vcpu: Arc<VcpuShared>) {
+        self.vcpus.write().unwrap_or_else(|e| e.into_inner()).push(vcpu);
+    }
+
+    /// All vCPUs made so far, by id.
+    pub fn vcpus(&self) -> std::sync::RwLockReadGuard<'_, Vec<Arc<VcpuShared>>> {
+        self.vcpus.read().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A bus on which nothing answers: what a machine without devices has.
+struct NoBus;
+
+impl engine::Bus for NoBus {
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+    fn acknowledge_pic(&self) -> u8 {
+        0xff
+    }
+    fn end_of_interrupt(&self, _: u8) {}
+}
