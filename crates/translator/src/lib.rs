@@ -18,6 +18,7 @@ pub mod apic;
 pub mod cache;
 pub mod cpu;
 pub mod entry;
+pub mod mmu;
 pub mod phys;
 pub mod run;
 pub mod semantics;

@@ -1,0 +1,86 @@
+//! From segment and offset to a linear address (Intel SDM 3A 3.4, 5.3-5.5): limits and types outside 64-bit mode,
+//! canonical addresses inside it.
+
+use arch::registers::{cr0, rflags};
+use arch::{Exception, Segment, SegmentRegister, Vector};
+
+use crate::cpu::Vcpu;
+
+/// Bits 63:47 are all equal.
+pub const fn is_canonical(address: u64) -> bool {
+    (address << 16) as i64 >> 16 == address as i64
+}
+
+impl Vcpu {
+    /// The linear address of `size` bytes at `offset` of a segment, if an access there is allowed: else #SS(0) for the
+    /// stack segment and #GP(0) for others, or #AC(0) where alignment is checked. `offset` is already truncated to the address size.
+    pub fn linear(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
+        let address = if self.code64() {
+            let base = match seg {
+                SegmentRegister::Fs | SegmentRegister::Gs => self.seg(seg).base,
+                _ => 0,
+            };
+            let address = base.wrapping_add(offset);
+            let last = address.wrapping_add((size as u64).saturating_sub(1));
+            if !is_canonical(address) || !is_canonical(last) {
+                return Err(segment_fault(seg));
+            }
+            address
+        } else {
+            let segment = self.seg(seg);
+            let typed = self.protected_mode() && !self.v8086();
+            if typed && !type_allows(segment, write) || !limit_allows(segment, offset, size) {
+                return Err(segment_fault(seg));
+            }
+            segment.base.wrapping_add(offset) & 0xffff_ffff
+        };
+        self.check_alignment(address, size)?;
+        Ok(address)
+    }
+
+    /// #AC(0) for an unaligned access of a program with alignment checks on (Intel SDM 3A 6.15, interrupt 17).
+    fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
+        let checked = self.rflags & rflags::AC != 0 && self.cr0 & cr0::AM != 0 && matches!(size, 2 | 4 | 8);
+        if checked && address & (size as u64 - 1) != 0 && self.cpl() == 3 {
+            return Err(Exception::new(Vector::AlignmentCheck));
+        }
+        Ok(())
+    }
+
+    /// Whether the stack pointer is SP, ESP or RSP: 2, 4 or 8 bytes.
+    pub fn stack_width(&self) -> usize {
+        if self.code64() {
+            8
+        } else if self.seg(SegmentRegister::Ss).default_big() {
+            4
+        } else {
+            2
+        }
+    }
+}
+
+fn segment_fault(seg: SegmentRegister) -> Exception {
+    match seg {
+        SegmentRegister::Ss => Exception::new(Vector::StackFault),
+        _ => Exception::general_protection(0),
+    }
+}
+
+/// Whether a segment's type lets it be read or written as data; an unusable (null) one does neither.
+fn type_allows(segment: &Segment, write: bool) -> bool {
+    let (code, second) = (segment.kind() & 8 != 0, segment.kind() & 2 != 0);
+    segment.present() && if write { !code && second } else { !code || second }
+}
+
+/// Whether `size` bytes at `offset` lie within a segment (Intel SDM 3A 5.3).
+pub fn limit_allows(segment: &Segment, offset: u64, size: usize) -> bool {
+    let last = offset.wrapping_add((size as u64).saturating_sub(1));
+    let limit = u64::from(segment.limit);
+    let expand_down = segment.kind() & 0xc == 4 && segment.attributes & Segment::S != 0;
+    if expand_down {
+        let top = if segment.default_big() { 0xffff_ffff } else { 0xffff };
+        offset > limit && last <= top && last >= offset
+    } else {
+        last <= limit && last >= offset
+    }
+}
