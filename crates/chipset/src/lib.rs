@@ -13,7 +13,15 @@
 pub mod bus;
 pub mod clock;
 pub mod constants;
+pub mod ioapic;
+pub mod irq;
+pub mod pic;
+pub mod pit;
+pub mod rtc;
 pub mod timer;
+
+#[cfg(test)]
+mod testing;
 
 use std::io::Write;
 use std::sync::Arc;

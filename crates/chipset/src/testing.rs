@@ -1,0 +1,130 @@
+//! What the unit tests of several devices share.
+
+use std::sync::{Arc, Mutex};
+
+use crate::ioapic::IoApic;
+use crate::irq::Lines;
+use crate::pic::Pic;
+use crate::{Device, PowerEvents};
+
+/// Notes what reaches the vCPUs.
+#[derive(Default)]
+pub struct Recorder {
+    pub messages: Mutex<Vec<(u64, u32)>>,
+    pub pic_output: Mutex<bool>,
+}
+
+impl Recorder {
+    /// Takes the messages that were sent since the last call.
+    pub fn take(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.messages.lock().unwrap())
+    }
+
+    pub fn output(&self) -> bool {
+        *self.pic_output.lock().unwrap()
+    }
+}
+
+impl engine::Interrupts for Recorder {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.messages.lock().unwrap().push((address, data));
+    }
+
+    fn set_pic_output(&self, asserted: bool) {
+        *self.pic_output.lock().unwrap() = asserted;
+    }
+
+    fn send_nmi(&self, _vcpu: u32) {}
+}
+
+/// Notes what the guest asks of the machine.
+#[derive(Default)]
+pub struct Power {
+    pub events: Mutex<Vec<&'static str>>,
+}
+
+impl PowerEvents for Power {
+    fn power_off(&self) {
+        self.events.lock().unwrap().push("off");
+    }
+
+    fn reset(&self) {
+        self.events.lock().unwrap().push("reset");
+    }
+}
+
+impl Power {
+    pub fn take(&self) -> Vec<&'static str> {
+        std::mem::take(&mut self.events.lock().unwrap())
+    }
+}
+
+/// Interrupt controllers with all their lines.
+pub struct Controllers {
+    pub recorder: Arc<Recorder>,
+    pub pic: Arc<Pic>,
+    pub ioapic: Arc<IoApic>,
+    pub lines: Arc<Lines>,
+}
+
+impl Controllers {
+    pub fn new() -> Self {
+        let recorder = Arc::new(Recorder::default());
+        let pic = Arc::new(Pic::new(recorder.clone()));
+        let ioapic = Arc::new(IoApic::new(recorder.clone()));
+        let lines = Arc::new(Lines::new(pic.clone(), ioapic.clone()));
+        Controllers { recorder, pic, ioapic, lines }
+    }
+
+    /// Whether the line reaches the 8259 pair right now, as its IRR says.
+    pub fn asserted(&self, irq: u8) -> bool {
+        self.lines.asserted(irq)
+    }
+}
+
+/// Reads `N` bytes.
+pub fn read<const N: usize>(device: &dyn Device, offset: u64) -> [u8; N] {
+    let mut data = [0; N];
+    device.read(offset, &mut data);
+    data
+}
+
+pub fn read8(device: &dyn Device, offset: u64) -> u8 {
+    read::<1>(device, offset)[0]
+}
+
+pub fn write8(device: &dyn Device, offset: u64, value: u8) {
+    device.write(offset, &[value]);
+}
+
+/// A small generator of pseudo-random numbers (xorshift), so that a failing run can be repeated.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 16) % bound
+    }
+}
+
+/// Reads and writes a device at random, in all sizes that a bus would pass on; `between` runs after each access.
+pub fn poke(device: &dyn Device, size: u64, times: u32, mut between: impl FnMut(&mut Random)) {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let width = device.width() as u64;
+    for _ in 0..times {
+        let offset = random.below(size);
+        let length = (1 << random.below(4)).min(width - offset % width) as usize;
+        let mut data = random.next().to_le_bytes();
+        match random.below(2) {
+            0 => device.read(offset, &mut data[..length]),
+            _ => device.write(offset, &data[..length]),
+        }
+        between(&mut random);
+    }
+}
