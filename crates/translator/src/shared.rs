@@ -40,11 +40,28 @@ pub struct VcpuShared {
 }
 
 impl VcpuShared {
+    pub fn new(id: u32) -> Self {
+        VcpuShared {
+            id,
+            requests: AtomicU32::new(0),
+            sipi_vector: AtomicU8::new(0),
+            poll: PollWord::default(),
+            apic: Apic::new(id),
+            parker: Parker::default(),
+            invalidations: crate::cache::Invalidations::default(),
+        }
+    }
+
     /// Asks the vCPU for something: it will see it before it executes many more instructions, and at once if halted.
     pub fn request(&self, bits: u32) {
+        self.flag(bits);
+        self.parker.wake();
+    }
+
+    /// [`VcpuShared::request`] from the vCPU's own thread, signal handlers on it included: nobody is to be woken.
+    pub fn flag(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
         self.poll.set();
-        self.parker.wake();
     }
 }
 
@@ -53,7 +70,8 @@ pub struct Machine {
     pub ram: Ram,
     pub tracker: Arc<PageTracker>,
     pub config: crate::Config,
-    /// What CPUID says, and the virtual clocks.
+    /// What CPUID says, and which bits of CR4, XCR0 and MSRs there are.
+    pub cpuid: arch::cpuid::CpuModel,
     pub time: crate::time::Time,
     /// The level of the 8259's output.
     pub pic_asserted: AtomicU32,
@@ -65,7 +83,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(ram: Ram, config: crate::Config, time: crate::time::Time) -> Self {
+    pub fn new(ram: Ram, config: crate::Config, cpuid: arch::cpuid::CpuModel, time: crate::time::Time) -> Self {
         let span = |i: usize| ram.regions().get(i).map_or((0, 0), |r| (r.size, r.host));
         Machine {
             tracker: ram.tracker().clone(),
@@ -73,6 +91,7 @@ impl Machine {
             high: span(1),
             ram,
             config,
+            cpuid,
             time,
             pic_asserted: AtomicU32::new(0),
             bus: OnceLock::new(),
