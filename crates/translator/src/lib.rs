@@ -17,12 +17,15 @@
 pub mod apic;
 pub mod cache;
 pub mod cpu;
+pub mod deliver;
+pub mod descriptor;
 pub mod entry;
 pub mod mmu;
 pub mod phys;
 pub mod run;
 pub mod semantics;
 pub mod shared;
+pub mod task;
 pub mod time;
 pub mod tlb;
 pub mod wait;

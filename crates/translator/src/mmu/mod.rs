@@ -11,9 +11,11 @@
 pub mod linear;
 pub mod operand;
 pub mod segmentation;
+pub mod stack;
 pub mod walk;
 
 pub use segmentation::is_canonical;
+pub use stack::Stack;
 pub use walk::{Access, Mapping, walk};
 
 /// MAXPHYADDR: the width of guest-physical addresses, which CPUID leaf 8000_0008H reports and beyond which page-table bits
