@@ -1,1 +1,133 @@
-//! (being written)
+//! Direct kernel boot: what a boot loader and firmware would have left in memory when the kernel starts.
+//!
+//! [`load`] is all of it. It opens the kernel, tells by its header what it is, and lays into RAM
+//! - the kernel: a bzImage by the 64-bit boot protocol ([`bzimage`]) or an ELF image by its PVH entry ([`pvh`]),
+//! - the initial RAM disk, as high as kernel and RAM allow ([`initrd`]),
+//! - what the firmware tells: the memory map ([`layout`]), ACPI tables ([`acpi`]), SMBIOS tables ([`smbios`]),
+//!
+//! and returns the state in which the boot processor enters the kernel ([`entry`]). Files are checked before
+//! anything is written, read piecewise straight into guest memory, and never trusted: every number in a header is
+//! held against the size of the file and of RAM.
+//!
+//! It is not firmware: nothing of it runs in the guest. A machine that resets calls [`load`] again.
+//!
+//! From `linux-loader` come the structures of the boot protocols. Its loaders are not used: they take a file that is cut
+//! off for a whole one, look neither at the 64-bit flag nor at `init_size`, know no 32-bit ELF, and their errors name
+//! neither the file nor what would be right.
+#![forbid(unsafe_code)]
+
+pub mod acpi;
+mod bzimage;
+mod entry;
+mod file;
+mod initrd;
+pub mod layout;
+mod pvh;
+pub mod smbios;
+
+use std::path::PathBuf;
+
+use arch::CpuState;
+use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use memory::{Ram, View};
+
+use file::Image;
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct BootConfig {
+    /// A bzImage, or an ELF image with a PVH note.
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub command_line: String,
+    /// Processors to announce; their APIC ids are 0 to `cpus` - 1.
+    pub cpus: u32,
+}
+
+/// The most processors that the tables have room for.
+pub const MAX_CPUS: u32 = 1024;
+/// The longest command line in bytes: what kernels reserve (2048), less the final zero.
+pub const MAX_COMMAND_LINE: usize = 2047;
+
+/// Why a machine can't be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("can't {action} {}: {source}", path.display())]
+    File { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{} is not a regular file: give a kernel or RAM disk image", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} is empty", path.display())]
+    Empty { path: PathBuf },
+    #[error("{} is cut off: it has {size} bytes, its header speaks of {needed}", path.display())]
+    Truncated { path: PathBuf, size: u64, needed: u64 },
+    #[error("{} is not a kernel: give a bzImage (vmlinuz) or an ELF image with a PVH note (vmlinux)", path.display())]
+    NotAKernel { path: PathBuf },
+    #[error("{} is not a kernel that can be loaded: {why}", path.display())]
+    BadHeader { path: PathBuf, why: String },
+    #[error("{} is a 32-bit or old kernel: a bzImage must have the 64-bit entry (boot protocol 2.12, x86-64)", path.display())]
+    No64BitEntry { path: PathBuf },
+    #[error(
+        "{} is a {bits}-bit ELF image without the PVH note XEN_ELFNOTE_PHYS32_ENTRY: build the kernel with CONFIG_PVH, \
+         or give its bzImage",
+        path.display()
+    )]
+    NoPvhNote { path: PathBuf, bits: u8 },
+    #[error(
+        "{} does not fit into memory: it needs RAM up to {}, there is RAM up to {}: give the machine more",
+        path.display(), mib(*needed), mib(*available)
+    )]
+    KernelTooLarge { path: PathBuf, needed: u64, available: u64 },
+    #[error(
+        "the RAM disk {} does not fit into memory: it has {size} bytes, beside the kernel there is room for {room}",
+        path.display()
+    )]
+    InitrdTooLarge { path: PathBuf, size: u64, room: u64 },
+    #[error("the kernel command line has {length} bytes: {} takes at most {limit}", path.display())]
+    CommandLineTooLong { path: PathBuf, length: usize, limit: usize },
+    #[error("the kernel command line contains a zero byte")]
+    CommandLineZero,
+    #[error("{cpus} processors are not possible: from 1 to {MAX_CPUS} are")]
+    Cpus { cpus: u32 },
+    #[error("can't write {what} into guest memory: {source}")]
+    Memory { what: &'static str, source: GuestMemoryError },
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+/// Lays kernel, RAM disk and tables into `ram` and returns the state in which the boot processor starts.
+pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
+    if !(1..=MAX_CPUS).contains(&config.cpus) {
+        return Err(Error::Cpus { cpus: config.cpus });
+    }
+    if config.command_line.contains('\0') {
+        return Err(Error::CommandLineZero);
+    }
+    let kernel = Image::open(&config.kernel)?;
+    let initrd = config.initrd.as_deref().map(Image::open).transpose()?;
+    let state = match kernel.magic()? {
+        file::Magic::BzImage => bzimage::load(ram, &kernel, initrd.as_ref(), &config.command_line)?,
+        file::Magic::Elf => pvh::load(ram, &kernel, initrd.as_ref(), &config.command_line)?,
+        file::Magic::Unknown => return Err(Error::NotAKernel { path: config.kernel.clone() }),
+    };
+    layout::write_bios_data(ram.view())?;
+    acpi::write(ram, config.cpus)?;
+    smbios::write(ram, config.cpus)?;
+    Ok(state)
+}
+
+/// Writes bytes; `what` names them in the error.
+fn write(view: &View, what: &'static str, address: u64, bytes: &[u8]) -> Result<(), Error> {
+    view.write_slice(bytes, GuestAddress(address)).map_err(|source| Error::Memory { what, source })
+}
+
+/// Writes the command line and its final zero. `limit`: what this kernel takes.
+fn write_command_line(view: &View, kernel: &Image, limit: usize, text: &str) -> Result<(), Error> {
+    let limit = limit.min(MAX_COMMAND_LINE);
+    if text.len() > limit {
+        return Err(Error::CommandLineTooLong { path: kernel.path().to_owned(), length: text.len(), limit });
+    }
+    write(view, "the command line", layout::COMMAND_LINE, text.as_bytes())?;
+    write(view, "the command line", layout::COMMAND_LINE + text.len() as u64, &[0])
+}

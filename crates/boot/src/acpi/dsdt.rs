@@ -1,0 +1,198 @@
+//! DSDT: the devices that no bus announces, and the PCI root bridge, as AML.
+
+use acpi_tables::aml::*;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+use chipset::constants as pc;
+use memory::Ram;
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout;
+
+const REVISION: u8 = 2;
+/// The window for 64-bit BARs: this large, above all RAM, aligned to its size.
+const HIGH_WINDOW: u64 = 64 << 30;
+/// Device numbers on PCI bus 0, of which 0 is the host bridge.
+const PCI_DEVICES: u8 = 32;
+const PCI_PINS: u8 = 4;
+/// `_STA`: present, enabled, shown, working.
+const PRESENT: u8 = 0xf;
+/// Each UART's scratch register (16550D datasheet 8.9).
+const SCRATCH_OFFSET: u16 = 7;
+const SCRATCH_VALUE: u8 = 0x5a;
+
+/// AML that has been put into bytes: it borrows nothing, so it can be kept.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn encoded(aml: &dyn Aml) -> Encoded {
+    Encoded(super::bytes(aml))
+}
+
+/// The table of a machine with that RAM and `cpus` processors.
+pub fn dsdt(ram: &Ram, cpus: u32) -> Sdt {
+    let mut code = Vec::new();
+    soft_off(&mut code);
+    let mut devices = Vec::new();
+    root_bridge(&mut devices, ram);
+    motherboard(&mut devices);
+    legacy_devices(&mut devices);
+    for (number, (port, irq)) in (1..).zip(pc::SERIAL_PORTS) {
+        serial_port(&mut devices, number, port, irq);
+    }
+    for id in 0..cpus {
+        processor(&mut devices, id);
+    }
+    code.extend(Scope::raw("_SB_".into(), devices));
+    let mut dsdt = Sdt::new(*b"DSDT", 36, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&code);
+    dsdt
+}
+
+/// `\_S5`: what to write into PM1a_CNT for soft-off.
+fn soft_off(out: &mut dyn AmlSink) {
+    let zero = ZERO;
+    let values = Package::new(vec![&pc::S5_SLEEP_TYPE, &pc::S5_SLEEP_TYPE, &zero, &zero]);
+    Name::new("_S5_".into(), &values).to_aml_bytes(out);
+}
+
+/// PCI bus 0 with everything below it.
+fn root_bridge(out: &mut dyn AmlSink, ram: &Ram) {
+    let config = pc::PCI_CONFIG_PORT;
+    let high_start = layout::high_end(ram).next_multiple_of(HIGH_WINDOW);
+    let resources = encoded(&ResourceTemplate::new(vec![
+        &AddressSpace::new_bus_number(0u16, pc::ECAM_LAST_BUS.into()),
+        &IO::new(config, config, 1, 8),
+        &AddressSpace::new_io(0u16, config - 1, None),
+        &AddressSpace::new_io(config + 8, u16::MAX, None),
+        &AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            pc::PCI_MMIO_START as u32,
+            (pc::PCI_MMIO_END - 1) as u32,
+            None,
+        ),
+        &AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            high_start,
+            high_start + HIGH_WINDOW - 1,
+            None,
+        ),
+    ]));
+    Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            // Cache-coherent DMA.
+            &Name::new("_CCA".into(), &ONE),
+            &Name::new("_CRS".into(), &resources),
+            &Name::new("_PRT".into(), &interrupt_routing()),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// `_PRT`: the I/O APIC input of each pin of each device. PCI lines reach nothing but the I/O APIC, so there are no link
+/// devices and no choice.
+fn interrupt_routing() -> PackageBuilder {
+    const ANY_FUNCTION: u32 = 0xffff;
+    let mut table = PackageBuilder::new();
+    for device in 1..PCI_DEVICES {
+        for pin in 0..PCI_PINS {
+            let address = u32::from(device) << 16 | ANY_FUNCTION;
+            let gsi = pc::pci_gsi(device, pin);
+            table.add_element(&Package::new(vec![&address, &pin, &ZERO, &gsi]));
+        }
+    }
+    table
+}
+
+/// What is taken without belonging to a device: ECAM, power management, interrupt controllers, timers, reset.
+fn motherboard(out: &mut dyn AmlSink) {
+    let pm_size = pc::PM_SIZE as u8;
+    let resources = encoded(&ResourceTemplate::new(vec![
+        &Memory32Fixed::new(true, pc::ECAM_BASE as u32, pc::ECAM_SIZE as u32),
+        &Memory32Fixed::new(true, pc::IOAPIC_BASE as u32, pc::IOAPIC_SIZE as u32),
+        &IO::new(pc::PM_BASE, pc::PM_BASE, 1, pm_size),
+        &IO::new(pc::PORT_B, pc::PORT_B, 1, 1),
+        &IO::new(pc::PORT_A, pc::PORT_A, 1, 1),
+    ]));
+    device(out, "MBRD", "PNP0C02", &resources);
+}
+
+/// The devices that every PC has.
+fn legacy_devices(out: &mut dyn AmlSink) {
+    let (pic, pic2) = (0x20, 0xa0);
+    let ports = |port, length| IO::new(port, port, 1, length);
+    let irq = |number: u8| Interrupt::new(true, true, false, false, number.into());
+    device(out, "PIC_", "PNP0000", &ResourceTemplate::new(vec![&ports(pic, 2), &ports(pic2, 2)]));
+    device(out, "TMR_", "PNP0100", &ResourceTemplate::new(vec![&ports(pc::PIT_PORT, 4), &irq(pc::PIT_IRQ)]));
+    device(out, "RTC_", "PNP0B00", &ResourceTemplate::new(vec![&ports(pc::RTC_PORT, 2), &irq(pc::RTC_IRQ)]));
+    let keyboard = [ports(pc::I8042_DATA_PORT, 1), ports(pc::I8042_COMMAND_PORT, 1)];
+    device(out, "KBD_", "PNP0303", &ResourceTemplate::new(vec![&keyboard[0], &keyboard[1], &irq(1)]));
+}
+
+fn device(out: &mut dyn AmlSink, name: &str, id: &str, resources: &dyn Aml) {
+    Device::new(name.into(), vec![&Name::new("_HID".into(), &EISAName::new(id)), &Name::new("_CRS".into(), resources)])
+        .to_aml_bytes(out);
+}
+
+/// A serial port, which says itself whether it is there: a scratch register that keeps what is written means a UART.
+fn serial_port(out: &mut dyn AmlSink, number: u8, port: u16, irq: u8) {
+    let scratch = port + SCRATCH_OFFSET;
+    let region = OpRegion::new("SREG".into(), OpRegionSpace::SystemIO, &scratch, &ONE);
+    let field = Field::new(
+        "SREG".into(),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![FieldEntry::Named(*b"SCR_", 8)],
+    );
+    let register = Path::new("SCR_");
+    let keeps = Equal::new(&register, &SCRATCH_VALUE);
+    let status = encoded(&Method::new(
+        "_STA".into(),
+        0,
+        true,
+        vec![
+            &Store::new(&register, &SCRATCH_VALUE),
+            &If::new(&keeps, vec![&Return::new(&PRESENT)]),
+            &Return::new(&ZERO),
+        ],
+    ));
+    let resources = encoded(&ResourceTemplate::new(vec![
+        &IO::new(port, port, 1, pc::SERIAL_SIZE as u8),
+        &Interrupt::new(true, true, false, true, irq.into()),
+    ]));
+    Device::new(
+        Path::new(&format!("COM{number}")),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &number),
+            &region,
+            &field,
+            &status,
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// A processor, whose `_UID` is the MADT's ACPI id.
+fn processor(out: &mut dyn AmlSink, id: u32) {
+    Device::new(
+        Path::new(&format!("C{id:03X}")),
+        vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &id)],
+    )
+    .to_aml_bytes(out);
+}
