@@ -1,1 +1,188 @@
-//! (being written)
+//! A machine: RAM, an engine's vCPUs, a chipset and what is booted on them, put together and run.
+//!
+//! The data flow to follow: [`Machine::new`] takes RAM and an engine (made by [`select_engine`]), wires the chipset to
+//! the engine's interrupts and the vCPUs to the chipset's bus. [`Machine::run`] loads the kernel, puts the first vCPU
+//! at its entry, gives each vCPU a host thread and waits for all of them to leave; [`run_control`] says when they do.
+//! After a reset it starts over with the same parts, after all else it returns.
+#![forbid(unsafe_code)]
+
+mod engines;
+mod run_control;
+#[cfg(test)]
+mod tests;
+
+use std::io::Write;
+use std::sync::Arc;
+use std::thread;
+
+use arch::CpuState;
+use boot::BootConfig;
+use chipset::{Chipset, ChipsetConfig, HostClock};
+use engine::{Engine, Vcpu};
+use memory::Ram;
+use run_control::{Request, RunControl};
+
+pub use engines::{Accel, Selection, select_engine};
+
+/// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
+pub const MAX_CPUS: u32 = 128;
+
+/// Why a machine could not be made, started or kept running.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    #[error(transparent)]
+    Chipset(#[from] chipset::Error),
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    #[error("can't start the thread of vCPU {id}: {source}")]
+    Thread { id: u32, source: std::io::Error },
+    #[error("{0}")]
+    Vcpu(String),
+}
+
+/// How a machine is to be.
+pub struct Config {
+    /// What to boot, on how many processors (1 to [`MAX_CPUS`]).
+    pub boot: BootConfig,
+    /// Where the serial ports COM1 to COM4 send what the guest writes.
+    pub serial: [SerialOutput; 4],
+    /// A guest reset ends [`Machine::run`] instead of starting the machine again.
+    pub no_reboot: bool,
+}
+
+/// Puts what is booted into RAM and gives the first vCPU's state at its entry.
+type Loader = Box<dyn Fn(&Ram) -> Result<CpuState, boot::Error> + Send>;
+
+/// Where a serial port's output goes; `None`: no such port.
+pub type SerialOutput = Option<Box<dyn Write + Send>>;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered the machine off.
+    PowerOff,
+    /// The guest reset the machine, and [`Config::no_reboot`] is set.
+    Reset,
+    /// [`Handle::end`] was called.
+    Ended,
+}
+
+/// A machine, until it is powered off.
+pub struct Machine {
+    ram: Ram,
+    vcpus: Vec<Box<dyn Vcpu>>,
+    chipset: Arc<Chipset>,
+    control: Arc<RunControl>,
+    loader: Loader,
+    no_reboot: bool,
+}
+
+impl Machine {
+    /// Wires a machine together; nothing runs yet. `engine` must run on `ram`.
+    pub fn new(config: Config, ram: Ram, engine: &dyn Engine) -> Result<Self, Error> {
+        let (cpus, boot) = (config.boot.cpus, config.boot);
+        let loader = Box::new(move |ram: &Ram| boot::load(ram, &boot));
+        Self::assemble(cpus, config.serial, config.no_reboot, ram, engine, loader)
+    }
+
+    fn assemble(
+        cpus: u32,
+        serial: [SerialOutput; 4],
+        no_reboot: bool,
+        ram: Ram,
+        engine: &dyn Engine,
+        loader: Loader,
+    ) -> Result<Self, Error> {
+        let control = Arc::new(RunControl::default());
+        let chipset = Chipset::new(
+            ChipsetConfig { ram_size: ram.size(), cpus, clock: Arc::new(HostClock::default()), serial },
+            engine.interrupts(),
+            control.clone(),
+        )?;
+        let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
+        control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());
+        Ok(Machine { ram, vcpus, chipset, control, loader, no_reboot })
+    }
+
+    /// What other threads need to influence the machine while it runs.
+    pub fn handle(&self) -> Handle {
+        Handle { control: self.control.clone(), chipset: self.chipset.clone() }
+    }
+
+    /// Boots, and runs until the guest or the user ends it.
+    pub fn run(&mut self) -> Result<Outcome, Error> {
+        loop {
+            self.load()?;
+            self.execute()?;
+            // What the guest wrote last is to be seen before the machine is gone.
+            self.chipset.flush();
+            match self.control.take_request() {
+                Some(Request::PowerOff) => return Ok(Outcome::PowerOff),
+                Some(Request::Reset) if self.no_reboot => return Ok(Outcome::Reset),
+                Some(Request::End) => return Ok(Outcome::Ended),
+                Some(Request::Failed(why)) => return Err(Error::Vcpu(why)),
+                Some(Request::Reset) | None => self.chipset.reset(),
+            }
+        }
+    }
+
+    /// Loads the kernel and gives every vCPU its first state. RAM keeps what it held, as over a real warm reset.
+    fn load(&mut self) -> Result<(), Error> {
+        let entry = (self.loader)(&self.ram)?;
+        for (id, vcpu) in self.vcpus.iter_mut().enumerate() {
+            let waiting = CpuState { activity: arch::state::Activity::WaitForSipi, ..CpuState::reset() };
+            vcpu.set_state(if id == 0 { &entry } else { &waiting })?;
+        }
+        Ok(())
+    }
+
+    /// Runs one thread for each vCPU until all have left.
+    fn execute(&mut self) -> Result<(), Error> {
+        let control = &self.control;
+        thread::scope(|scope| {
+            for (id, vcpu) in (0..).zip(&mut self.vcpus) {
+                let thread = thread::Builder::new().name(format!("vcpu{id}"));
+                let started = thread.spawn_scoped(scope, move || control.run_vcpu(id, vcpu.as_mut()));
+                if let Err(source) = started {
+                    control.request(Request::End);
+                    return Err(Error::Thread { id, source });
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Reaches a machine from other threads.
+#[derive(Clone)]
+pub struct Handle {
+    control: Arc<RunControl>,
+    chipset: Arc<Chipset>,
+}
+
+impl Handle {
+    /// Stops vCPUs and timers; returns when they have.
+    pub fn pause(&self) {
+        self.control.pause();
+        self.chipset.pause();
+    }
+
+    pub fn resume(&self) {
+        self.chipset.resume();
+        self.control.resume();
+    }
+
+    /// Ends the machine as if its power was cut.
+    pub fn end(&self) {
+        self.control.request(Request::End);
+    }
+
+    /// Sends bytes to the guest by a serial port (0: COM1). Waits while the guest is slow to take them.
+    pub fn serial_input(&self, port: usize, data: &[u8]) {
+        self.chipset.serial_input(port, data);
+    }
+}

@@ -1,0 +1,131 @@
+//! The command line's grammar: what may be typed, in which ranges, and what is said when it is wrong.
+
+use std::path::PathBuf;
+
+use arch::cpuid::Model;
+use clap::{Args, Parser, Subcommand};
+use machine::Accel;
+
+use crate::units::{parse_size, show_size};
+
+const EXAMPLES: &str = "\
+Examples:
+  ringer run                                     Debian's kernel and a busybox shell
+  ringer run --cpus 2 --memory 2G                the same on a larger machine
+  ringer run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
+  echo 'uname -a' | ringer run --no-reboot | tee log
+
+Exit status: 0 the guest powered off, was reset under --no-reboot, or was ended by Ctrl-a x;
+1 the monitor failed; 2 the command line is wrong.";
+
+/// A virtual machine monitor that needs no hardware virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "ringer", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a machine, with this terminal as its first serial port (Ctrl-a h lists keys)
+    #[command(after_help = EXAMPLES)]
+    Run(RunArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// How to run the processor: auto, translate
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = accel)]
+    pub accel: Accel,
+    /// The processor that the guest sees: host, x86-64-v2, x86-64-v3, x86-64-v4
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    pub cpu: Model,
+    /// Number of processors
+    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
+    pub cpus: u32,
+    /// RAM, with unit: 512M, 2G
+    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", value_parser = memory)]
+    pub memory: u64,
+    /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: Debian's, fetched once by apt
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for --kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Command line for --kernel
+    #[arg(long, value_name = "STRING", requires = "kernel", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Where the first serial port leads: stdio, file:PATH, none
+    #[arg(long, value_name = "TO", default_value = "stdio", value_parser = serial)]
+    pub serial: Serial,
+    /// End when the guest resets the machine, instead of starting it again
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Tell on stderr what happens; twice for more
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Where a serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    Stdio,
+    File(PathBuf),
+    None,
+}
+
+/// Parses the arguments. On a usage error, and for `--help` and `--version`, says so and gives the exit status.
+pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, u8> {
+    Cli::try_parse_from(arguments).map_err(|error| {
+        if !error.use_stderr() {
+            return if error.print().is_ok() { 0 } else { 1 };
+        }
+        eprintln!("ringer: {}", one_line(&error.to_string()));
+        2
+    })
+}
+
+/// The message of a clap error without its "error: ", its usage and its hints.
+fn one_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let message = text.split("\n\nUsage").next().unwrap_or(text).split("\n\nFor more").next().unwrap_or(text);
+    let words: Vec<_> = message.split_whitespace().collect();
+    let mut line = words.join(" ");
+    if !line.contains("--help") {
+        line += " (see ringer run --help)";
+    }
+    line
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    let allowed = memory::MIN_SIZE..=memory::MAX_SIZE;
+    if !allowed.contains(&size) || !size.is_multiple_of(memory::PAGE_SIZE) {
+        let (least, most) = (show_size(*allowed.start()), show_size(*allowed.end()));
+        return Err(format!("allowed are {least} to {most}, in steps of 4K"));
+    }
+    Ok(size)
+}
+
+fn cpus(text: &str) -> Result<u32, String> {
+    let most = machine::MAX_CPUS;
+    text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or_else(|| format!("allowed are 1 to {most}"))
+}
+
+fn accel(text: &str) -> Result<Accel, String> {
+    match text {
+        "auto" => Ok(Accel::Auto),
+        "translate" => Ok(Accel::Translate),
+        _ => Err("allowed are auto and translate".into()),
+    }
+}
+
+fn serial(text: &str) -> Result<Serial, String> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(Serial::Stdio),
+        None if text == "none" => Ok(Serial::None),
+        Some(("file", path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+        _ => Err("allowed are stdio, file:PATH and none".into()),
+    }
+}

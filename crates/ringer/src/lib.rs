@@ -1,0 +1,55 @@
+//! Ringer's command line: parses, prints, exits.
+//!
+//! The data flow to follow: [`main`] parses ([`cli`]) and calls [`run`], which takes the kernel that was named or the
+//! default [`guest`], makes a machine of it, and joins the machine's first serial port with stdin and stdout
+//! ([`console`], [`terminal`]). However the process ends, [`cleanup`] and [`signals`] leave nothing behind.
+//!
+//! It is a library besides a program so that its tests can make guests.
+#![forbid(unsafe_code)]
+
+pub mod cleanup;
+mod cli;
+mod console;
+pub mod guest;
+mod run;
+mod signals;
+mod terminal;
+mod units;
+
+use std::process::ExitCode;
+
+use cli::Command;
+use tracing::level_filters::LevelFilter;
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(status) => return status.into(),
+    };
+    let Command::Run(args) = cli.command;
+    start_logging(args.verbose);
+    let result = signals::install().map_err(run::Error::Signals).and_then(|()| run::run(args));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringer: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_logging(verbosity: u8) {
+    let level = match verbosity {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(|| terminal::Stderr)
+        .init();
+}

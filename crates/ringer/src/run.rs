@@ -1,0 +1,130 @@
+//! `ringer run`: from arguments to a machine, and from how it ended to an exit status.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use boot::BootConfig;
+use machine::{Config, Handle, Machine, Outcome, SerialOutput, select_engine};
+use memory::Ram;
+use rustix::stdio::stdin;
+use rustix::termios::isatty;
+
+use crate::cli::{RunArgs, Serial};
+use crate::guest::{self, Guest};
+use crate::{console, terminal};
+
+/// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
+const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
+
+/// Why a run failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Guest(#[from] guest::Error),
+    #[error("--serial file:{}: {source}", path.display())]
+    SerialFile { path: PathBuf, source: io::Error },
+    #[error("can't make the terminal raw: {0}")]
+    Terminal(io::Error),
+    #[error("can't read stdin: {0}")]
+    Input(io::Error),
+    #[error("can't handle signals: {0}")]
+    Signals(io::Error),
+    #[error("nobody reads the guest's serial port any more: stdout is closed")]
+    OutputGone,
+}
+
+/// Boots a machine and waits for its end.
+pub fn run(args: RunArgs) -> Result<(), Error> {
+    let boot = boot_config(&args)?;
+    let ram = Ram::new(args.memory)?;
+    let selection = select_engine(args.accel, &ram, args.cpus, args.cpu)?;
+    eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
+
+    let link = Arc::new(Link::default());
+    let config =
+        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], no_reboot: args.no_reboot };
+    let mut machine = Machine::new(config, ram, &*selection.engine)?;
+    let _ = link.machine.set(machine.handle());
+    let raw = match args.serial {
+        Serial::Stdio => attach_stdin(machine.handle())?,
+        Serial::File(_) | Serial::None => None,
+    };
+    let result = machine.run();
+    drop(raw);
+    let outcome = result?;
+    if link.gone.get().is_some() {
+        return Err(Error::OutputGone);
+    }
+    tracing::info!(?outcome, "the machine has ended");
+    if outcome == Outcome::Ended {
+        // The guest's last line may be unfinished.
+        eprintln!("\nringer: ended by Ctrl-a x");
+    }
+    Ok(())
+}
+
+/// From serial output, which is made before the machine, back to the machine.
+#[derive(Default)]
+struct Link {
+    machine: OnceLock<Handle>,
+    /// Set when stdout can't be written any more.
+    gone: OnceLock<()>,
+}
+
+fn boot_config(args: &RunArgs) -> Result<BootConfig, Error> {
+    let cpus = args.cpus;
+    if let Some(kernel) = args.kernel.clone() {
+        let command_line = args.append.clone().unwrap_or_default();
+        return Ok(BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus });
+    }
+    let guest = Guest::get(&guest::cache_directory()?)?;
+    let initrd = Some(guest.initrd()?);
+    Ok(BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus })
+}
+
+/// With the user's kind of terminal, which the kernel hands to its first process as an environment variable.
+fn default_command_line() -> String {
+    let plain = |term: &String| term.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_+".contains(&byte));
+    match std::env::var("TERM").ok().filter(plain).filter(|term| (1..=32).contains(&term.len())) {
+        Some(term) => format!("{DEFAULT_COMMAND_LINE} TERM={term}"),
+        None => DEFAULT_COMMAND_LINE.into(),
+    }
+}
+
+fn serial_output(serial: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Error> {
+    Ok(match serial {
+        Serial::None => None,
+        Serial::File(path) => {
+            let file = File::create(path).map_err(|source| Error::SerialFile { path: path.clone(), source })?;
+            Some(Box::new(file) as Box<dyn Write + Send>)
+        }
+        Serial::Stdio => {
+            let link = link.clone();
+            Some(Box::new(console::Output::new(move || {
+                let _ = link.gone.set(());
+                if let Some(machine) = link.machine.get() {
+                    machine.end();
+                }
+            })))
+        }
+    })
+}
+
+/// Makes stdin the input of the first serial port. Its thread is left behind in a blocking read when the machine ends.
+fn attach_stdin(machine: Handle) -> Result<Option<crate::cleanup::Guard>, Error> {
+    let keys = isatty(stdin());
+    let raw = terminal::make_raw().map_err(Error::Terminal)?;
+    let ends = machine.clone();
+    thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || console::read_input(keys, |data| machine.serial_input(0, data), || ends.end()))
+        .map_err(Error::Input)?;
+    Ok(raw)
+}
