@@ -1,77 +1,11 @@
 //! Loading bzImages made here.
 
-use std::path::PathBuf;
-
 use super::*;
-use crate::{BootConfig, load};
+use crate::testing::{BZIMAGE_PAYLOAD as PAYLOAD, boot, bzimage, read};
 use arch::registers::{cr0, cr4, gpr};
-use memory::vm_memory::Bytes;
-
-const SETUP_SECTORS: u8 = 3;
-const PAYLOAD: usize = 64 << 10;
-
-/// A bzImage whose protected-mode part counts up.
-fn bzimage(change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
-    let mut header = setup_header {
-        setup_sects: SETUP_SECTORS,
-        syssize: (PAYLOAD / 16) as u32,
-        boot_flag: 0xaa55,
-        header: 0x5372_6448,
-        version: 0x20f,
-        loadflags: LOADFLAGS_LOADED_HIGH,
-        initrd_addr_max: 0x7fff_ffff,
-        kernel_alignment: 2 << 20,
-        relocatable_kernel: 1,
-        xloadflags: XLF_KERNEL_64,
-        cmdline_size: 2047,
-        pref_address: 16 << 20,
-        init_size: 8 << 20,
-        ..setup_header::default()
-    };
-    // The jump's second byte: where the header ends, from 0x202.
-    header.jump = (0x6c_u16) << 8 | 0xeb;
-    change(&mut header);
-    let mut file = vec![0; (usize::from(SETUP_SECTORS) + 1) * 512];
-    let bytes = header.as_slice();
-    file[0x1f1..0x1f1 + bytes.len()].copy_from_slice(bytes);
-    file.extend((0..PAYLOAD / 4).flat_map(|i| (i as u32).to_le_bytes()));
-    file
-}
-
-struct Files(tempfile::TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Files(tempfile::tempdir().unwrap())
-    }
-
-    fn add(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.0.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-fn boot(ram: u64, kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) -> Result<(Ram, CpuState), Error> {
-    let files = Files::new();
-    let config = BootConfig {
-        kernel: files.add("kernel", kernel),
-        initrd: initrd.map(|bytes| files.add("initrd", bytes)),
-        command_line: command_line.into(),
-        cpus: 1,
-    };
-    let ram = Ram::new(ram).unwrap();
-    load(&ram, &config).map(|state| (ram, state))
-}
 
 fn params(ram: &Ram) -> boot_params {
     ram.view().read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap()
-}
-
-fn read<const N: usize>(ram: &Ram, address: u64) -> [u8; N] {
-    let mut bytes = [0; N];
-    ram.view().read_slice(&mut bytes, GuestAddress(address)).unwrap();
-    bytes
 }
 
 #[test]

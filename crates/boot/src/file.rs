@@ -77,8 +77,11 @@ impl Image {
         self.file.read_exact_at(bytes, offset).map_err(|source| self.read_error(source))
     }
 
-    /// Reads `size` bytes from `offset` straight into guest memory.
+    /// Reads `size` bytes from `offset` straight into guest memory. Nothing is read of size 0, wherever it is.
     pub fn read_to(&self, view: &View, what: &'static str, address: u64, offset: u64, size: u64) -> Result<(), Error> {
+        if size == 0 {
+            return Ok(());
+        }
         self.need(offset, size)?;
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset)).map_err(|source| self.read_error(source))?;

@@ -24,6 +24,8 @@ mod initrd;
 pub mod layout;
 mod pvh;
 pub mod smbios;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 
@@ -131,3 +133,6 @@ fn write_command_line(view: &View, kernel: &Image, limit: usize, text: &str) -> 
     write(view, "the command line", layout::COMMAND_LINE, text.as_bytes())?;
     write(view, "the command line", layout::COMMAND_LINE + text.len() as u64, &[0])
 }
+
+#[cfg(test)]
+mod tests;

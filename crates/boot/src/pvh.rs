@@ -9,10 +9,10 @@ use arch::CpuState;
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use memory::Ram;
 use memory::vm_memory::ByteValued;
+use memory::{Ram, View};
 use object::Endianness;
-use object::elf::{EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PT_LOAD, PT_NOTE};
+use object::elf::{EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PN_XNUM, PT_LOAD, PT_NOTE};
 use object::read::ReadCache;
 use object::read::elf::{FileHeader, ProgramHeader};
 
@@ -62,14 +62,25 @@ pub fn load(ram: &Ram, image: &Image, initrd: Option<&Image>, command_line: &str
     crate::write_command_line(view, image, MAX_COMMAND_LINE, command_line)?;
     for segment in &kernel.segments {
         image.read_to(view, "the kernel", segment.address, segment.offset, segment.file_size)?;
-        let zeros = vec![0; (segment.memory_size - segment.file_size) as usize];
-        crate::write(view, "the kernel", segment.address + segment.file_size, &zeros)?;
+        clear(view, segment.address + segment.file_size, segment.memory_size - segment.file_size)?;
     }
     if let Some(initrd) = initrd {
         initrd.read_to(view, "the RAM disk", initrd_place.start, 0, initrd_place.size)?;
     }
     write_start_info(ram, initrd_place)?;
     entry::protected_mode(view, kernel.entry, layout::PVH_START_INFO)
+}
+
+/// RAM is not zero when a machine that has been running is reset.
+fn clear(view: &View, start: u64, size: u64) -> Result<(), Error> {
+    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut done = 0;
+    while done < size {
+        let part = ZEROS.get(..(size - done) as usize).unwrap_or(&ZEROS);
+        crate::write(view, "the kernel", start + done, part)?;
+        done += part.len() as u64;
+    }
+    Ok(())
 }
 
 impl Kernel {
@@ -85,6 +96,10 @@ impl Kernel {
         if !matches!(header.e_type(endian), ET_EXEC | ET_DYN) {
             return Err(image.bad_header("it is an object file, not a linked image"));
         }
+        // More are counted in a section header; reading as many as that may say is not bounded by much.
+        if header.e_phnum(endian) == PN_XNUM {
+            return Err(image.bad_header("it has more than 65534 program headers"));
+        }
         let programs = header.program_headers(endian, &cache).map_err(broken)?;
         let mut entry = None;
         for program in programs.iter().filter(|p| p.p_type(endian) == PT_NOTE) {
@@ -95,8 +110,9 @@ impl Kernel {
         for program in programs.iter().filter(|p| p.p_type(endian) == PT_LOAD) {
             kernel.add(image, program, endian)?;
         }
-        if kernel.segments.is_empty() {
-            return Err(image.bad_header("it has nothing to load"));
+        let entry = u64::from(entry);
+        if !kernel.segments.iter().any(|s| (s.address..s.address.saturating_add(s.memory_size)).contains(&entry)) {
+            return Err(image.bad_header(format!("its PVH entry {entry:#x} is in none of its segments")));
         }
         Ok(kernel)
     }
@@ -145,8 +161,11 @@ fn pvh_entry<P: ProgramHeader<Endian = Endianness>>(
     };
     while let Some(note) = notes.next().map_err(broken)? {
         if note.name() == NOTE_OWNER && note.n_type(endian).0 == XEN_ELFNOTE_PHYS32_ENTRY {
-            let entry = note.desc().first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
-            return entry.map(Some).ok_or_else(|| image.bad_header("its PVH note is too short"));
+            let entry = match (note.desc().first_chunk(), note.desc().first_chunk()) {
+                (Some(wide), _) => u32::try_from(u64::from_le_bytes(*wide)).ok(),
+                (None, narrow) => narrow.map(|bytes| u32::from_le_bytes(*bytes)),
+            };
+            return entry.map(Some).ok_or_else(|| image.bad_header("its PVH note has no 32-bit address"));
         }
     }
     Ok(None)
