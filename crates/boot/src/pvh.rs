@@ -73,7 +73,7 @@ pub fn load(ram: &Ram, image: &Image, initrd: Option<&Image>, command_line: &str
 
 /// RAM is not zero when a machine that has been running is reset.
 fn clear(view: &View, start: u64, size: u64) -> Result<(), Error> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut done = 0;
     while done < size {
         let part = ZEROS.get(..(size - done) as usize).unwrap_or(&ZEROS);

@@ -8,7 +8,7 @@ fn config(kernel: PathBuf) -> BootConfig {
 }
 
 fn error(config: &BootConfig) -> String {
-    let error = load(&Ram::new(64 << 20).unwrap(), config).err().expect("an error").to_string();
+    let error = load(&Ram::new(64 << 20).unwrap(), config).expect_err("an error").to_string();
     assert!(!error.contains('\n'), "errors are one line: {error}");
     error
 }
