@@ -1,0 +1,355 @@
+//! One case: what a processor starts from ([`Input`]), what it ended in ([`Outcome`]), and how two outcomes differ.
+
+use std::fmt::Write;
+use std::sync::OnceLock;
+
+use crate::layout::{MEMORY, PAGE, SLOT_SIZE, WRITABLE};
+use crate::rng::Rng;
+
+/// Bytes of an XSAVE area in the standard format up to and including AVX-512's last component and PKRU.
+pub const XSAVE_SIZE: usize = 2816;
+/// The state components compared: x87, SSE, AVX and AVX-512 (Intel SDM 1, 13.1).
+pub const XSAVE_COMPONENTS: u64 = 0xe7;
+/// Bytes that a case lays over its memory.
+pub const OVERLAY_BYTES: usize = 3072;
+/// Most single steps recorded.
+pub const TRACE: usize = 128;
+
+pub const GPR_NAMES: [&str; 16] =
+    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+
+/// Bytes at an offset of the case's writable memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overlay {
+    pub offset: u32,
+    pub len: u32,
+}
+
+/// What a processor starts from. Lives in memory shared between processes: plain data only.
+#[repr(C, align(64))]
+#[derive(Clone)]
+pub struct Input {
+    pub xsave: [u8; XSAVE_SIZE],
+    /// In the order of instruction encodings.
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    pub rflags: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    /// cs, ss, ds, es, fs, gs
+    pub selectors: [u16; 6],
+    /// Not zero: keep running after single-step traps, and record this many of them.
+    pub steps: u32,
+    /// The slot this case runs in, and its bytes.
+    pub slot: u32,
+    pub code: [u8; SLOT_SIZE],
+    /// Memory starts as the template from this offset on, with the overlays above.
+    pub template: u32,
+    pub overlays: [Overlay; 4],
+    pub overlay_bytes: [u8; OVERLAY_BYTES],
+}
+
+impl Input {
+    /// The case's memory before it runs.
+    pub fn fill_memory(&self, template: &[u8], memory: &mut [u8; MEMORY]) {
+        memory.copy_from_slice(&template[self.template as usize..][..MEMORY]);
+        let mut from = 0;
+        for o in &self.overlays {
+            let (at, len) = (o.offset as usize, o.len as usize);
+            memory[at..at + len].copy_from_slice(&self.overlay_bytes[from..from + len]);
+            from += len;
+        }
+    }
+
+    /// Lays `bytes` over the memory at `offset`, while there is room.
+    pub fn overlay(&mut self, offset: usize, bytes: &[u8]) {
+        let used: usize = self.overlays.iter().map(|o| o.len as usize).sum();
+        let Some(free) = self.overlays.iter_mut().find(|o| o.len == 0) else { return };
+        if used + bytes.len() <= OVERLAY_BYTES && offset + bytes.len() <= MEMORY {
+            *free = Overlay { offset: offset as u32, len: bytes.len() as u32 };
+            self.overlay_bytes[used..used + bytes.len()].copy_from_slice(bytes);
+        }
+    }
+}
+
+/// Where a case ended: every case ends in an exception, INT3 if in no other.
+#[repr(C, align(64))]
+#[derive(Clone)]
+pub struct Outcome {
+    pub xsave: [u8; XSAVE_SIZE],
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    pub rflags: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    /// cs, ss, ds, es, fs, gs
+    pub selectors: [u16; 6],
+    pub status: Status,
+    pub vector: u8,
+    pub error: u32,
+    pub cr2: u64,
+    /// Single-step traps that were resumed, and the RIP of each with the flags in the upper half.
+    pub steps: u32,
+    pub trace: [u64; TRACE],
+    pub memory: [u8; MEMORY],
+    pub code: [u8; SLOT_SIZE],
+}
+
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Not run.
+    None = 0,
+    /// Ended in the exception `vector`.
+    Exception = 1,
+    /// The native process died, the guest shut down or the engine failed.
+    Died = 2,
+    /// It had to be stopped.
+    Hung = 3,
+}
+
+/// The memory that cases start from: edge-case numbers of all types, mixed.
+pub fn template(seed: u64) -> Vec<u8> {
+    let mut rng = Rng::new(seed ^ 0x7e3a);
+    let mut bytes = Vec::with_capacity(TEMPLATE);
+    while bytes.len() < TEMPLATE {
+        let mut line = [0; 64];
+        crate::generate::values::fill_vector(&mut rng, &mut line);
+        bytes.extend_from_slice(&line);
+    }
+    bytes
+}
+
+/// Bytes of the template: a case's memory and as much choice of where it begins.
+pub const TEMPLATE: usize = 4 * MEMORY;
+
+/// What to leave out of a comparison.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ignore {
+    /// RFLAGS bits.
+    pub flags: u64,
+    /// The page-fault error code's P bit: Linux hides it for addresses in the kernel's half.
+    pub present_bit: bool,
+}
+
+/// All that differs, one line each; empty if nothing does.
+pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String {
+    let mut out = String::new();
+    if native.status != guest.status {
+        let _ = writeln!(out, "  ended: native {:?}, guest {:?}", native.status, guest.status);
+        return out;
+    }
+    if native.status != Status::Exception {
+        return out;
+    }
+    let mut word = |name: &str, a: u64, b: u64| {
+        if a != b {
+            let _ = writeln!(out, "  {name}: native {a:#x}, guest {b:#x} (xor {:#x})", a ^ b);
+        }
+    };
+    word("vector", native.vector.into(), guest.vector.into());
+    if native.vector == guest.vector && matches!(native.vector, 8 | 10..=14 | 17) {
+        let mask = if ignore.present_bit { !1 } else { !0 };
+        word("error code", u64::from(native.error & mask), u64::from(guest.error & mask));
+    }
+    if native.vector == 14 && guest.vector == 14 {
+        word("cr2", native.cr2, guest.cr2);
+    }
+    word("rip", native.rip, guest.rip);
+    word("rflags", native.rflags & !ignore.flags, guest.rflags & !ignore.flags);
+    for (i, name) in GPR_NAMES.iter().enumerate() {
+        word(name, native.gpr[i], guest.gpr[i]);
+    }
+    word("fs base", native.fs_base, guest.fs_base);
+    word("gs base", native.gs_base, guest.gs_base);
+    for (i, name) in ["cs", "ss", "ds", "es", "fs", "gs"].iter().enumerate() {
+        word(name, native.selectors[i].into(), guest.selectors[i].into());
+    }
+    word("steps", native.steps.into(), guest.steps.into());
+    for i in 0..TRACE.min(native.steps.min(guest.steps) as usize) {
+        if native.trace[i] != guest.trace[i] {
+            word(&format!("step {i}"), native.trace[i], guest.trace[i]);
+            break;
+        }
+    }
+    xsave_differences(&native.xsave, &guest.xsave, &mut out);
+    for (page, base) in WRITABLE.iter().enumerate() {
+        byte_differences(
+            "memory",
+            *base,
+            &native.memory[page * PAGE..][..PAGE],
+            &guest.memory[page * PAGE..][..PAGE],
+            &mut out,
+        );
+    }
+    byte_differences("code", 0, &native.code, &guest.code, &mut out);
+    out
+}
+
+fn byte_differences(what: &str, base: u64, a: &[u8], b: &[u8], out: &mut String) {
+    if a == b {
+        return;
+    }
+    let mut shown = 0;
+    let mut i = 0;
+    while i < a.len() {
+        if a[i] == b[i] {
+            i += 1;
+            continue;
+        }
+        let end = (i + 16).min(a.len());
+        let _ =
+            writeln!(out, "  {what} at {:#x}: native {:02x?}, guest {:02x?}", base + i as u64, &a[i..end], &b[i..end]);
+        shown += 1;
+        if shown == 4 {
+            let _ = writeln!(out, "  ...");
+            return;
+        }
+        i = end;
+    }
+}
+
+/// One register's or field's place in the XSAVE area.
+pub struct Field {
+    pub name: String,
+    pub component: u32,
+    pub offset: usize,
+    pub len: usize,
+    /// What it is in the component's initial state, repeated over the field.
+    pub initial: &'static [u8],
+}
+
+/// Every field that is compared. Offsets of the components beyond SSE are the same on all Intel processors and on AMD's
+/// with AVX-512 except where CPUID leaf 0xd says otherwise; it is asked.
+pub fn fields() -> &'static [Field] {
+    static FIELDS: OnceLock<Vec<Field>> = OnceLock::new();
+    FIELDS.get_or_init(find_fields)
+}
+
+fn find_fields() -> Vec<Field> {
+    let mut fields = Vec::new();
+    let mut field = |name: String, component, offset, len, initial| {
+        fields.push(Field { name, component, offset, len, initial });
+    };
+    field("fcw".into(), 0, 0, 2, &[0x7f, 0x03]);
+    field("fsw".into(), 0, 2, 2, &[0]);
+    field("ftw".into(), 0, 4, 1, &[0]);
+    field("fop".into(), 0, 6, 2, &[0]);
+    field("fip".into(), 0, 8, 8, &[0]);
+    field("fdp".into(), 0, 16, 8, &[0]);
+    field("mxcsr".into(), 1, 24, 4, &[0x80, 0x1f, 0, 0]);
+    for i in 0..8 {
+        field(format!("st{i}"), 0, 32 + 16 * i, 10, &[0]);
+    }
+    for i in 0..16 {
+        field(format!("xmm{i}"), 1, 160 + 16 * i, 16, &[0]);
+    }
+    let component = |n: u32| std::arch::x86_64::__cpuid_count(0xd, n).ebx as usize;
+    let xcr0 = host_xcr0();
+    if xcr0 & 1 << 2 != 0 {
+        for i in 0..16 {
+            field(format!("ymm{i} high"), 2, component(2) + 16 * i, 16, &[0]);
+        }
+    }
+    if xcr0 & 0xe0 == 0xe0 {
+        for i in 0..8 {
+            field(format!("k{i}"), 5, component(5) + 8 * i, 8, &[0]);
+        }
+        for i in 0..16 {
+            field(format!("zmm{i} high"), 6, component(6) + 32 * i, 32, &[0]);
+        }
+        for i in 0..16 {
+            field(format!("zmm{}", i + 16), 7, component(7) + 64 * i, 64, &[0]);
+        }
+    }
+    fields
+}
+
+/// The byte ranges of the vector and mask registers.
+pub fn vector_fields() -> impl Iterator<Item = std::ops::Range<usize>> {
+    fields().iter().filter(|f| f.component != 0 && f.offset >= 160).map(|f| f.offset..f.offset + f.len)
+}
+
+/// Sets a vector register to its whole width, as far as the host has it.
+pub fn set_zmm(xsave: &mut [u8], number: usize, value: &[u8; 64]) {
+    let low =
+        [(format!("xmm{number}"), 0..16), (format!("ymm{number} high"), 16..32), (format!("zmm{number} high"), 32..64)];
+    let whole = [(format!("zmm{number}"), 0..64)];
+    for (name, range) in if number < 16 { &low[..] } else { &whole } {
+        if let Some(f) = fields().iter().find(|f| f.name == *name) {
+            xsave[f.offset..][..f.len].copy_from_slice(&value[range.clone()]);
+        }
+    }
+}
+
+/// The state components that the host's kernel has enabled.
+pub fn host_xcr0() -> u64 {
+    let leaf = std::arch::x86_64::__cpuid(1);
+    if leaf.ecx & 1 << 27 == 0 {
+        return 3;
+    }
+    let leaf = std::arch::x86_64::__cpuid_count(0xd, 0);
+    u64::from(leaf.eax) | u64::from(leaf.edx) << 32
+}
+
+/// A field's value, its initial one where XSTATE_BV says that the component is in its initial state.
+fn value<'a>(area: &'a [u8], field: &Field, initial: &'a mut [u8; 64]) -> &'a [u8] {
+    let bv = u64::from_le_bytes(area[512..520].try_into().expect("8 bytes"));
+    // MXCSR is saved and restored whether or not SSE's bit is set (Intel SDM 1, 13.5.2).
+    if bv >> field.component & 1 != 0 || field.name == "mxcsr" {
+        &area[field.offset..][..field.len]
+    } else {
+        for (to, from) in initial.iter_mut().zip(field.initial.iter().cycle()) {
+            *to = *from;
+        }
+        &initial[..field.len]
+    }
+}
+
+fn xsave_differences(native: &[u8], guest: &[u8], out: &mut String) {
+    for field in fields() {
+        let (mut a, mut b) = ([0; 64], [0; 64]);
+        let (a, b) = (value(native, field, &mut a), value(guest, field, &mut b));
+        if a != b {
+            let _ = writeln!(out, "  {}: native {}, guest {}", field.name, hex(a), hex(b));
+        }
+    }
+}
+
+/// A little-endian number, most significant byte first.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The input's registers, for a report.
+pub fn describe(input: &Input) -> String {
+    let mut out = String::new();
+    for (i, name) in GPR_NAMES.iter().enumerate() {
+        let _ = write!(out, "  {name:>3}={:016x}", input.gpr[i]);
+        if i % 4 == 3 {
+            out.push('\n');
+        }
+    }
+    let _ = writeln!(
+        out,
+        "  rip={:x} rflags={:x} fs={:x} gs={:x} selectors={:x?}",
+        input.rip, input.rflags, input.fs_base, input.gs_base, input.selectors
+    );
+    let x = &input.xsave;
+    let _ =
+        writeln!(out, "  fcw={} fsw={} ftw={} mxcsr={}", hex(&x[0..2]), hex(&x[2..4]), hex(&x[4..5]), hex(&x[24..28]));
+    out
+}
+
+/// The register fields of the XSAVE area that are not zero, for a report.
+pub fn describe_vectors(input: &Input) -> String {
+    let mut out = String::new();
+    for f in fields().iter().filter(|f| f.offset >= 32) {
+        let v = &input.xsave[f.offset..][..f.len];
+        if v.iter().any(|b| *b != 0) {
+            let _ = writeln!(out, "  {}={}", f.name, hex(v));
+        }
+    }
+    out
+}

@@ -1,0 +1,248 @@
+//! Makes cases: an instruction and the state it starts from, out of a seed and a number.
+//!
+//! Most cases are instances of the forms that iced's encoder knows, taken in turn, so that every form that the host
+//! supports is met equally often. The rest are random bytes shaped like instructions: they meet redundant prefixes, reserved
+//! bits, and encodings that an encoder wouldn't make.
+
+mod encode;
+pub mod exclude;
+mod features;
+pub mod state;
+pub mod values;
+
+use arch::registers::rflags;
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+
+use crate::case::{Ignore, Input};
+use crate::layout::*;
+use crate::rng::Rng;
+
+/// A case, ready to run on either side.
+pub struct Case {
+    pub index: u64,
+    pub input: Box<Input>,
+    /// The code from the entry on.
+    pub code: Vec<u8>,
+    pub bits: u32,
+    pub ignore: Ignore,
+}
+
+/// Where cases come from.
+pub struct Generator {
+    seed: u64,
+    bits: u32,
+    forms: Vec<Code>,
+    host: features::Host,
+    only: Option<String>,
+}
+
+/// The forms left out for want of a feature, and those excluded with their reasons.
+pub struct Coverage {
+    pub forms: usize,
+    pub unsupported: usize,
+    pub excluded: Vec<(Code, &'static str)>,
+}
+
+impl Generator {
+    /// `bits`: 64, or 32 for compatibility mode. `only`: a mnemonic or form name in lower case, to narrow a search.
+    pub fn new(seed: u64, bits: u32, only: Option<String>) -> Self {
+        let host = features::Host::detect();
+        let mut forms = forms(&host, bits).0;
+        if let Some(only) = &only {
+            forms.retain(|c| {
+                let (mnemonic, form) = (format!("{:?}", c.mnemonic()), format!("{c:?}"));
+                mnemonic.eq_ignore_ascii_case(only) || form.eq_ignore_ascii_case(only)
+            });
+        }
+        Generator { seed, bits, forms, host, only }
+    }
+
+    pub fn forms(&self) -> &[Code] {
+        &self.forms
+    }
+
+    pub fn coverage(&self) -> Coverage {
+        let (forms, unsupported, excluded) = forms(&self.host, self.bits);
+        Coverage { forms: forms.len(), unsupported, excluded }
+    }
+
+    /// Case `index`, to run in slot `index % SLOTS`.
+    pub fn case(&self, index: u64) -> Case {
+        let mut rng = Rng::for_case(self.seed, index);
+        let slot = (index % SLOTS as u64) as usize;
+        loop {
+            let straddle = slot % 4 == 3 && rng.one_in(2);
+            let entry = if straddle { SLOT_MIDDLE - 1 - rng.below(9) as usize } else { SLOT_ENTRY };
+            let rip = slot_address(slot) + entry as u64;
+            let bytes = if self.only.is_none() && rng.one_in(8) {
+                Some(random_bytes(&mut rng, self.bits))
+            } else if self.forms.is_empty() {
+                None
+            } else {
+                let form = self.forms[(index % self.forms.len() as u64) as usize];
+                encode::encode(&mut rng, form, self.bits, rip).map(|b| redundant_prefixes(&mut rng, b, self.bits))
+            };
+            let Some(mut code) = bytes else { continue };
+            code.truncate(15);
+            let mut decoder = Decoder::with_ip(self.bits, &code, rip, DecoderOptions::NONE);
+            let insn = decoder.decode();
+            if insn.is_invalid() {
+                // Worth a try now and then: the processor must refuse it as well. Some that iced refuses are instructions
+                // of extensions it was not asked for (reserved NOPs, MPX): on both sides they do the same.
+                if !rng.one_in(16) || undecodable_but_dangerous(&code) {
+                    continue;
+                }
+            } else if exclude::reason(&insn).is_some() || !self.host.supports(insn.cpuid_features()) {
+                continue;
+            } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
+                continue; // a loop of one
+            }
+            let constants = decoder.get_constant_offsets(&insn);
+            let mut input = state::blank();
+            input.slot = slot as u32;
+            input.rip = rip;
+            state::randomize(&mut rng, &mut input, self.bits);
+            if !insn.is_invalid() {
+                code.truncate(insn.len());
+                state::solve(&mut rng, &mut input, &insn, constants, &mut code, self.bits);
+            }
+            input.code[entry..entry + code.len()].copy_from_slice(&code);
+            let ignore = ignore(&insn);
+            return Case { index, input, code, bits: self.bits, ignore };
+        }
+    }
+}
+
+impl Case {
+    pub fn instruction(&self) -> Instruction {
+        Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE).decode()
+    }
+
+    /// The bytes and their meaning, one instruction a line.
+    pub fn disassemble(&self) -> String {
+        use iced_x86::{Formatter, IntelFormatter};
+        let mut formatter = IntelFormatter::new();
+        let mut decoder = Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE);
+        let mut out = String::new();
+        while decoder.can_decode() {
+            let from = decoder.position();
+            let insn = decoder.decode();
+            let mut text = String::new();
+            formatter.format(&insn, &mut text);
+            let bytes: String = self.code[from..decoder.position()].iter().map(|b| format!("{b:02x} ")).collect();
+            out.push_str(&format!("  {:x}: {bytes:45} {text} ({:?})\n", insn.ip(), insn.code()));
+        }
+        out
+    }
+}
+
+/// What the architecture leaves undefined after an instruction.
+pub fn ignore(insn: &Instruction) -> Ignore {
+    // iced's flag bits are numbered its own way.
+    use iced_x86::RflagsBits as B;
+    let undefined = insn.rflags_undefined();
+    let pairs = [
+        (B::OF, rflags::OF),
+        (B::SF, rflags::SF),
+        (B::ZF, rflags::ZF),
+        (B::AF, rflags::AF),
+        (B::CF, rflags::CF),
+        (B::PF, rflags::PF),
+    ];
+    let flags = pairs.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, flag)| flag).sum();
+    Ignore { flags, present_bit: false }
+}
+
+/// The forms of `bits`-bit code that are compared; how many the host lacks; those excluded.
+fn forms(host: &features::Host, bits: u32) -> (Vec<Code>, usize, Vec<(Code, &'static str)>) {
+    let mut forms = Vec::new();
+    let mut unsupported = 0;
+    let mut excluded = Vec::new();
+    for code in Code::values() {
+        let info = code.op_code();
+        if !info.is_instruction() || !info.is_available_in_mode(bits) {
+            continue;
+        }
+        let mut insn = Instruction::default();
+        insn.set_code(code);
+        if !host.supports(code.cpuid_features()) {
+            unsupported += 1;
+        } else if let Some(reason) = exclude::reason(&insn) {
+            excluded.push((code, reason));
+        } else if encode_some(code, bits) {
+            forms.push(code);
+        } else {
+            excluded.push((code, "can't be encoded with any operands (pseudo-instruction)"));
+        }
+    }
+    (forms, unsupported, excluded)
+}
+
+/// Whether any choice of operands can be encoded and comes back from the decoder as a supported instruction.
+fn encode_some(code: Code, bits: u32) -> bool {
+    let mut rng = Rng::new(code as u64);
+    (0..200).any(|_| {
+        encode::encode(&mut rng, code, bits, CODE).is_some_and(|b| {
+            Decoder::with_ip(bits, &b, CODE, DecoderOptions::NONE).decode().mnemonic() != Mnemonic::INVALID
+        })
+    })
+}
+
+/// Prefixes that change nothing, or make something else of the instruction (which is then taken for what it is).
+fn redundant_prefixes(rng: &mut Rng, mut bytes: Vec<u8>, bits: u32) -> Vec<u8> {
+    if rng.one_in(10) {
+        const PREFIXES: [u8; 9] = [0x66, 0xf2, 0xf3, 0x2e, 0x3e, 0x26, 0x36, 0x65, 0x67];
+        let n = if rng.one_in(16) { 12 } else { 1 + rng.below(2) };
+        for _ in 0..n {
+            bytes.insert(0, rng.pick(&PREFIXES));
+        }
+    }
+    if bits == 64 && rng.one_in(40) {
+        // A REX prefix before another prefix has no effect; before the opcode it has.
+        bytes.insert(0, 0x40 | rng.next() as u8 & 0xf);
+    }
+    bytes
+}
+
+/// Bytes in the shape of an instruction: prefixes, an opcode of some map, ModRM, and whatever follows.
+fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    const PREFIXES: [u8; 12] = [0x66, 0xf2, 0xf3, 0xf0, 0x2e, 0x64, 0x65, 0x67, 0x66, 0xf3, 0xf2, 0x36];
+    while rng.one_in(3) {
+        bytes.push(rng.pick(&PREFIXES));
+    }
+    if bits == 64 && rng.one_in(3) {
+        bytes.push(0x40 | rng.next() as u8 & 0xf);
+    }
+    match rng.below(8) {
+        0..3 => {}
+        3..5 => bytes.push(0x0f),
+        5 => bytes.extend([0x0f, rng.pick(&[0x38, 0x3a])]),
+        6 => {
+            let second = rng.next() as u8;
+            bytes.extend([0xc4, second & 0xe0 | 1 + second % 3, rng.next() as u8]);
+        }
+        _ => {
+            let p = rng.next().to_le_bytes();
+            bytes.extend([0x62, p[0] & 0xf0 | rng.pick(&[1, 2, 3, 5, 6]), p[1] | 4, p[2]]);
+        }
+    }
+    while bytes.len() < 15 {
+        bytes.push(rng.next() as u8);
+    }
+    bytes
+}
+
+/// Bytes that iced can't decode here but that may do something on the host that is not to be tried.
+fn undecodable_but_dangerous(code: &[u8]) -> bool {
+    let opcode = code.iter().position(|b| {
+        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f)
+    });
+    match opcode.map(|at| &code[at..]) {
+        // VIA's and Cyrix's own, SMM, VMX, SGX, AMX, MPX, SVM
+        Some([0x0f, second, ..]) => {
+            matches!(second, 0x01 | 0x1a | 0x1b | 0x0a | 0x36..=0x3f | 0x78 | 0x79 | 0xa6 | 0xa7 | 0xaa | 0xc7)
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,11 @@
+//! Compares the translator with the real processor, and holds the pieces that bare-metal tests are made of. Ships in nothing.
+//!
+//! The data flow: [`generate`] makes [`case`]s out of a seed; [`native`] runs a batch of them in a child process;
+//! [`guest`] runs the same batch in a vCPU; [`case::differences`] says where they disagree. `tests/` drives this over every instruction form, over
+//! sequences, and runs guests that exercise system behaviour.
+
+pub mod case;
+pub mod generate;
+pub mod layout;
+pub mod native;
+pub mod rng;
