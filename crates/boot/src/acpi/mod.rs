@@ -21,9 +21,8 @@ const OEM_ID: [u8; 6] = *b"RINGER";
 const OEM_TABLE_ID: [u8; 8] = *b"RINGERPC";
 const OEM_REVISION: u32 = 1;
 
-/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11).
+/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11). Clear is 8042: no keyboard (see `dsdt`).
 const LEGACY_DEVICES: u16 = 1 << 0;
-const HAS_8042: u16 = 1 << 1;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 /// Latencies that say: no C2, no C3 (ACPI 6.5, table 5.9).
 const NO_C2: u16 = 101;
@@ -120,7 +119,7 @@ fn fadt(facs: u64, dsdt: u64) -> impl Aml {
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
     fadt.century = pc::RTC_CENTURY;
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT).into();
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | VGA_NOT_PRESENT).into();
     fadt.reset_reg = io(pc::RESET_PORT, 1, AccessSize::ByteAccess);
     fadt.reset_value = pc::RESET_VALUE;
     fadt.finalize()
