@@ -8,6 +8,8 @@
 mod legacy;
 mod long;
 
+pub(crate) use long::stack_from_tss;
+
 use arch::registers::{debug, rflags};
 use arch::state::Activity;
 use arch::{Exception, SegmentRegister, Vector};

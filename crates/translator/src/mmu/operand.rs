@@ -100,6 +100,15 @@ impl Vcpu {
         }
     }
 
+    /// Reads a far pointer in memory: its offset of `size` bytes, then its selector.
+    pub fn read_far_pointer(&mut self, insn: &Instruction, operand: u32, size: usize) -> Result<(u64, u16), Exception> {
+        let address = self.operand_address(insn, operand, size + 2, false)?;
+        let mut data = [0; 10];
+        self.read_linear(address, &mut data[..size + 2], self.context())?;
+        let value = data.iter().take(size + 2).rev().fold(0u128, |value, &byte| value << 8 | u128::from(byte));
+        Ok(((value & ((1 << (8 * size)) - 1)) as u64, (value >> (8 * size)) as u16))
+    }
+
     /// Writes a register or memory operand of up to 8 bytes.
     pub fn write_operand(&mut self, insn: &Instruction, operand: u32, value: u64) -> Result<(), Exception> {
         match insn.op_kind(operand) {

@@ -82,6 +82,15 @@ impl Stack {
         Ok(())
     }
 
+    /// Pushes a selector with a 32-bit operand size: four bytes of stack, of which two are written.
+    pub fn push_selector(&mut self, cpu: &mut Vcpu, selector: u16) -> Result<(), Exception> {
+        let pointer = self.moved(4u64.wrapping_neg());
+        let address = self.address(pointer, 2)?;
+        cpu.write_sized(address, 2, u64::from(selector), self.context)?;
+        self.pointer = pointer;
+        Ok(())
+    }
+
     /// Pushes several values of `size` bytes, the first at the highest address.
     pub fn push_all(&mut self, cpu: &mut Vcpu, size: usize, values: &[u64]) -> Result<(), Exception> {
         values.iter().try_for_each(|&value| self.push(cpu, size, value))
@@ -92,6 +101,25 @@ impl Stack {
         let value = cpu.read_sized(address, size, self.context)?;
         self.pointer = self.moved(size as u64);
         Ok(value)
+    }
+
+    /// Pops `frame.len()` values, the first from the lowest address. With a 64-bit stack they are read at once.
+    pub fn pop_frame(&mut self, cpu: &mut Vcpu, size: usize, frame: &mut [u64]) -> Result<(), Exception> {
+        let length = frame.len() * size;
+        let mut bytes = [0; 40];
+        let Some(bytes) = bytes.get_mut(..length).filter(|_| self.width == 8) else {
+            for value in frame {
+                *value = self.pop(cpu, size)?;
+            }
+            return Ok(());
+        };
+        let address = self.address(self.pointer, length)?;
+        cpu.read_linear(address, bytes, self.context)?;
+        for (value, slot) in frame.iter_mut().zip(bytes.chunks_exact(size)) {
+            *value = slot.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
+        }
+        self.pointer = self.moved(length as u64);
+        Ok(())
     }
 
     /// Takes `bytes` off without reading them.

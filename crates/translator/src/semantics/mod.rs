@@ -5,6 +5,9 @@
 //! function is called. It returns `Ok` after it changed the state (a branch sets `rip`), or a [`Stop`]; with
 //! [`Stop::Fault`] no guest state may have changed, except as the architecture says (REP strings keep their progress).
 
+pub mod segments;
+pub mod transfer;
+
 use iced_x86::Instruction;
 
 use crate::cpu::{Stop, Vcpu};
@@ -23,6 +26,5 @@ pub struct Sensitive {
 
 /// The function for an instruction, if it is a sensitive one.
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
-    let _ = insn;
-    None
+    transfer::lookup(insn).or_else(|| segments::lookup(insn))
 }

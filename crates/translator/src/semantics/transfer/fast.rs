@@ -1,0 +1,79 @@
+//! SYSCALL, SYSRET, SYSENTER, SYSEXIT as Intel processors have them: SYSCALL in 64-bit mode only, SYSENTER in every protected mode.
+
+use arch::registers::{efer, gpr, rflags};
+use arch::{Exception, Segment, SegmentRegister};
+use iced_x86::Instruction;
+
+use crate::cpu::{Stop, Vcpu};
+use crate::mmu::is_canonical;
+
+/// What SYSRET takes from R11.
+const SYSRET_FLAGS: u64 = 0x3c_7fd7;
+
+pub fn syscall(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    if !cpu.code64() || cpu.msrs.efer & efer::SCE == 0 {
+        return Err(Exception::invalid_opcode().into());
+    }
+    cpu.gpr[gpr::RCX] = cpu.rip;
+    cpu.gpr[gpr::R11] = cpu.rflags & !rflags::RF;
+    cpu.rip = cpu.msrs.lstar;
+    cpu.rflags = cpu.rflags & !(cpu.msrs.sfmask | rflags::RF) | rflags::FIXED;
+    let selector = (cpu.msrs.star >> 32) as u16 & !3;
+    load_flat(cpu, selector, selector.wrapping_add(8), true, 0);
+    Ok(())
+}
+
+/// `wide`: with REX.W, to 64-bit code.
+pub fn sysret(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
+    if !cpu.code64() || cpu.msrs.efer & efer::SCE == 0 {
+        return Err(Exception::invalid_opcode().into());
+    }
+    let target = cpu.gpr[gpr::RCX];
+    if cpu.cpl() != 0 || wide && !is_canonical(target) {
+        return Err(Exception::general_protection(0).into());
+    }
+    cpu.rip = if wide { target } else { target & 0xffff_ffff };
+    cpu.rflags = cpu.gpr[gpr::R11] & SYSRET_FLAGS | rflags::FIXED;
+    let base = (cpu.msrs.star >> 48) as u16;
+    let code = if wide { base.wrapping_add(16) } else { base };
+    load_flat(cpu, code | 3, base.wrapping_add(8) | 3, wide, 3);
+    Ok(())
+}
+
+pub fn sysenter(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    let selector = cpu.msrs.sysenter_cs as u16 & !3;
+    if !cpu.protected_mode() || selector == 0 {
+        return Err(Exception::general_protection(0).into());
+    }
+    let long = cpu.long_mode();
+    let mask = if long { u64::MAX } else { 0xffff_ffff };
+    cpu.rflags &= !(rflags::VM | rflags::IF | rflags::RF);
+    cpu.gpr[gpr::RSP] = cpu.msrs.sysenter_esp & mask;
+    cpu.rip = cpu.msrs.sysenter_eip & mask;
+    load_flat(cpu, selector, selector.wrapping_add(8), long, 0);
+    Ok(())
+}
+
+/// `wide`: with REX.W, to 64-bit code.
+pub fn sysexit(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
+    let selector = cpu.msrs.sysenter_cs as u16 & !3;
+    if !cpu.protected_mode() || selector == 0 || cpu.cpl() != 0 {
+        return Err(Exception::general_protection(0).into());
+    }
+    let (target, stack) = (cpu.gpr[gpr::RDX], cpu.gpr[gpr::RCX]);
+    if wide && !(is_canonical(target) && is_canonical(stack)) {
+        return Err(Exception::general_protection(0).into());
+    }
+    let (mask, distance) = if wide { (u64::MAX, 32) } else { (0xffff_ffff, 16) };
+    cpu.gpr[gpr::RSP] = stack & mask;
+    cpu.rip = target & mask;
+    let code = selector.wrapping_add(distance);
+    load_flat(cpu, code | 3, code.wrapping_add(8) | 3, wide, 3);
+    Ok(())
+}
+
+/// CS and SS get fixed contents; no descriptor is read.
+fn load_flat(cpu: &mut Vcpu, code: u16, stack: u16, long: bool, cpl: u8) {
+    cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(code, long, cpl);
+    cpu.segments[SegmentRegister::Ss as usize] = Segment::flat_data(stack, cpl);
+}
