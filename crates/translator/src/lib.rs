@@ -29,6 +29,7 @@ pub mod task;
 pub mod time;
 pub mod tlb;
 pub mod wait;
+pub mod xstate;
 
 pub use cpu::Vcpu;
 

@@ -149,4 +149,11 @@ impl Tlb {
             }
         }
     }
+
+    /// A guest-virtual address that is mapped to a host one. Looks at every entry.
+    pub fn guest_address(&self, host: u64) -> Option<u64> {
+        let entries = self.tables.iter().flat_map(|t| t.filled.iter().map(|&i| &t.entries[i as usize]));
+        let tags = entries.flat_map(|e| [(e.read, e.addend), (e.write, e.addend)]).filter(|t| t.0 != INVALID);
+        tags.map(|(tag, addend)| (tag, host.wrapping_sub(addend))).find(|(tag, va)| va & !0xfff == *tag).map(|t| t.1)
+    }
 }

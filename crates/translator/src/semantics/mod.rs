@@ -5,8 +5,11 @@
 //! function is called. It returns `Ok` after it changed the state (a branch sets `rip`), or a [`Stop`]; with
 //! [`Stop::Fault`] no guest state may have changed, except as the architecture says (REP strings keep their progress).
 
+mod span;
 pub mod segments;
+pub mod string;
 pub mod transfer;
+pub mod xsave;
 
 use iced_x86::Instruction;
 
@@ -26,5 +29,7 @@ pub struct Sensitive {
 
 /// The function for an instruction, if it is a sensitive one.
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
-    transfer::lookup(insn).or_else(|| segments::lookup(insn))
+    string::lookup(insn).or_else(|| xsave::lookup(insn))
+        .or_else(|| transfer::lookup(insn))
+        .or_else(|| segments::lookup(insn))
 }
