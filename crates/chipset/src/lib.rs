@@ -13,11 +13,15 @@
 pub mod bus;
 pub mod clock;
 pub mod constants;
+pub mod i8042;
 pub mod ioapic;
 pub mod irq;
 pub mod pic;
 pub mod pit;
+pub mod power;
+pub mod reset;
 pub mod rtc;
+pub mod serial;
 pub mod timer;
 
 #[cfg(test)]

@@ -1,0 +1,173 @@
+//! The way out of a serial port: a bounded queue, and a thread that writes it to whatever the user connected.
+//!
+//! A vCPU never waits for the sink. When the queue is full, the port keeps its bytes and shows a busy transmitter.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How many bytes may wait for the sink.
+const CAPACITY: usize = 64 << 10;
+
+#[derive(Default)]
+struct Queue {
+    bytes: VecDeque<u8>,
+    /// The thread is writing what it took.
+    writing: bool,
+    /// No more bytes will come.
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// Bytes came, or the port went.
+    more: Condvar,
+    /// The thread has written all it took.
+    written: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for bytes and takes them all. None when there will be no more.
+    fn take(&self) -> Option<Vec<u8>> {
+        let mut queue = self.lock();
+        queue.writing = false;
+        self.written.notify_all();
+        while queue.bytes.is_empty() {
+            if queue.closed {
+                return None;
+            }
+            queue = self.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.writing = true;
+        Some(queue.bytes.drain(..).collect())
+    }
+}
+
+/// The sending end. Dropping it lets the thread write what is left, and end.
+pub struct Output {
+    shared: Arc<Shared>,
+}
+
+impl Output {
+    /// Starts a thread that writes to `sink` and calls `space` whenever the queue has become empty.
+    pub fn start(mut sink: Box<dyn Write + Send>, space: impl Fn() + Send + 'static) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let thread = shared.clone();
+        std::thread::Builder::new().name("serial output".into()).spawn(move || {
+            let mut broken = false;
+            while let Some(bytes) = thread.take() {
+                space();
+                if broken {
+                    continue;
+                }
+                if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
+                    tracing::warn!("serial port output is lost from here on: {error}");
+                    broken = true;
+                }
+            }
+        })?;
+        Ok(Output { shared })
+    }
+
+    /// Takes one byte, unless the queue is full.
+    pub fn push(&self, byte: u8) -> bool {
+        let mut queue = self.shared.lock();
+        if queue.bytes.len() >= CAPACITY {
+            return false;
+        }
+        queue.bytes.push_back(byte);
+        if !queue.writing {
+            self.shared.more.notify_one();
+        }
+        true
+    }
+
+    /// Waits until the sink has taken everything, for at most `patience`. Says whether it has.
+    pub fn drain(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut queue = self.shared.lock();
+        while queue.writing || !queue.bytes.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            queue = self.shared.written.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.more.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A sink that takes a write only when it is let.
+    struct Slow {
+        permits: mpsc::Receiver<()>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+            self.permits.recv().map_err(std::io::Error::other)?;
+            self.written.lock().unwrap().extend(data);
+            Ok(data.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stuck_sink_fills_the_queue_and_no_more() {
+        let (permit, permits) = mpsc::channel();
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let (space, spaces) = mpsc::channel();
+        let sink = Slow { permits, written: written.clone() };
+        let output = Output::start(Box::new(sink), move || space.send(()).unwrap_or_default()).unwrap();
+        assert!(output.push(b'a'));
+        spaces.recv_timeout(PATIENCE).unwrap();
+        (0..CAPACITY).for_each(|_| assert!(output.push(b'b')));
+        assert!(!output.push(b'c'));
+        assert!(!output.drain(Duration::from_millis(1)));
+        permit.send(()).unwrap();
+        permit.send(()).unwrap();
+        assert!(output.drain(PATIENCE));
+        assert_eq!(written.lock().unwrap().len(), 1 + CAPACITY);
+    }
+
+    #[test]
+    fn a_broken_sink_swallows_everything() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let output = Output::start(Box::new(Broken), || ()).unwrap();
+        for _ in 0..10 {
+            assert!(output.push(b'x'));
+            assert!(output.drain(PATIENCE));
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The registers of a 16550A (PC16550D datasheet, section 8), without a clock, a line or a sink.
+
+use std::collections::VecDeque;
+
+use crate::clock::SECOND;
+use crate::constants::SERIAL_CLOCK_HZ;
+
+/// Register offsets.
+const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u64 = 1;
+const INTERRUPT_ID: u64 = 2;
+const LINE_CONTROL: u64 = 3;
+const MODEM_CONTROL: u64 = 4;
+const LINE_STATUS: u64 = 5;
+const MODEM_STATUS: u64 = 6;
+
+/// Interrupt enable.
+const RECEIVED: u8 = 1 << 0;
+const TRANSMITTER_EMPTY: u8 = 1 << 1;
+const LINE: u8 = 1 << 2;
+const MODEM: u8 = 1 << 3;
+
+/// Interrupt identification, from the highest priority to the lowest, and none.
+const ID_LINE: u8 = 0x06;
+const ID_RECEIVED: u8 = 0x04;
+const ID_TIME_OUT: u8 = 0x0c;
+const ID_TRANSMITTER_EMPTY: u8 = 0x02;
+const ID_MODEM: u8 = 0x00;
+const ID_NONE: u8 = 0x01;
+const ID_FIFOS: u8 = 0xc0;
+
+/// FIFO control.
+const FIFO_ENABLE: u8 = 1 << 0;
+const CLEAR_RECEIVER: u8 = 1 << 1;
+const CLEAR_TRANSMITTER: u8 = 1 << 2;
+
+/// Line control.
+const DIVISOR_ACCESS: u8 = 1 << 7;
+
+/// Modem control.
+const DTR: u8 = 1 << 0;
+const RTS: u8 = 1 << 1;
+const OUT1: u8 = 1 << 2;
+const OUT2: u8 = 1 << 3;
+const LOOP: u8 = 1 << 4;
+
+/// Line status.
+const DATA_READY: u8 = 1 << 0;
+const OVERRUN: u8 = 1 << 1;
+const HOLDING_EMPTY: u8 = 1 << 5;
+const ALL_EMPTY: u8 = 1 << 6;
+
+/// Modem status: the inputs. A change of each sets the bit four below; of RI, only its end does.
+const CTS: u8 = 1 << 4;
+const DSR: u8 = 1 << 5;
+const RI: u8 = 1 << 6;
+const DCD: u8 = 1 << 7;
+/// The other end is there and ready.
+const CONNECTED: u8 = CTS | DSR | DCD;
+
+pub const FIFO_SIZE: usize = 16;
+/// A longer time-out would help nobody: no real line is at the other end.
+const LONGEST_TIME_OUT: u64 = 10_000_000;
+
+/// What a write wants from outside.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Effect {
+    None,
+    /// Send this byte, then [`Uart::sent`]; if it can't be sent now, [`Uart::hold`].
+    Transmit(u8),
+}
+
+pub struct Uart {
+    interrupt_enable: u8,
+    fifos: bool,
+    trigger: usize,
+    line_control: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    divisor: u16,
+    overrun: bool,
+    received: VecDeque<u8>,
+    /// Bytes that couldn't be sent yet.
+    held: VecDeque<u8>,
+    /// The transmitter has become empty, and nobody has taken note.
+    empty_interrupt: bool,
+    /// Received bytes below the trigger level have waited too long.
+    time_out: bool,
+}
+
+impl Uart {
+    pub fn new() -> Self {
+        Uart {
+            interrupt_enable: 0,
+            fifos: false,
+            trigger: 1,
+            line_control: 0,
+            modem_control: 0,
+            modem_status: CONNECTED,
+            scratch: 0,
+            divisor: 12,
+            overrun: false,
+            received: VecDeque::with_capacity(FIFO_SIZE),
+            held: VecDeque::new(),
+            empty_interrupt: false,
+            time_out: false,
+        }
+    }
+
+    fn capacity(&self) -> usize {
+        if self.fifos { FIFO_SIZE } else { 1 }
+    }
+
+    pub fn looped(&self) -> bool {
+        self.modem_control & LOOP != 0
+    }
+
+    fn divisor_access(&self) -> bool {
+        self.line_control & DIVISOR_ACCESS != 0
+    }
+
+    pub fn read(&mut self, offset: u64) -> u8 {
+        match offset {
+            DATA if self.divisor_access() => self.divisor as u8,
+            INTERRUPT_ENABLE if self.divisor_access() => (self.divisor >> 8) as u8,
+            DATA => {
+                self.time_out = false;
+                self.received.pop_front().unwrap_or(0)
+            }
+            INTERRUPT_ENABLE => self.interrupt_enable,
+            INTERRUPT_ID => {
+                let id = self.interrupt_id();
+                if id == ID_TRANSMITTER_EMPTY {
+                    self.empty_interrupt = false;
+                }
+                id | if self.fifos { ID_FIFOS } else { 0 }
+            }
+            LINE_CONTROL => self.line_control,
+            MODEM_CONTROL => self.modem_control,
+            LINE_STATUS => {
+                let status = self.line_status();
+                self.overrun = false;
+                status
+            }
+            MODEM_STATUS => {
+                let status = self.modem_status;
+                self.modem_status &= 0xf0;
+                status
+            }
+            _ => self.scratch,
+        }
+    }
+
+    pub fn write(&mut self, offset: u64, value: u8) -> Effect {
+        match offset {
+            DATA if self.divisor_access() => self.divisor = self.divisor & 0xff00 | u16::from(value),
+            INTERRUPT_ENABLE if self.divisor_access() => self.divisor = self.divisor & 0x00ff | u16::from(value) << 8,
+            DATA => return self.write_data(value),
+            INTERRUPT_ENABLE => {
+                let enabled = value & !self.interrupt_enable;
+                self.interrupt_enable = value & 0x0f;
+                if enabled & TRANSMITTER_EMPTY != 0 {
+                    self.empty_interrupt = self.held.is_empty();
+                }
+            }
+            INTERRUPT_ID => self.write_fifo_control(value),
+            LINE_CONTROL => self.line_control = value,
+            MODEM_CONTROL => {
+                self.modem_control = value & 0x1f;
+                self.update_modem_status();
+            }
+            // Line and modem status are for reading (the factory tests aside).
+            LINE_STATUS | MODEM_STATUS => {}
+            _ => self.scratch = value,
+        }
+        Effect::None
+    }
+
+    fn write_data(&mut self, value: u8) -> Effect {
+        self.empty_interrupt = false;
+        if !self.looped() {
+            return Effect::Transmit(value);
+        }
+        self.sent();
+        if self.received.len() < self.capacity() {
+            self.received.push_back(value);
+        } else {
+            // Without FIFOs the new byte takes the place of the old one, with them it is lost.
+            if !self.fifos {
+                self.received.clear();
+                self.received.push_back(value);
+            }
+            self.overrun = true;
+        }
+        Effect::None
+    }
+
+    fn write_fifo_control(&mut self, value: u8) {
+        let fifos = value & FIFO_ENABLE != 0;
+        let switched = fifos != self.fifos;
+        self.fifos = fifos;
+        // The other bits count only while bit 0 is set.
+        let value = if fifos { value } else { 0 };
+        self.trigger = [1, 4, 8, 14][usize::from(value >> 6)];
+        if switched || value & CLEAR_RECEIVER != 0 {
+            self.received.clear();
+            self.time_out = false;
+        }
+        if (switched || value & CLEAR_TRANSMITTER != 0) && !self.held.is_empty() {
+            self.held.clear();
+            self.sent();
+        }
+    }
+
+    /// Follows the modem inputs, which are the outputs while looped.
+    fn update_modem_status(&mut self) {
+        let wires = [(RTS, CTS), (DTR, DSR), (OUT1, RI), (OUT2, DCD)];
+        let looped = wires.iter().filter(|(out, _)| self.modem_control & out != 0).map(|(_, input)| input).sum();
+        let inputs: u8 = if self.looped() { looped } else { CONNECTED };
+        let before = self.modem_status & 0xf0;
+        let changed = inputs ^ before;
+        let noted = changed & !(RI & inputs);
+        self.modem_status = inputs | self.modem_status & 0x0f | noted >> 4;
+    }
+
+    fn line_status(&self) -> u8 {
+        let mut status = 0;
+        if !self.received.is_empty() {
+            status |= DATA_READY;
+        }
+        if self.overrun {
+            status |= OVERRUN;
+        }
+        if self.held.is_empty() {
+            status |= HOLDING_EMPTY | ALL_EMPTY;
+        }
+        status
+    }
+
+    fn interrupt_id(&self) -> u8 {
+        let enabled = |bit| self.interrupt_enable & bit != 0;
+        if enabled(LINE) && self.overrun {
+            ID_LINE
+        } else if enabled(RECEIVED) && self.received.len() >= self.trigger {
+            ID_RECEIVED
+        } else if enabled(RECEIVED) && self.time_out {
+            ID_TIME_OUT
+        } else if enabled(TRANSMITTER_EMPTY) && self.empty_interrupt {
+            ID_TRANSMITTER_EMPTY
+        } else if enabled(MODEM) && self.modem_status & 0x0f != 0 {
+            ID_MODEM
+        } else {
+            ID_NONE
+        }
+    }
+
+    /// The level of the interrupt line. On a PC, OUT2 connects it; in loop mode OUT2 is off.
+    pub fn interrupt(&self) -> bool {
+        self.interrupt_id() != ID_NONE && self.modem_control & (OUT2 | LOOP) == OUT2
+    }
+
+    /// The byte has left: the transmitter is empty.
+    pub fn sent(&mut self) {
+        self.empty_interrupt = true;
+    }
+
+    /// The byte can't leave yet. Beyond what the transmitter holds, bytes are lost.
+    pub fn hold(&mut self, byte: u8) {
+        if self.held.len() < self.capacity() {
+            self.held.push_back(byte);
+        }
+    }
+
+    pub fn holds_back(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Lets go of held bytes, as many as `send` takes.
+    pub fn release(&mut self, send: impl Fn(u8) -> bool) {
+        while let Some(&byte) = self.held.front() {
+            if !send(byte) {
+                return;
+            }
+            self.held.pop_front();
+            if self.held.is_empty() {
+                self.sent();
+            }
+        }
+    }
+
+    /// How many bytes the receiver can take. In loop mode it is off the line.
+    pub fn room(&self) -> usize {
+        if self.looped() { 0 } else { self.capacity().saturating_sub(self.received.len()) }
+    }
+
+    /// Bytes come in. Returns how many there was room for.
+    pub fn receive(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.room());
+        self.received.extend(bytes.iter().take(taken));
+        if taken > 0 {
+            self.time_out = false;
+        }
+        taken
+    }
+
+    /// Whether bytes wait below the trigger level, to be told of after [`time_out_after`](Self::time_out_after).
+    pub fn awaits_time_out(&self) -> bool {
+        self.fifos && !self.time_out && (1..self.trigger).contains(&self.received.len())
+    }
+
+    /// Four character times, in nanoseconds.
+    pub fn time_out_after(&self) -> u64 {
+        // Start bit, 5 to 8 data bits, parity if enabled, one or two stop bits.
+        let bits = 7
+            + u64::from(self.line_control & 3)
+            + u64::from(self.line_control >> 3 & 1)
+            + u64::from(self.line_control >> 2 & 1);
+        let ticks = 4 * bits * 16 * u64::from(self.divisor.max(1));
+        (ticks * SECOND / u64::from(SERIAL_CLOCK_HZ)).min(LONGEST_TIME_OUT)
+    }
+
+    /// The time is out.
+    pub fn set_time_out(&mut self) {
+        if self.awaits_time_out() {
+            self.time_out = true;
+        }
+    }
+}
