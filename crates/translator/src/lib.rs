@@ -20,12 +20,18 @@ pub mod cpu;
 pub mod deliver;
 pub mod descriptor;
 pub mod entry;
+pub mod events;
+pub mod flush;
+pub mod host;
+pub mod interrupts;
 pub mod mmu;
 pub mod phys;
 pub mod run;
 pub mod semantics;
 pub mod shared;
 pub mod task;
+#[cfg(test)]
+mod testing;
 pub mod time;
 pub mod tlb;
 pub mod wait;
@@ -38,4 +44,6 @@ pub use cpu::Vcpu;
 pub struct Config {
     /// How many vCPUs the machine will have, 1 or more.
     pub cpus: u32,
+    /// Which processor they are.
+    pub model: arch::cpuid::Model,
 }

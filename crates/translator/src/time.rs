@@ -1,4 +1,187 @@
-//! Virtual time (being written).
+//! Virtual time: the guest's time-stamp counter and everything that is derived from it.
+//!
+//! The guest's counter is the host's plus an offset, at the host's frequency: it reads about 0 when the machine is made,
+//! all vCPUs agree, and it never stops, however the host schedules us. A vCPU sees it plus its own IA32_TSC_ADJUST. Where
+//! the host's counter is not invariant, the guest's is CLOCK_MONOTONIC, scaled to the nominal frequency.
+//!
+//! [`KvmClock`] is what the guest needs to turn the counter into nanoseconds by itself (Linux
+//! `Documentation/virt/kvm/x86/msr.rst`, MSR_KVM_SYSTEM_TIME_NEW).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::host;
+
+const NS: u64 = 1_000_000_000;
+
 /// The clocks all vCPUs share.
-#[derive(Default)]
-pub struct Time;
+pub struct Time {
+    host: host::HostTsc,
+    /// Added to the host's counter.
+    offset: AtomicU64,
+    /// 2^32 * 10^9 / hz
+    ns_per_tick: u64,
+}
+
+impl Default for Time {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Time {
+    /// Time that begins now. The first call in a process measures the host's frequency (2 to 30 ms).
+    pub fn new() -> Self {
+        Self::with_host(host::tsc())
+    }
+
+    fn with_host(host: host::HostTsc) -> Self {
+        let ns_per_tick = ((u128::from(NS) << 32) / u128::from(host.hz)) as u64;
+        let time = Time { host, offset: AtomicU64::new(0), ns_per_tick };
+        time.set_tsc(0);
+        time
+    }
+
+    /// Ticks of the guest's counter a second.
+    pub fn tsc_hz(&self) -> u64 {
+        self.host.hz
+    }
+
+    pub fn tsc_khz(&self) -> u32 {
+        (self.host.hz / 1000).min(u64::from(u32::MAX)) as u32
+    }
+
+    /// What RDTSC must add to the host's counter, if that is all there is to do.
+    pub fn tsc_offset(&self) -> Option<u64> {
+        self.host.invariant.then(|| self.offset.load(Ordering::Relaxed))
+    }
+
+    fn host_ticks(&self) -> u64 {
+        if self.host.invariant {
+            host::rdtsc()
+        } else {
+            (u128::from(host::monotonic_ns()) * u128::from(self.host.hz) / u128::from(NS)) as u64
+        }
+    }
+
+    /// The guest's counter, before IA32_TSC_ADJUST.
+    pub fn tsc(&self) -> u64 {
+        self.host_ticks().wrapping_add(self.offset.load(Ordering::Relaxed))
+    }
+
+    /// Makes the counter read `value` now (a restored machine continues where it was).
+    pub fn set_tsc(&self, value: u64) {
+        self.offset.store(value.wrapping_sub(self.host_ticks()), Ordering::Relaxed);
+    }
+
+    /// Ticks to nanoseconds, rounded down.
+    pub fn ticks_to_ns(&self, ticks: u64) -> u64 {
+        (u128::from(ticks) * u128::from(self.ns_per_tick) >> 32) as u64
+    }
+
+    /// Nanoseconds to ticks, rounded up.
+    pub fn ns_to_ticks(&self, ns: u64) -> u64 {
+        let ticks = (u128::from(ns) * u128::from(self.host.hz)).div_ceil(u128::from(NS));
+        ticks.min(u128::from(u64::MAX)) as u64
+    }
+
+    /// Nanoseconds from now until the counter reads `tsc`; 0 if that is past.
+    pub fn ns_until(&self, tsc: u64) -> u64 {
+        // One more, as rounding down would wake us just before.
+        match tsc.saturating_sub(self.tsc()) {
+            0 => 0,
+            ticks => self.ticks_to_ns(ticks).saturating_add(1),
+        }
+    }
+
+    /// The contents of the clock structure of a vCPU with that IA32_TSC_ADJUST.
+    pub fn kvm_clock(&self, tsc_adjust: u64) -> KvmClock {
+        // ns = ((ticks << shift) * mul) >> 32. The shift that leaves `mul` its top bit is the most precise.
+        let hz = u128::from(self.host.hz);
+        let mul = |shift: i8| {
+            let ns = u128::from(NS) << 32;
+            if shift < 0 { (ns << shift.unsigned_abs()) / hz } else { (ns >> shift) / hz }
+        };
+        let shift = (-31..=31).find(|&s| mul(s) <= u128::from(u32::MAX)).unwrap_or(31);
+        KvmClock { tsc_timestamp: tsc_adjust, mul: mul(shift).min(u128::from(u32::MAX)) as u32, shift }
+    }
+
+    /// The wall clock, in nanoseconds since 1970, when the guest's counter read 0.
+    pub fn boot_wall_ns(&self) -> u64 {
+        host::realtime_ns().saturating_sub(self.ticks_to_ns(self.tsc()))
+    }
+}
+
+/// How the guest turns its counter into nanoseconds since the machine was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvmClock {
+    /// What the vCPU's counter read when the clock read 0.
+    pub tsc_timestamp: u64,
+    pub mul: u32,
+    pub shift: i8,
+}
+
+impl KvmClock {
+    /// The structure `pvclock_vcpu_time_info` without its version.
+    pub fn encode(&self) -> [u8; 28] {
+        /// All vCPUs' counters agree, so that readings on different vCPUs may be compared.
+        const TSC_STABLE: u8 = 1 << 0;
+        let mut out = [0; 28];
+        let (timestamp, mul) = (self.tsc_timestamp.to_le_bytes(), self.mul.to_le_bytes());
+        out[4..12].copy_from_slice(&timestamp);
+        // 12..20: system_time, the reading at `tsc_timestamp`: 0
+        out[20..24].copy_from_slice(&mul);
+        out[24] = self.shift as u8;
+        out[25] = TSC_STABLE;
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::HostTsc;
+
+    fn at(hz: u64) -> Time {
+        Time::with_host(HostTsc { hz, invariant: false })
+    }
+
+    #[test]
+    fn guest_time_starts_near_zero_and_follows_the_host() {
+        let time = Time::new();
+        let start = std::time::Instant::now();
+        assert!(time.ticks_to_ns(time.tsc()) < 1_000_000_000);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let (guest, host) = (time.ticks_to_ns(time.tsc()) as i64, start.elapsed().as_nanos() as i64);
+        assert!((guest - host).abs() < 1_000_000, "{guest} and {host}");
+    }
+
+    #[test]
+    fn a_guest_computes_nanoseconds_from_the_clock_structure() {
+        for hz in [100_000_000, 999_999_000, 1_000_000_000, 2_000_000_000, 2_599_998_000, 5_700_000_000] {
+            let clock = at(hz).kvm_clock(7);
+            let ticks = u128::from(hz) * 3600;
+            let shifted = if clock.shift < 0 { ticks >> -clock.shift } else { ticks << clock.shift };
+            let ns = shifted * u128::from(clock.mul) >> 32;
+            assert!(ns.abs_diff(3_600_000_000_000) < 10_000, "{hz}: {ns}");
+            assert_eq!(clock.tsc_timestamp, 7);
+        }
+    }
+
+    #[test]
+    fn a_deadline_is_past_when_the_time_until_it_is_over() {
+        let time = at(2_599_998_000);
+        for ns in [1, 999, 1_000_000, 86_400_000_000_000] {
+            let ticks = time.ns_to_ticks(ns);
+            assert!(time.ticks_to_ns(ticks) + 1 >= ns);
+            assert!(time.ns_until(time.tsc() + ticks) <= ns + 1);
+        }
+        assert_eq!(time.ns_until(0), 0);
+    }
+
+    #[test]
+    fn a_restored_counter_goes_on_from_its_value() {
+        let time = at(1_000_000_000);
+        time.set_tsc(1 << 50);
+        assert!((1 << 50..(1 << 50) + 1_000_000_000).contains(&time.tsc()));
+    }
+}

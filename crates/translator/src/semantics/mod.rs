@@ -5,9 +5,17 @@
 //! function is called. It returns `Ok` after it changed the state (a branch sets `rip`), or a [`Stop`]; with
 //! [`Stop::Fault`] no guest state may have changed, except as the architecture says (REP strings keep their progress).
 
+pub mod control;
+pub mod cpuid;
+pub mod debug_registers;
+pub mod flags;
+pub mod misc;
+pub mod msr;
+pub mod port_io;
 mod span;
 pub mod segments;
 pub mod string;
+pub mod tables;
 pub mod transfer;
 pub mod xsave;
 
@@ -32,4 +40,12 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
     string::lookup(insn).or_else(|| xsave::lookup(insn))
         .or_else(|| transfer::lookup(insn))
         .or_else(|| segments::lookup(insn))
+        .or_else(|| control::lookup(insn))
+        .or_else(|| debug_registers::lookup(insn))
+        .or_else(|| tables::lookup(insn))
+        .or_else(|| flags::lookup(insn))
+        .or_else(|| msr::lookup(insn))
+        .or_else(|| cpuid::lookup(insn))
+        .or_else(|| port_io::lookup(insn))
+        .or_else(|| misc::lookup(insn))
 }

@@ -1,0 +1,152 @@
+//! What happens between instructions: INIT and start-up, debug traps, NMIs, interrupts, in the order of Intel SDM 3A
+//! table 6-2; and sleeping while halted.
+//!
+//! The requests NMI and INTERRUPT stay set for as long as something is pending that can't be taken yet (blocked, RFLAGS.IF
+//! clear, interrupt shadow), so that one look at the word tells code that enables interrupts whether to leave. The poll
+//! word, which interrupts running code, is set only when something new comes.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use arch::Exception;
+use arch::registers::{gpr, rflags};
+use arch::state::{Activity, Segment, SegmentRegister};
+
+use crate::Vcpu;
+use crate::cpu::Stop;
+use crate::deliver::{Event, deliver};
+use crate::shared::request;
+
+/// Where a pending interrupt's vector comes from.
+enum Pending {
+    Apic(u8),
+    /// The 8259 pair.
+    External,
+}
+
+impl Vcpu {
+    fn requests(&self) -> u32 {
+        self.shared.requests.load(Ordering::SeqCst)
+    }
+
+    /// Clears request bits; true if any of them was set.
+    fn take_request(&self, bits: u32) -> bool {
+        self.shared.requests.fetch_and(!bits, Ordering::SeqCst) & bits != 0
+    }
+
+    /// Whether [`Vcpu::take_events`] may have something to do now.
+    #[inline]
+    pub fn event_deliverable(&self) -> bool {
+        let requests = self.shared.requests.load(Ordering::Relaxed);
+        requests & (request::TIMER | request::INIT | request::SIPI) != 0
+            || self.pending_debug != 0 && !self.debug_shadow
+            || !self.interrupt_shadow
+                && (requests & request::NMI != 0 && !self.nmi_blocked
+                    || requests & request::INTERRUPT != 0 && self.rflags & rflags::IF != 0)
+    }
+
+    /// Takes what is pending and may be taken between two instructions.
+    pub fn take_events(&mut self) -> Result<(), Stop> {
+        if self.take_request(request::TIMER) {
+            self.host_timer_fired();
+        }
+        self.take_startup();
+        if self.activity == Activity::WaitForSipi {
+            return Ok(());
+        }
+        if self.pending_debug != 0 && !self.debug_shadow {
+            let bits = std::mem::take(&mut self.pending_debug);
+            deliver(self, Event::Exception(Exception::debug(bits)))?;
+        }
+        if !self.interrupt_shadow {
+            if !self.nmi_blocked && self.take_request(request::NMI) {
+                deliver(self, Event::Nmi)?;
+            }
+            self.take_interrupt()?;
+        }
+        Ok(())
+    }
+
+    fn take_interrupt(&mut self) -> Result<(), Stop> {
+        if self.rflags & rflags::IF == 0 || !self.take_request(request::INTERRUPT) {
+            return Ok(());
+        }
+        let vector = match self.pending_interrupt() {
+            None => return Ok(()),
+            Some(Pending::Apic(vector)) => {
+                self.shared.apic.acknowledge(vector);
+                vector
+            }
+            Some(Pending::External) => {
+                self.shared.apic.take_extint();
+                self.machine.bus().acknowledge_pic()
+            }
+        };
+        // What else is pending waits for the next chance; what comes from now on asks for itself.
+        if self.pending_interrupt().is_some() {
+            self.shared.requests.fetch_or(request::INTERRUPT, Ordering::SeqCst);
+        }
+        deliver(self, Event::Interrupt(vector))
+    }
+
+    fn pending_interrupt(&self) -> Option<Pending> {
+        let apic = &self.shared.apic;
+        // The 8259's output is wired to the bootstrap processor.
+        let pic = self.id == 0 && self.machine.pic_asserted.load(Ordering::SeqCst) != 0 && apic.accepts_pic();
+        if pic || apic.extint() { Some(Pending::External) } else { apic.deliverable().map(Pending::Apic) }
+    }
+
+    /// INIT and the start-up IPI (Intel SDM 3A 9.4.2).
+    fn take_startup(&mut self) {
+        if self.requests() & (request::INIT | request::SIPI) == 0 {
+            return;
+        }
+        if self.take_request(request::INIT) {
+            self.init_state();
+            self.shared.apic.reset();
+            let signature = self.cpuid(1, 0).eax;
+            self.gpr[gpr::RDX] = u64::from(signature);
+            self.activity = if self.shared.apic.bootstrap() { Activity::Running } else { Activity::WaitForSipi };
+        }
+        // Where no INIT came before, a start-up IPI is ignored.
+        if self.take_request(request::SIPI) && self.activity == Activity::WaitForSipi {
+            let vector = self.shared.sipi_vector.load(Ordering::SeqCst);
+            let selector = u16::from(vector) << 8;
+            self.segments[SegmentRegister::Cs as usize] = Segment::real_mode(selector, true);
+            self.rip = 0;
+            self.activity = Activity::Running;
+        }
+    }
+
+    /// The requests that end a halt: those that change something for a processor in this state.
+    fn waking_requests(&self) -> u32 {
+        let always = request::STOP | request::INVALIDATE | request::TIMER | request::INIT;
+        if self.activity == Activity::WaitForSipi {
+            return always | request::SIPI;
+        }
+        let nmi = if self.nmi_blocked { 0 } else { request::NMI };
+        let interrupt = if self.rflags & rflags::IF != 0 { request::INTERRUPT } else { 0 };
+        always | nmi | interrupt
+    }
+
+    /// Sleeps while halted or waiting for a start-up IPI, until a request comes that matters.
+    pub fn halt(&mut self) {
+        // The shadow of STI covered the HLT itself.
+        self.interrupt_shadow = false;
+        self.debug_shadow = false;
+        loop {
+            self.poll_apic_timer();
+            let waking = self.waking_requests();
+            let awaited = |requests: u32| requests & waking != 0;
+            if awaited(self.requests()) || self.pending_debug != 0 {
+                return;
+            }
+            let timeout = self.apic_timer_remaining().map(Duration::from_nanos);
+            let shared = &self.shared;
+            shared.parker.park(timeout, || awaited(shared.requests.load(Ordering::SeqCst)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

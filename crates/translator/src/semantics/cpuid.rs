@@ -1,0 +1,48 @@
+//! CPUID, answered from the machine's [`CpuModel`]; the processor's own is never executed while a guest runs.
+
+use arch::cpuid::{CpuModel, Dynamic, EngineFeatures, Error, FeatureSet, Leaf, capabilities};
+use arch::registers::gpr;
+use iced_x86::{Instruction, Mnemonic};
+
+use super::Sensitive;
+use crate::cpu::{Stop, Vcpu};
+use crate::{Config, host, mmu};
+
+/// The processor that a machine's vCPUs are, on this host.
+pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
+    let engine = EngineFeatures {
+        implements: FeatureSet::system(),
+        declines: FeatureSet::EMPTY,
+        host_xcr0: host::xcr0(),
+        physical_bits: mmu::PHYSICAL_ADDRESS_BITS as u8,
+        arch_capabilities: capabilities::TRANSLATED,
+    };
+    CpuModel::new(config.model, &host::cpuid, &engine, config.cpus, tsc_khz)
+}
+
+pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
+    (insn.mnemonic() == Mnemonic::Cpuid).then_some(Sensitive { exec: cpuid, ends_block: false, fp: false })
+}
+
+impl Vcpu {
+    /// What CPUID shows this vCPU now.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32) -> Leaf {
+        let state = Dynamic {
+            apic_id: self.id,
+            apic_enabled: self.apic_base() & crate::apic::base::ENABLE != 0,
+            cr4: self.cr4,
+            xcr0: self.xcr0,
+            xss: self.msrs.xss,
+        };
+        self.machine.cpuid.leaf(leaf, subleaf, &state)
+    }
+}
+
+fn cpuid(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    let leaf = cpu.cpuid(cpu.gpr[gpr::RAX] as u32, cpu.gpr[gpr::RCX] as u32);
+    cpu.gpr[gpr::RAX] = u64::from(leaf.eax);
+    cpu.gpr[gpr::RBX] = u64::from(leaf.ebx);
+    cpu.gpr[gpr::RCX] = u64::from(leaf.ecx);
+    cpu.gpr[gpr::RDX] = u64::from(leaf.edx);
+    Ok(())
+}
