@@ -1,11 +1,11 @@
 //! Direct kernel boot: what a boot loader and firmware would have left in memory when the kernel starts.
 //!
 //! [`load`] is all of it. It opens the kernel, tells by its header what it is, and lays into RAM
-//! - the kernel: a bzImage by the 64-bit boot protocol ([`bzimage`]) or an ELF image by its PVH entry ([`pvh`]),
-//! - the initial RAM disk, as high as kernel and RAM allow ([`initrd`]),
+//! - the kernel: a bzImage by the 64-bit boot protocol (`bzimage`) or an ELF image by its PVH entry (`pvh`),
+//! - the initial RAM disk, as high as kernel and RAM allow (`initrd`),
 //! - what the firmware tells: the memory map ([`layout`]), ACPI tables ([`acpi`]), SMBIOS tables ([`smbios`]),
 //!
-//! and returns the state in which the boot processor enters the kernel ([`entry`]). Files are checked before
+//! and returns the state in which the boot processor enters the kernel (`entry`). Files are checked before
 //! anything is written, read piecewise straight into guest memory, and never trusted: every number in a header is
 //! held against the size of the file and of RAM.
 //!

@@ -262,3 +262,18 @@ fn cr4_bits_follow_features() {
     assert_eq!(all & (cr4::PKE | cr4::SMAP | cr4::OSXSAVE | cr4::LA57), cr4::PKE | cr4::SMAP | cr4::OSXSAVE);
     assert_eq!(model(Model::V2, 1).cr4_mask() & (cr4::OSXSAVE | cr4::PKE), 0);
 }
+
+#[test]
+fn amd_processors_read_zero_where_there_is_no_leaf_and_mirror_basic_features() {
+    let amd = |leaf, subleaf| match leaf {
+        0 => Leaf { eax: 0x10, ebx: leaves::AMD.0, ecx: leaves::AMD.2, edx: leaves::AMD.1 },
+        4 => Leaf::default(),
+        _ => host(leaf, subleaf),
+    };
+    let cpu = CpuModel::new(Model::Host, &amd, &engine(), 3, 2_000_000).unwrap();
+    assert_eq!(cpu.leaf(0x1000, 0, &state()), Leaf::default());
+    assert_eq!(cpu.leaf(0x8000_0022, 0, &state()), Leaf::default());
+    assert_eq!(cpu.leaf(0x8000_0001, 0, &state()).edx & 0x3ff, cpu.leaf(1, 0, &state()).edx & 0x3ff);
+    let sizes = cpu.leaf(0x8000_0008, 0, &state());
+    assert_eq!((sizes.ebx, sizes.ecx), (capabilities::AMD_BTC_NO, 2 | 2 << 12));
+}

@@ -1,6 +1,6 @@
 //! ACPI tables: how a system learns what the machine has (ACPI specification 6.5).
 //!
-//! [`tables`] lays them out one behind the other from [`layout::ACPI`], RSDP first, and [`write`] puts them there. The
+//! [`tables`] lays them out one behind the other from [`layout::ACPI`], RSDP first, and [`write()`] puts them there. The
 //! machine starts in ACPI mode: there is no SMI command port. Addresses and interrupt lines are `chipset`'s.
 
 mod dsdt;
