@@ -16,6 +16,7 @@ pub mod constants;
 pub mod i8042;
 pub mod ioapic;
 pub mod irq;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod power;
@@ -27,11 +28,16 @@ pub mod timer;
 #[cfg(test)]
 mod testing;
 
+mod chipset;
+
 use std::io::Write;
 use std::sync::Arc;
 
 pub use bus::{Device, DeviceBus};
+pub use chipset::Chipset;
 pub use clock::{Clock, HostClock};
+pub use irq::InterruptLine;
+pub use serial::Serial;
 
 /// Why a chipset could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +46,12 @@ pub enum Error {
     Occupied { bus: &'static str, first: u64, last: u64 },
     #[error("{length:#x} addresses from {first:#x} don't fit on the {bus} bus")]
     BadRange { bus: &'static str, first: u64, length: u64 },
+    #[error("PCI slot {device:02x}.{function} is taken or doesn't exist")]
+    PciSlot { device: u8, function: u8 },
+    #[error("base address register {index} can't decode {size:#x} addresses")]
+    BadBar { index: usize, size: u64 },
+    #[error("there is no room for PCI capability {id:#04x}")]
+    CapabilitiesFull { id: u8 },
     #[error("can't start the thread for {what}: {source}")]
     Thread { what: &'static str, source: std::io::Error },
 }
@@ -62,62 +74,4 @@ pub struct ChipsetConfig {
     /// Where serial ports COM1 to COM4 send what the guest writes; no port where there is none. Blocking is no harm: each
     /// has a thread of its own.
     pub serial: [Option<Box<dyn Write + Send>>; 4],
-}
-
-/// The devices of one machine.
-pub struct Chipset {
-    ports: Arc<DeviceBus>,
-    memory: Arc<DeviceBus>,
-    timers: timer::Timers,
-}
-
-impl Chipset {
-    /// Puts a chipset together, in power-on state. It raises interrupts through `interrupts` and reports what the guest
-    /// asks of the machine to `power`.
-    pub fn new(
-        config: ChipsetConfig,
-        interrupts: Arc<dyn engine::Interrupts>,
-        power: Arc<dyn PowerEvents>,
-    ) -> Result<Arc<Self>, Error> {
-        let timers =
-            timer::Timers::start(config.clock.clone()).map_err(|source| Error::Thread { what: "timers", source })?;
-        let _ = (interrupts, power);
-        Ok(Arc::new(Chipset { ports: Arc::new(DeviceBus::ports()), memory: Arc::new(DeviceBus::memory()), timers }))
-    }
-
-    /// Puts all devices into their power-on state. No vCPU may be running.
-    pub fn reset(&self) {}
-
-    /// Stops the timers: while the vCPUs are paused, no device ticks.
-    pub fn pause(&self) {
-        self.timers.pause();
-    }
-
-    pub fn resume(&self) {
-        self.timers.resume();
-    }
-}
-
-impl engine::Bus for Chipset {
-    fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.memory.read(address, data);
-    }
-
-    fn mmio_write(&self, address: u64, data: &[u8]) {
-        self.memory.write(address, data);
-    }
-
-    fn pio_read(&self, port: u16, data: &mut [u8]) {
-        self.ports.read(port.into(), data);
-    }
-
-    fn pio_write(&self, port: u16, data: &[u8]) {
-        self.ports.write(port.into(), data);
-    }
-
-    fn acknowledge_pic(&self) -> u8 {
-        0xff
-    }
-
-    fn end_of_interrupt(&self, _vector: u8) {}
 }

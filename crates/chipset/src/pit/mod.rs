@@ -111,7 +111,7 @@ impl Pit {
 
     fn read_port_b(&self, state: &State, now: u64) -> u8 {
         let counter = &state.channels[2];
-        let refresh = (self.clock.now() / REFRESH & 1) as u8;
+        let refresh = ((self.clock.now() / REFRESH) & 1) as u8;
         state.port_b | u8::from(counter.gate()) | refresh << 4 | u8::from(counter.output(now)) << 5
     }
 }

@@ -254,7 +254,7 @@ impl State {
 
     /// A number below 100 as cells hold it: binary or BCD.
     fn encode(&self, value: u8) -> u8 {
-        if self.cell(REGISTER_B) & BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.cell(REGISTER_B) & BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
