@@ -1,9 +1,9 @@
 //! A machine: RAM, an engine's vCPUs, a chipset and what is booted on them, put together and run.
 //!
 //! The data flow to follow: [`Machine::new`] takes RAM and an engine (made by [`select_engine`]), wires the chipset to
-//! the engine's interrupts and the vCPUs to the chipset's bus. [`Machine::run`] loads the kernel, puts the first vCPU
-//! at its entry, gives each vCPU a host thread and waits for all of them to leave; [`run_control`] says when they do.
-//! After a reset it starts over with the same parts, after all else it returns.
+//! the engine's interrupts and the vCPUs to the chipset's bus, loads the kernel and puts the first vCPU at its entry.
+//! [`Machine::run`] gives each vCPU a host thread and waits for all of them to leave; [`run_control`] says when they
+//! do. After a reset it resets and loads the same parts again, after all else it returns.
 #![forbid(unsafe_code)]
 
 mod engines;
@@ -82,7 +82,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Wires a machine together; nothing runs yet. `engine` must run on `ram`.
+    /// Wires a machine together and loads what it boots; nothing runs yet. `engine` must run on `ram`.
     pub fn new(config: Config, ram: Ram, engine: &dyn Engine) -> Result<Self, Error> {
         let (cpus, boot) = (config.boot.cpus, config.boot);
         let loader = Box::new(move |ram: &Ram| boot::load(ram, &boot));
@@ -105,7 +105,10 @@ impl Machine {
         )?;
         let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
         control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());
-        Ok(Machine { ram, vcpus, chipset, control, loader, no_reboot })
+        let mut machine = Machine { ram, vcpus, chipset, control, loader, no_reboot };
+        // At once, so that what can't be booted is known before anything is said or done.
+        machine.load()?;
+        Ok(machine)
     }
 
     /// What other threads need to influence the machine while it runs.
@@ -113,10 +116,9 @@ impl Machine {
         Handle { control: self.control.clone(), chipset: self.chipset.clone() }
     }
 
-    /// Boots, and runs until the guest or the user ends it.
+    /// Runs until the guest or the user ends it, over as many resets as the guest asks for. To be called once.
     pub fn run(&mut self) -> Result<Outcome, Error> {
         loop {
-            self.load()?;
             self.execute()?;
             // What the guest wrote last is to be seen before the machine is gone.
             self.chipset.flush();
@@ -125,7 +127,10 @@ impl Machine {
                 Some(Request::Reset) if self.no_reboot => return Ok(Outcome::Reset),
                 Some(Request::End) => return Ok(Outcome::Ended),
                 Some(Request::Failed(why)) => return Err(Error::Vcpu(why)),
-                Some(Request::Reset) | None => self.chipset.reset(),
+                Some(Request::Reset) | None => {
+                    self.chipset.reset();
+                    self.load()?;
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use arch::cpuid::Model;
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
@@ -13,7 +14,7 @@ Examples:
   ringer run                                     Debian's kernel and a busybox shell
   ringer run --cpus 2 --memory 2G                the same on a larger machine
   ringer run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
-  echo 'uname -a' | ringer run --no-reboot | tee log
+  printf 'uname -a\\npoweroff -f\\n' | ringer run >log
 
 Exit status: 0 the guest powered off, was reset under --no-reboot, or was ended by Ctrl-a x;
 1 the monitor failed; 2 the command line is wrong.";
@@ -42,10 +43,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODEL", default_value = "host")]
     pub cpu: Model,
     /// Number of processors
-    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
+    #[arg(long, value_name = "N", default_value = "1", allow_hyphen_values = true, value_parser = cpus)]
     pub cpus: u32,
     /// RAM, with unit: 512M, 2G
-    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", value_parser = memory)]
+    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", allow_hyphen_values = true, value_parser = memory)]
     pub memory: u64,
     /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: Debian's, fetched once by apt
     #[arg(long, value_name = "FILE")]
@@ -81,7 +82,10 @@ pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<
         if !error.use_stderr() {
             return if error.print().is_ok() { 0 } else { 1 };
         }
-        eprintln!("ringer: {}", one_line(&error.to_string()));
+        match error.kind() {
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => eprint!("{error}"),
+            _ => eprintln!("ringer: {}", one_line(&error.to_string())),
+        }
         2
     })
 }

@@ -29,13 +29,18 @@ pub fn main() -> ExitCode {
     };
     let Command::Run(args) = cli.command;
     start_logging(args.verbose);
-    let result = signals::install().map_err(run::Error::Signals).and_then(|()| run::run(args));
+    // The panic hook has reported a panic by the time it arrives here.
+    let result = std::panic::catch_unwind(|| {
+        signals::install().map_err(run::Error::Signals)?;
+        run::run(args)
+    });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("ringer: {error}");
             ExitCode::FAILURE
         }
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

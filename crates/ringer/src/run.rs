@@ -45,12 +45,11 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     let boot = boot_config(&args)?;
     let ram = Ram::new(args.memory)?;
     let selection = select_engine(args.accel, &ram, args.cpus, args.cpu)?;
-    eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
-
     let link = Arc::new(Link::default());
     let config =
         Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], no_reboot: args.no_reboot };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
+    eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     let _ = link.machine.set(machine.handle());
     let raw = match args.serial {
         Serial::Stdio => attach_stdin(machine.handle())?,

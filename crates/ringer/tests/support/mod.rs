@@ -1,0 +1,194 @@
+//! What the tests of whole machines share: guests that run a script, and processes that can't hang a test.
+
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use ringer::guest::{self, Guest, initramfs::Initramfs};
+
+/// What a machine may take, on a busy host, for whatever a test asks of it.
+pub const LONG: Duration = Duration::from_secs(180);
+
+/// Machines run one at a time: tests have as many threads as the host has processors, and so has a machine.
+pub fn one_machine_at_a_time() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn cache() -> PathBuf {
+    guest::cache_directory().expect("HOME is set")
+}
+
+/// The default guest, fetched on first use.
+pub fn default_guest() -> &'static Guest {
+    static GUEST: OnceLock<Guest> = OnceLock::new();
+    GUEST.get_or_init(|| Guest::get(&cache()).expect("Debian's kernel and busybox can be fetched"))
+}
+
+pub fn ringer() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_ringer"))
+}
+
+/// How a process ended and what it wrote.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// A process that is killed when the test ends before it does.
+pub struct Process {
+    pub child: Child,
+    stdout: mpsc::Receiver<Vec<u8>>,
+    stderr: mpsc::Receiver<Vec<u8>>,
+    /// All of stdout so far.
+    seen: String,
+}
+
+impl Process {
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+        let stdout = drain(child.stdout.take().expect("stdout is a pipe"));
+        let stderr = drain(child.stderr.take().expect("stderr is a pipe"));
+        Process { child, stdout, stderr, seen: String::new() }
+    }
+
+    /// Waits until `text` has been written to stdout.
+    pub fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + LONG;
+        while !self.seen.contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.stdout.recv_timeout(left) {
+                Ok(data) => self.seen += &String::from_utf8_lossy(&data),
+                Err(error) => panic!("no {text:?} ({error}) in:\n{}", self.seen),
+            }
+        }
+    }
+
+    /// Only what is written from now on counts for [`Process::wait_for`].
+    pub fn forget_output(&mut self) {
+        self.seen.clear();
+    }
+
+    /// Types into stdin, which must be a pipe.
+    pub fn type_text(&mut self, text: &str) {
+        self.child.stdin.as_mut().expect("stdin is a pipe").write_all(text.as_bytes()).expect("stdin is open");
+    }
+
+    pub fn end(mut self) -> Ended {
+        let deadline = Instant::now() + LONG;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+                break status;
+            }
+            if Instant::now() > deadline {
+                _ = self.child.kill();
+                panic!("still running after {LONG:?}; stdout:\n{}{}", self.seen, collect(&self.stdout));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let stdout = std::mem::take(&mut self.seen) + &collect(&self.stdout);
+        Ended { status, stdout, stderr: collect(&self.stderr) }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+fn drain(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn collect(pipe: &mpsc::Receiver<Vec<u8>>) -> String {
+    String::from_utf8_lossy(&pipe.iter().flatten().collect::<Vec<_>>()).into_owned()
+}
+
+/// What one command in a guest printed, and its exit status.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Step {
+    pub output: String,
+    pub status: i32,
+}
+
+/// Commands to be run in the default guest, each by a name.
+#[derive(Default)]
+pub struct Script {
+    text: String,
+    image: Option<Initramfs>,
+}
+
+impl Script {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn step(mut self, name: &str, command: &str) -> Self {
+        self.text += &format!("echo @@begin {name}\n({command}\n) </dev/null 2>&1\necho @@end {name} $?\n");
+        self
+    }
+
+    /// Adds a file of the host to the guest's root file system, executable.
+    pub fn program(mut self, path: &str, source: &Path) -> Self {
+        let image = self.image.take().unwrap_or_else(|| default_guest().initramfs().expect("busybox is cached"));
+        self.image = Some(image.file(path, 0o755, std::fs::read(source).expect("the program can be read")));
+        self
+    }
+
+    /// A machine with this script in its initramfs, to which options may be added. The directory holds the initramfs.
+    pub fn command(self, append: &str) -> (Command, tempfile::TempDir) {
+        let image = self.image.unwrap_or_else(|| default_guest().initramfs().expect("busybox is cached"));
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let initrd = directory.path().join("initrd.cpio");
+        std::fs::write(&initrd, image.file(guest::RUN_SCRIPT, 0o644, self.text).build()).expect("it can be written");
+        let mut command = ringer();
+        command.arg("run").arg("--kernel").arg(&default_guest().kernel).arg("--initrd").arg(initrd);
+        command.arg("--append").arg(format!("console=ttyS0 quiet panic=-1 {append}"));
+        (command, directory)
+    }
+
+    /// Boots, runs all steps, and powers off.
+    pub fn run(self, options: &[&str]) -> BTreeMap<String, Step> {
+        let (mut command, _directory) = self.command("");
+        command.args(options).arg("--no-reboot").stdin(Stdio::null());
+        let _turn = one_machine_at_a_time();
+        let ended = Process::start(&mut command).end();
+        assert!(ended.status.success(), "{ended:?}");
+        steps(&ended.stdout)
+    }
+}
+
+/// Takes the steps out of a serial log.
+fn steps(log: &str) -> BTreeMap<String, Step> {
+    let log = log.replace('\r', "");
+    let mut steps = BTreeMap::new();
+    for part in log.split("@@begin ").skip(1) {
+        let (name, rest) = part.split_once('\n').unwrap_or((part, ""));
+        let Some((output, end)) = rest.split_once(&format!("@@end {name} ")) else {
+            panic!("step {name} did not end:\n{log}");
+        };
+        let status = end.lines().next().and_then(|text| text.trim().parse().ok()).expect("an exit status");
+        steps.insert(name.to_owned(), Step { output: output.to_owned(), status });
+    }
+    assert!(!steps.is_empty(), "no step ran:\n{log}");
+    steps
+}
