@@ -1,6 +1,6 @@
 //! The 8254 interval timer and the system control port B (0x61), which drives the gate of counter 2 and shows its output.
 //!
-//! Counters are functions of time ([`channel`]); only counter 0, whose output is IRQ 0, needs a timer, and only while
+//! Counters are functions of time (`channel`); only counter 0, whose output is IRQ 0, needs a timer, and only while
 //! there is a rise of its output to come. A starved host makes it miss rises, never lag behind: the next one is
 //! always computed from the phase of the counter.
 

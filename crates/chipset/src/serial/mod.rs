@@ -1,6 +1,6 @@
 //! 16550A serial ports.
 //!
-//! Data flow: the guest's registers are [`uart`]; what it sends goes through [`output`] to a sink on the host; what
+//! Data flow: the guest's registers are `uart`; what it sends goes through `output` to a sink on the host; what
 //! the host sends comes in by [`Serial::push_input`], no more than the receiver holds, and a callback says when there
 //! is room again. No baud rate slows this down; it only sets the character time-out.
 //!
