@@ -3,8 +3,11 @@
 //! Input: stdin -> [`EscapeFilter`] -> the machine. Without a terminal, no byte is special: pipes may carry anything.
 
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::BorrowedFd;
 
-use rustix::stdio::stdin;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::stdio::{stdin, stdout};
 
 /// Ctrl-a
 const ESCAPE: u8 = 1;
@@ -46,31 +49,34 @@ impl EscapeFilter {
     }
 }
 
-/// Reads stdin to its end. `send` gets what the guest is to receive, `end` is called when the user ends the machine.
-/// `keys` says whether escape sequences are in force.
-pub fn read_input(keys: bool, mut send: impl FnMut(&[u8]), end: impl FnOnce()) {
+/// Reads stdin to its end. `send` gets what the guest is to receive. With `end`, escape sequences are in force; it is
+/// called when the user ends the machine.
+pub fn read_input(mut end: Option<Box<dyn FnOnce() + Send>>, mut send: impl FnMut(&[u8])) {
     let mut filter = EscapeFilter::default();
     let mut buffer = [0; 4096];
     loop {
         let read = match rustix::io::read(stdin(), &mut buffer) {
             Ok(0) => return,
             Ok(count) => buffer.get(..count).unwrap_or_default(),
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) => {
+                wait_until_ready(stdin(), PollFlags::IN);
+                continue;
+            }
             Err(error) => return tracing::debug!("stdin is closed: {error}"),
         };
-        if !keys {
+        if end.is_none() {
             send(read);
             continue;
         }
         let mut passed = Vec::new();
-        let commands = filter.filter(read, &mut passed);
+        for command in filter.filter(read, &mut passed) {
+            match command {
+                Command::Help => _ = crate::terminal::Stderr.write_all(HELP),
+                Command::End => return end.take().into_iter().for_each(|end| end()),
+            }
+        }
         send(&passed);
-        if commands.contains(&Command::Help) {
-            _ = crate::terminal::Stderr.write_all(HELP);
-        }
-        if commands.contains(&Command::End) {
-            return end();
-        }
     }
 }
 
@@ -90,22 +96,30 @@ impl<F: FnOnce()> Write for Output<F> {
         if self.gone.is_none() {
             return Ok(data.len());
         }
-        let mut stdout = io::stdout().lock();
-        match stdout.write_all(data).and_then(|()| stdout.flush()) {
-            Err(error) if error.kind() != ErrorKind::Interrupted => {
+        match rustix::io::write(stdout(), data) {
+            Ok(count) => Ok(count),
+            Err(Errno::INTR) => Err(ErrorKind::Interrupted.into()),
+            Err(Errno::AGAIN) => {
+                wait_until_ready(stdout(), PollFlags::OUT);
+                Err(ErrorKind::Interrupted.into())
+            }
+            Err(error) => {
                 tracing::debug!("stdout: {error}");
-                if let Some(gone) = self.gone.take() {
-                    gone();
-                }
+                self.gone.take().into_iter().for_each(|gone| gone());
                 Ok(data.len())
             }
-            _ => Ok(data.len()),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// For descriptors that whoever started us has made non-blocking.
+fn wait_until_ready(descriptor: BorrowedFd<'_>, event: PollFlags) {
+    // Whatever goes wrong here shows again in the read or write that follows.
+    _ = poll(&mut [PollFd::from_borrowed_fd(descriptor, event)], None);
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
 use boot::BootConfig;
@@ -116,14 +116,21 @@ fn serial_output(serial: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Erro
     })
 }
 
-/// Makes stdin the input of the first serial port. Its thread is left behind in a blocking read when the machine ends.
+/// Makes stdin the input of the first serial port. Its threads are left behind in blocking calls when the machine ends.
 fn attach_stdin(machine: Handle) -> Result<Option<crate::cleanup::Guard>, Error> {
-    let keys = isatty(stdin());
+    let Some(port) = machine.serial_input(0) else { return Ok(None) };
+    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+        thread::Builder::new().name(name.into()).spawn(work).map_err(Error::Input)
+    };
+    if !isatty(stdin()) {
+        spawn("stdin", Box::new(move || console::read_input(None, |data| port.send(data))))?;
+        return Ok(None);
+    }
     let raw = terminal::make_raw().map_err(Error::Terminal)?;
-    let ends = machine.clone();
-    thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || console::read_input(keys, |data| machine.serial_input(0, data), || ends.end()))
-        .map_err(Error::Input)?;
+    // A queue between them, because the escape key must work while the guest takes no input.
+    let (sender, typed) = mpsc::channel::<Vec<u8>>();
+    spawn("serial-input", Box::new(move || typed.iter().for_each(|data| port.send(&data))))?;
+    let end: Box<dyn FnOnce() + Send> = Box::new(move || machine.end());
+    spawn("stdin", Box::new(move || console::read_input(Some(end), |data| _ = sender.send(data.to_vec()))))?;
     Ok(raw)
 }

@@ -1,5 +1,7 @@
 //! Run control against an engine whose processors execute closures.
 
+mod random_kernels;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
