@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use arch::cpuid::{CpuModel, EngineFeatures, FeatureSet, Leaf, Model};
 use arch::registers::{cr0, cr4, efer, gpr, pte};
 use arch::state::{DescriptorTable, Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderOptions};
@@ -43,24 +42,13 @@ pub const DATA: u64 = 0x00cf_9300_0000_ffff;
 /// DPL 3 in a descriptor.
 pub const DPL3: u64 = 3 << 45;
 
-fn host_cpuid(leaf: u32, subleaf: u32) -> Leaf {
-    let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
-    Leaf { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }
-}
-
 /// A vCPU in reset state, alone in a machine with `memory` bytes of RAM.
 pub fn test_vcpu(memory: u64) -> Box<Vcpu> {
-    let engine = EngineFeatures {
-        implements: FeatureSet::EMPTY,
-        declines: FeatureSet::EMPTY,
-        host_xcr0: 7,
-        physical_bits: 46,
-        arch_capabilities: 0,
-    };
-    let model = CpuModel::new(Model::Host, &host_cpuid, &engine, 1, 2_000_000).unwrap();
+    let config = Config { cpus: 1, ..Config::default() };
+    let model = crate::semantics::cpuid::model(&config, 2_000_000).unwrap();
     let ram = memory::Ram::new(memory).unwrap();
-    let machine = Machine::new(ram, Config::default(), model, Default::default());
-    let mut cpu = Vcpu::new(0, Arc::new(machine));
+    let machine = Machine::new(ram, config, model, Default::default());
+    let mut cpu = Vcpu::new(0, Arc::new(machine)).unwrap();
     cpu.init_state();
     cpu
 }

@@ -205,3 +205,6 @@ fn enter_real_mode(cpu: &mut Vcpu, delivery: &Delivery) -> Result<(), Exception>
     cpu.rip = target & 0xffff;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,6 +18,5 @@ pub use segmentation::is_canonical;
 pub use stack::Stack;
 pub use walk::{Access, Mapping, walk};
 
-/// MAXPHYADDR: the width of guest-physical addresses, which CPUID leaf 8000_0008H reports and beyond which page-table bits
-/// are reserved.
-pub const PHYSICAL_ADDRESS_BITS: u32 = 46;
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,6 @@ use arch::Exception;
 use arch::exception::pf;
 use arch::registers::{cr0, cr4, efer, pte};
 
-use super::PHYSICAL_ADDRESS_BITS;
 use crate::cpu::{Context, Vcpu};
 
 /// What an access wants to do.
@@ -41,8 +40,6 @@ pub struct Mapping {
 
 /// Bits 51:12.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Address bits that no physical address has.
-const BEYOND_PHYSICAL: u64 = ADDRESS & !((1 << PHYSICAL_ADDRESS_BITS) - 1);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Format {
@@ -193,6 +190,8 @@ fn may_be_large(cpu: &Vcpu, format: Format, level: u32) -> bool {
 /// Bits that must be zero (Intel SDM 3A tables 4-4 to 4-19).
 fn reserved_bits(cpu: &Vcpu, format: Format, level: u32, leaf: bool) -> u64 {
     let no_execute = if cpu.msrs.efer & efer::NXE == 0 { pte::NX } else { 0 };
+    // Address bits above MAXPHYADDR, which CPUID leaf 8000_0008H reports.
+    let beyond_physical = ADDRESS & !((1 << cpu.machine.cpuid.physical_bits()) - 1);
     let large_offset = match (leaf, level) {
         (true, 2) => 0x1f_e000,
         (true, 3) => 0x3fff_e000,
@@ -202,11 +201,11 @@ fn reserved_bits(cpu: &Vcpu, format: Format, level: u32, leaf: bool) -> u64 {
         // PSE-36: bits 20:13 are address bits 39:32.
         Format::Legacy if leaf && level == 2 => 1 << 21,
         Format::Legacy => 0,
-        Format::Pae if level == 3 => BEYOND_PHYSICAL | 0xfff0_0000_0000_01e6,
-        Format::Pae => BEYOND_PHYSICAL | no_execute | 0x7ff0_0000_0000_0000 | large_offset,
+        Format::Pae if level == 3 => beyond_physical | 0xfff0_0000_0000_01e6,
+        Format::Pae => beyond_physical | no_execute | 0x7ff0_0000_0000_0000 | large_offset,
         Format::FourLevel => {
             let page_size = if level == 4 { pte::PS } else { 0 };
-            BEYOND_PHYSICAL | no_execute | page_size | large_offset
+            beyond_physical | no_execute | page_size | large_offset
         }
     }
 }

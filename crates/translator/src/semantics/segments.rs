@@ -271,3 +271,209 @@ fn write_base(cpu: &mut Vcpu, insn: &Instruction, register: SegmentRegister) -> 
     cpu.segments[register as usize].base = base;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{
+        CODE64, DATA, DPL3, GDT, KERNEL_CS, KERNEL_SS, TSS, TSS_SELECTOR, USER, USER_CS, USER_SS, execute, fault_of,
+        kernel_vcpu, peek, poke, user_vcpu,
+    };
+
+    /// MOV sreg, eax
+    const MOV_ES: &[u8] = &[0x8e, 0xc0];
+    const MOV_SS: &[u8] = &[0x8e, 0xd0];
+    const MOV_GS: &[u8] = &[0x8e, 0xe8];
+
+    fn with_rax(cpu: &mut Vcpu, value: u64) -> &mut Vcpu {
+        cpu.gpr[gpr::RAX] = value;
+        cpu
+    }
+
+    #[test]
+    fn a_load_reads_the_descriptor_and_marks_it_accessed() {
+        let mut cpu = user_vcpu();
+        let descriptor = 0x12c0_f200_5678_0fff | 3 << 48;
+        poke(&mut cpu, GDT + 0x38, descriptor);
+        execute(with_rax(&mut cpu, 0x3b), MOV_GS).unwrap();
+        let gs = *cpu.seg(SegmentRegister::Gs);
+        assert_eq!((gs.base, gs.limit, gs.selector), (0x1200_5678, 0x30ff_ffff, 0x3b));
+        assert_eq!(peek(&cpu, GDT + 0x38), descriptor | 1 << 40);
+        execute(with_rax(&mut cpu, 2), MOV_GS).unwrap();
+        assert_eq!(*cpu.seg(SegmentRegister::Gs), Segment { selector: 2, ..Segment::default() });
+    }
+
+    #[test]
+    fn loads_check_privilege_type_and_presence() {
+        let not_present = selector_fault(Vector::SegmentNotPresent, 0x38, 0);
+        let cases = [
+            (KERNEL_SS, protection_fault(KERNEL_SS)),
+            (USER_CS & !3, protection_fault(KERNEL_CS)),
+            (0x98, protection_fault(0x98)),
+            (0x27, protection_fault(0x24)),
+            (TSS_SELECTOR, protection_fault(TSS_SELECTOR)),
+            (0x3b, not_present),
+        ];
+        for (selector, expected) in cases {
+            let mut cpu = user_vcpu();
+            poke(&mut cpu, GDT + 0x28, CODE64);
+            poke(&mut cpu, GDT + 0x38, (DATA | DPL3) & !(1 << 47));
+            let expected = if selector == USER_CS & !3 { protection_fault(selector) } else { expected };
+            assert_eq!(fault_of(with_rax(&mut cpu, selector.into()), MOV_ES), expected, "{selector:x}");
+        }
+    }
+
+    #[test]
+    fn ss_takes_only_stacks_of_the_current_level() {
+        let mut cpu = kernel_vcpu();
+        execute(with_rax(&mut cpu, 0), MOV_SS).unwrap();
+        assert_eq!(cpu.cpl(), 0, "null in 64-bit mode");
+        assert!(cpu.interrupt_shadow && cpu.debug_shadow);
+        assert_eq!(fault_of(with_rax(&mut cpu, 3), MOV_SS), Exception::general_protection(0));
+        assert_eq!(fault_of(with_rax(&mut cpu, USER_SS.into()), MOV_SS), protection_fault(USER_SS));
+        poke(&mut cpu, GDT + 0x38, DATA & !(1 << 47));
+        assert_eq!(fault_of(with_rax(&mut cpu, 0x38), MOV_SS), selector_fault(Vector::StackFault, 0x38, 0));
+        let mut cpu = user_vcpu();
+        assert_eq!(fault_of(with_rax(&mut cpu, 0), MOV_SS), Exception::general_protection(0));
+    }
+
+    #[test]
+    fn a_pop_that_faults_leaves_the_stack_pointer() {
+        let mut cpu = user_vcpu();
+        let rsp = cpu.gpr[gpr::RSP];
+        poke(&mut cpu, rsp, KERNEL_SS.into());
+        assert_eq!(fault_of(&mut cpu, &[0x0f, 0xa1]), protection_fault(KERNEL_SS));
+        assert_eq!(cpu.gpr[gpr::RSP], rsp);
+        poke(&mut cpu, rsp, USER_SS.into());
+        execute(&mut cpu, &[0x0f, 0xa1]).unwrap();
+        assert_eq!((cpu.gpr[gpr::RSP], cpu.seg(SegmentRegister::Fs).selector), (rsp + 8, USER_SS));
+        poke(&mut cpu, rsp, u64::MAX);
+        execute(&mut cpu, &[0x0f, 0xa0]).unwrap();
+        assert_eq!((cpu.gpr[gpr::RSP], peek(&cpu, rsp)), (rsp, USER_SS.into()));
+    }
+
+    #[test]
+    fn a_32_bit_push_writes_two_bytes_of_four() {
+        let mut cpu = user_vcpu();
+        cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(0x1b, false, 3);
+        let rsp = cpu.gpr[gpr::RSP];
+        poke(&mut cpu, rsp - 8, u64::MAX);
+        execute(&mut cpu, &[0x16]).unwrap();
+        assert_eq!((cpu.gpr[gpr::RSP], peek(&cpu, rsp - 8) >> 32), (rsp - 4, 0xffff_0000 | u64::from(USER_SS)));
+    }
+
+    #[test]
+    fn selectors_are_stored_zero_extended_to_registers() {
+        let mut cpu = user_vcpu();
+        execute(with_rax(&mut cpu, u64::MAX), &[0x8c, 0xd0]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RAX], u64::from(USER_SS));
+        execute(with_rax(&mut cpu, u64::MAX), &[0x66, 0x8c, 0xd0]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RAX], !0xffff | u64::from(USER_SS));
+        poke(&mut cpu, USER, u64::MAX);
+        execute(with_rax(&mut cpu, USER), &[0x48, 0x8c, 0x10]).unwrap();
+        assert_eq!(peek(&cpu, USER), !0xffff | u64::from(USER_SS));
+    }
+
+    #[test]
+    fn lar_and_lsl_tell_programs_what_they_may_see() {
+        let (lar, lsl) = (&[0x0f, 0x02, 0xc8], &[0x0f, 0x03, 0xc8]);
+        let mut cpu = user_vcpu();
+        execute(with_rax(&mut cpu, USER_CS.into()), lar).unwrap();
+        assert_eq!((cpu.gpr[gpr::RCX], cpu.rflags & rflags::ZF), (0xaf_fb00, rflags::ZF));
+        execute(with_rax(&mut cpu, USER_SS.into()), lsl).unwrap();
+        assert_eq!(cpu.gpr[gpr::RCX], 0xffff_ffff);
+        for hidden in [0, KERNEL_CS, 0x98, TSS_SELECTOR] {
+            execute(with_rax(&mut cpu, hidden.into()), lsl).unwrap();
+            assert_eq!((cpu.gpr[gpr::RCX], cpu.rflags & rflags::ZF), (0xffff_ffff, 0), "{hidden:x}");
+        }
+        let mut cpu = kernel_vcpu();
+        execute(with_rax(&mut cpu, TSS_SELECTOR.into()), lsl).unwrap();
+        assert_eq!(cpu.gpr[gpr::RCX], 0x67);
+    }
+
+    #[test]
+    fn verr_and_verw_ask_for_reading_and_writing() {
+        let mut cpu = user_vcpu();
+        for (selector, readable, writable) in [(USER_CS, true, false), (USER_SS, true, true), (KERNEL_SS, false, false)]
+        {
+            execute(with_rax(&mut cpu, selector.into()), &[0x0f, 0x00, 0xe0]).unwrap();
+            assert_eq!(cpu.rflags & rflags::ZF != 0, readable, "VERR {selector:x}");
+            execute(&mut cpu, &[0x0f, 0x00, 0xe8]).unwrap();
+            assert_eq!(cpu.rflags & rflags::ZF != 0, writable, "VERW {selector:x}");
+        }
+    }
+
+    #[test]
+    fn ltr_loads_a_16_byte_descriptor_and_marks_it_busy() {
+        let ltr: &[u8] = &[0x0f, 0x00, 0xd8];
+        let mut cpu = kernel_vcpu();
+        poke(&mut cpu, GDT + u64::from(TSS_SELECTOR) + 8, 0xffff_8000);
+        execute(with_rax(&mut cpu, TSS_SELECTOR.into()), ltr).unwrap();
+        assert_eq!((cpu.tr.base, cpu.tr.kind()), (0xffff_8000_0000_0000 | TSS, 11));
+        assert_eq!(fault_of(&mut cpu, ltr), protection_fault(TSS_SELECTOR), "busy");
+        assert_eq!(fault_of(with_rax(&mut cpu, 0), ltr), Exception::general_protection(0));
+        assert_eq!(fault_of(with_rax(&mut cpu, 0x78), ltr), protection_fault(0x78), "half beyond the limit");
+        assert_eq!(fault_of(&mut user_vcpu(), ltr), Exception::general_protection(0));
+    }
+
+    #[test]
+    fn a_null_ldt_is_unusable() {
+        let lldt: &[u8] = &[0x0f, 0x00, 0xd0];
+        let mut cpu = kernel_vcpu();
+        poke(&mut cpu, GDT + 0x50, 0x0000_8200_0000_000f | TSS << 16);
+        poke(&mut cpu, TSS + 8, DATA);
+        execute(with_rax(&mut cpu, 0x50), lldt).unwrap();
+        execute(with_rax(&mut cpu, 0x0c), MOV_ES).unwrap();
+        assert_eq!(fault_of(with_rax(&mut cpu, 0x14), MOV_ES), protection_fault(0x14));
+        execute(with_rax(&mut cpu, 0), lldt).unwrap();
+        assert_eq!(fault_of(with_rax(&mut cpu, 0x0c), MOV_ES), protection_fault(0x0c));
+    }
+
+    #[test]
+    fn umip_hides_sldt_from_programs() {
+        let mut cpu = user_vcpu();
+        cpu.tr.selector = 0x40;
+        execute(with_rax(&mut cpu, u64::MAX), &[0x0f, 0x00, 0xc8]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RAX], 0x40);
+        cpu.cr4 |= cr4::UMIP;
+        assert_eq!(fault_of(&mut cpu, &[0x0f, 0x00, 0xc8]), Exception::general_protection(0));
+    }
+
+    #[test]
+    fn segment_bases_are_read_written_and_swapped() {
+        let mut cpu = kernel_vcpu();
+        let wrgsbase: &[u8] = &[0xf3, 0x48, 0x0f, 0xae, 0xd8];
+        assert_eq!(fault_of(with_rax(&mut cpu, USER), wrgsbase), Exception::invalid_opcode());
+        cpu.cr4 |= cr4::FSGSBASE;
+        execute(&mut cpu, wrgsbase).unwrap();
+        assert_eq!(fault_of(with_rax(&mut cpu, 1 << 47), wrgsbase), Exception::general_protection(0));
+        cpu.msrs.kernel_gs_base = 0xffff_8000_0000_0000;
+        execute(&mut cpu, &[0x0f, 0x01, 0xf8]).unwrap();
+        assert_eq!(cpu.msrs.kernel_gs_base, USER);
+        execute(&mut cpu, &[0xf3, 0x0f, 0xae, 0xc8]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RAX], 0, "RDGSBASE eax");
+        execute(&mut cpu, &[0xf3, 0x48, 0x0f, 0xae, 0xc8]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RAX], 0xffff_8000_0000_0000);
+        assert_eq!(fault_of(&mut user_vcpu(), &[0x0f, 0x01, 0xf8]), Exception::general_protection(0));
+    }
+
+    #[test]
+    fn lss_loads_segment_and_register() {
+        let mut cpu = user_vcpu();
+        poke(&mut cpu, USER, 0x1122_3344_5566_7788);
+        poke(&mut cpu, USER + 8, USER_SS.into());
+        execute(with_rax(&mut cpu, USER), &[0x48, 0x0f, 0xb2, 0x20]).unwrap();
+        assert_eq!(cpu.gpr[gpr::RSP], 0x1122_3344_5566_7788);
+        assert!(!cpu.interrupt_shadow);
+    }
+
+    #[test]
+    fn only_loads_that_change_how_code_is_translated_end_a_block() {
+        let ends = |bits, bytes: &[u8]| {
+            let insn = iced_x86::Decoder::new(bits, bytes, 0).decode();
+            lookup(&insn).unwrap().ends_block
+        };
+        assert!(ends(64, MOV_SS) && ends(32, MOV_ES) && !ends(64, MOV_ES));
+        assert!(!ends(32, &[0x8c, 0xd8]) && !ends(64, &[0x0f, 0x01, 0xf8]));
+    }
+}

@@ -145,3 +145,6 @@ fn drop_privileged_segments(cpu: &mut Vcpu) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

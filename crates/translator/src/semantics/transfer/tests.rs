@@ -1,0 +1,289 @@
+//! Transfers of control as the instruction that comes next sees them.
+
+use arch::registers::{efer, gpr, pte, rflags};
+use arch::{Exception, Segment, SegmentRegister, Vector};
+
+use crate::cpu::Vcpu;
+use crate::testing::{
+    CODE32, CODE64, DPL3, GDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, USER, USER_CS, USER_CS32, USER_PT,
+    USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
+};
+
+const IRETQ: &[u8] = &[0x48, 0xcf];
+const IRETD: &[u8] = &[0xcf];
+const RETFQ: &[u8] = &[0x48, 0xcb];
+const SYSCALL: &[u8] = &[0x0f, 0x05];
+const SYSRETQ: &[u8] = &[0x48, 0x0f, 0x07];
+const SYSRETD: &[u8] = &[0x0f, 0x07];
+const SYSENTER: &[u8] = &[0x0f, 0x34];
+const SYSEXITQ: &[u8] = &[0x48, 0x0f, 0x35];
+const SYSEXITD: &[u8] = &[0x0f, 0x35];
+/// JMP FAR qword [rbx], CALL FAR qword [rbx]
+const JMP_FAR: &[u8] = &[0x48, 0xff, 0x2b];
+const CALL_FAR: &[u8] = &[0x48, 0xff, 0x1b];
+
+fn selectors(cpu: &Vcpu) -> (u16, u16) {
+    (cpu.seg(SegmentRegister::Cs).selector, cpu.seg(SegmentRegister::Ss).selector)
+}
+
+/// Puts quadwords on the stack, the first on top.
+fn put(cpu: &mut Vcpu, values: &[u64]) {
+    let rsp = cpu.gpr[gpr::RSP];
+    for (i, &value) in values.iter().enumerate() {
+        poke(cpu, rsp + 8 * i as u64, value);
+    }
+}
+
+/// A far pointer at [rbx].
+fn point(cpu: &mut Vcpu, selector: u16, offset: u64) {
+    cpu.gpr[gpr::RBX] = 0x7000;
+    poke(cpu, 0x7000, offset);
+    poke(cpu, 0x7008, u64::from(selector));
+}
+
+#[test]
+fn iret_to_user_restores_rsp() {
+    let mut cpu = kernel_vcpu();
+    cpu.nmi_blocked = true;
+    cpu.segments[SegmentRegister::Ds as usize] = Segment::flat_data(KERNEL_SS, 0);
+    cpu.segments[SegmentRegister::Es as usize] = Segment::flat_data(USER_SS, 3);
+    let flags = rflags::IF | rflags::CF | rflags::AC | rflags::ID | rflags::RF | rflags::IOPL;
+    put(&mut cpu, &[USER + 5, USER_CS.into(), flags, USER + 0x123, USER_SS.into()]);
+    execute(&mut cpu, IRETQ).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], cpu.cpl()), (USER + 5, USER + 0x123, 3));
+    assert_eq!(selectors(&cpu), (USER_CS, USER_SS));
+    assert_eq!(cpu.rflags, flags | rflags::FIXED);
+    assert!(!cpu.nmi_blocked && cpu.code64());
+    assert_eq!(*cpu.seg(SegmentRegister::Ds), Segment::default());
+    assert_eq!(cpu.seg(SegmentRegister::Es).selector, USER_SS);
+}
+
+#[test]
+fn iret_in_the_kernel_restores_the_stack_and_a_null_ss() {
+    let mut cpu = kernel_vcpu();
+    put(&mut cpu, &[0x1111, KERNEL_CS.into(), 2, 0x1_e001, 0]);
+    execute(&mut cpu, IRETQ).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], selectors(&cpu), cpu.cpl()), (0x1111, 0x1_e001, (KERNEL_CS, 0), 0));
+}
+
+#[test]
+fn iret_of_a_program_cannot_touch_if_and_iopl() {
+    let mut cpu = user_vcpu();
+    cpu.rflags |= rflags::IF;
+    put(&mut cpu, &[USER, USER_CS.into(), rflags::IOPL | rflags::ZF, USER + 0x100, USER_SS.into()]);
+    execute(&mut cpu, IRETQ).unwrap();
+    assert_eq!(cpu.rflags, rflags::FIXED | rflags::IF | rflags::ZF);
+}
+
+#[test]
+fn iret_to_compatibility_mode_and_16_bit_stacks() {
+    let mut cpu = kernel_vcpu();
+    put(&mut cpu, &[0x40_0000, USER_CS32.into(), 2, 0x8_1234_5678, USER_SS.into()]);
+    execute(&mut cpu, IRETQ).unwrap();
+    assert_eq!((cpu.code_bits(), cpu.gpr[gpr::RSP]), (32, 0x1234_5678));
+    let mut cpu = kernel_vcpu();
+    poke(&mut cpu, GDT + 0x20, 0x0000_f300_0000_ffff);
+    put(&mut cpu, &[0x40_0000, USER_CS32.into(), 2, 0x1234_5678, USER_SS.into()]);
+    execute(&mut cpu, IRETQ).unwrap();
+    assert_eq!(cpu.gpr[gpr::RSP], 0x1_5678, "the upper half of ESP stays");
+}
+
+#[test]
+fn iret_faults_leave_everything_as_it_was() {
+    let cases: [(&[u64], Exception); 8] = [
+        (&[0, 0, 2, 0, 0], Exception::general_protection(0)),
+        (&[0, 0x98, 2, 0, 0], Exception::general_protection(0x98)),
+        (&[0, u64::from(USER_SS), 2, 0, 0], Exception::general_protection(0x20)),
+        (&[0, u64::from(USER_CS), 2, 0, 0], Exception::general_protection(0)),
+        (&[0, u64::from(USER_CS), 2, 0, u64::from(KERNEL_SS)], Exception::general_protection(u32::from(KERNEL_SS))),
+        (&[1 << 47, u64::from(USER_CS), 2, 0, u64::from(USER_SS)], Exception::general_protection(0)),
+        (&[1 << 32, u64::from(USER_CS32), 2, 0, u64::from(USER_SS)], Exception::general_protection(0)),
+        (&[0, 0x3b, 2, 0, u64::from(USER_SS)], Exception::with_code(Vector::SegmentNotPresent, 0x38)),
+    ];
+    for (frame, expected) in cases {
+        let mut cpu = kernel_vcpu();
+        poke(&mut cpu, GDT + 0x38, (CODE64 | DPL3) & !(1 << 47));
+        put(&mut cpu, frame);
+        let before = (cpu.gpr, cpu.segments, cpu.rflags);
+        assert_eq!(fault_of(&mut cpu, IRETQ), expected, "{frame:x?}");
+        assert_eq!((cpu.gpr, cpu.segments, cpu.rflags), before);
+    }
+    let mut cpu = kernel_vcpu();
+    cpu.rflags |= rflags::NT;
+    assert_eq!(fault_of(&mut cpu, IRETQ), Exception::general_protection(0), "no tasks in long mode");
+}
+
+#[test]
+fn iret_in_compatibility_mode_pops_three_values_at_the_same_level() {
+    let mut cpu = kernel_vcpu();
+    cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(KERNEL_CS32, false, 0);
+    cpu.gpr[gpr::RSP] = 0x1_e000;
+    put(&mut cpu, &[0x7777 | u64::from(KERNEL_CS) << 32, 2]);
+    execute(&mut cpu, IRETD).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], cpu.code_bits()), (0x7777, 0x1_e00c, 64));
+}
+
+#[test]
+fn syscall_and_sysret_exchange_program_and_kernel() {
+    let mut cpu = user_vcpu();
+    cpu.msrs.star = 0x1b << 48 | u64::from(KERNEL_CS) << 32;
+    cpu.msrs.lstar = 0xffff_8000_0000_0100;
+    cpu.msrs.sfmask = rflags::IF | rflags::AC;
+    cpu.rflags |= rflags::IF | rflags::CF;
+    let flags = cpu.rflags;
+    execute(&mut cpu, SYSCALL).unwrap();
+    assert_eq!((cpu.rip, cpu.cpl(), selectors(&cpu)), (cpu.msrs.lstar, 0, (KERNEL_CS, KERNEL_SS)));
+    assert_eq!((cpu.gpr[gpr::RCX], cpu.gpr[gpr::R11]), (RIP + 2, flags));
+    assert_eq!(cpu.rflags, rflags::FIXED | rflags::CF);
+    execute(&mut cpu, SYSRETQ).unwrap();
+    assert_eq!((cpu.rip, cpu.cpl(), selectors(&cpu), cpu.rflags), (RIP + 2, 3, (0x2b, 0x23), flags));
+    execute(&mut cpu, SYSCALL).unwrap();
+    cpu.gpr[gpr::RCX] = 0x5_0000_1234;
+    execute(&mut cpu, SYSRETD).unwrap();
+    assert_eq!((cpu.rip, cpu.code_bits(), selectors(&cpu)), (0x1234, 32, (0x1b, 0x23)));
+    assert_eq!(fault_of(&mut cpu, SYSCALL), Exception::invalid_opcode(), "Intel: 64-bit mode only");
+}
+
+#[test]
+fn sysret_is_privileged_and_wants_a_canonical_address() {
+    let mut cpu = user_vcpu();
+    assert_eq!(fault_of(&mut cpu, SYSRETQ), Exception::general_protection(0));
+    let mut cpu = kernel_vcpu();
+    cpu.gpr[gpr::RCX] = 1 << 47;
+    assert_eq!(fault_of(&mut cpu, SYSRETQ), Exception::general_protection(0));
+    cpu.msrs.efer &= !efer::SCE;
+    assert_eq!(fault_of(&mut cpu, SYSRETQ), Exception::invalid_opcode());
+}
+
+#[test]
+fn sysenter_works_from_compatibility_mode() {
+    let mut cpu = user_vcpu();
+    cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(USER_CS32, false, 3);
+    assert_eq!(fault_of(&mut cpu, SYSENTER), Exception::general_protection(0));
+    cpu.msrs.sysenter_cs = KERNEL_CS.into();
+    cpu.msrs.sysenter_esp = 0xffff_8000_0000_2000;
+    cpu.msrs.sysenter_eip = 0xffff_8000_0000_1000;
+    cpu.rflags |= rflags::IF;
+    execute(&mut cpu, SYSENTER).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP]), (cpu.msrs.sysenter_eip, cpu.msrs.sysenter_esp));
+    assert_eq!((cpu.code_bits(), cpu.cpl(), cpu.rflags & rflags::IF), (64, 0, 0));
+    (cpu.gpr[gpr::RCX], cpu.gpr[gpr::RDX]) = (USER, USER + 9);
+    execute(&mut cpu, SYSEXITQ).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], selectors(&cpu)), (USER + 9, USER, (0x2b, 0x33)));
+    execute(&mut cpu, SYSENTER).unwrap();
+    execute(&mut cpu, SYSEXITD).unwrap();
+    assert_eq!((cpu.code_bits(), selectors(&cpu)), (32, (0x1b, 0x23)));
+}
+
+#[test]
+fn a_far_jump_changes_between_64_and_32_bit_code() {
+    let mut cpu = kernel_vcpu();
+    point(&mut cpu, KERNEL_CS32, 0x1234);
+    execute(&mut cpu, JMP_FAR).unwrap();
+    assert_eq!((cpu.rip, cpu.code_bits()), (0x1234, 32));
+    // JMP FAR 8:5678
+    cpu.rip = 0;
+    execute(&mut cpu, &[0xea, 0x78, 0x56, 0, 0, 8, 0]).unwrap();
+    assert_eq!((cpu.rip, cpu.code_bits()), (0x5678, 64));
+}
+
+#[test]
+fn far_jumps_check_the_code_segment() {
+    let cases = [
+        (0, 0, Exception::general_protection(0)),
+        (0x88, 0, Exception::general_protection(0x88)),
+        (KERNEL_SS, 0, Exception::general_protection(KERNEL_SS.into())),
+        (USER_CS, 0, Exception::general_protection(0x28)),
+        (KERNEL_CS, 1 << 47, Exception::general_protection(0)),
+        (KERNEL_CS32, 1 << 32, Exception::general_protection(0)),
+        (0x38, 0, Exception::general_protection(0x38)),
+    ];
+    for (selector, offset, expected) in cases {
+        let mut cpu = kernel_vcpu();
+        poke(&mut cpu, GDT + 0x38, CODE64 | CODE32);
+        point(&mut cpu, selector, offset);
+        assert_eq!(fault_of(&mut cpu, JMP_FAR), expected, "{selector:x}:{offset:x}");
+    }
+}
+
+#[test]
+fn a_far_call_and_return_keep_the_stack() {
+    let mut cpu = kernel_vcpu();
+    let rsp = cpu.gpr[gpr::RSP];
+    point(&mut cpu, KERNEL_CS, 0x4321);
+    execute(&mut cpu, CALL_FAR).unwrap();
+    assert_eq!(cpu.gpr[gpr::RSP], rsp - 16);
+    assert_eq!((peek(&cpu, rsp - 16), peek(&cpu, rsp - 8)), (RIP + 3, KERNEL_CS.into()));
+    execute(&mut cpu, RETFQ).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP]), (RIP + 3, rsp));
+}
+
+#[test]
+fn a_call_gate_enters_the_kernel_and_a_far_return_leaves_it() {
+    let mut cpu = user_vcpu();
+    cpu.gpr[gpr::RBX] = USER;
+    poke(&mut cpu, USER + 8, 0x50);
+    let rsp = cpu.gpr[gpr::RSP];
+    poke(&mut cpu, GDT + 0x50, 0x0000_ec00_0000_1230 | u64::from(KERNEL_CS) << 16);
+    poke(&mut cpu, GDT + 0x58, 0xffff_8000);
+    execute(&mut cpu, CALL_FAR).unwrap();
+    assert_eq!((cpu.rip, selectors(&cpu), cpu.cpl()), (0xffff_8000_0000_1230, (KERNEL_CS, 0), 0));
+    assert_eq!(cpu.gpr[gpr::RSP], KERNEL_STACK - 32);
+    let frame: Vec<u64> = (0..4).map(|i| peek(&cpu, KERNEL_STACK - 32 + 8 * i)).collect();
+    assert_eq!(frame, [RIP + 3, USER_CS.into(), rsp, USER_SS.into()]);
+    // RETFQ 16
+    execute(&mut cpu, &[0x48, 0xca, 16, 0]).unwrap_err();
+    execute(&mut cpu, RETFQ).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], selectors(&cpu)), (RIP + 3, rsp, (USER_CS, USER_SS)));
+}
+
+#[test]
+fn a_call_gates_own_checks_name_the_gate() {
+    let mut cpu = user_vcpu();
+    cpu.gpr[gpr::RBX] = USER;
+    poke(&mut cpu, USER + 8, 0x50);
+    let gate = 0x0000_ec00_0000_1230 | u64::from(KERNEL_CS) << 16;
+    poke(&mut cpu, GDT + 0x50, gate & !DPL3);
+    assert_eq!(fault_of(&mut cpu, CALL_FAR), Exception::general_protection(0x50));
+    poke(&mut cpu, GDT + 0x50, gate & !(1 << 47));
+    assert_eq!(fault_of(&mut cpu, CALL_FAR), Exception::with_code(Vector::SegmentNotPresent, 0x50));
+    poke(&mut cpu, GDT + 0x50, gate);
+    assert_eq!(fault_of(&mut cpu, JMP_FAR), Exception::general_protection(KERNEL_CS.into()));
+    poke(&mut cpu, GDT + 0x58, 0x1f << 40);
+    assert_eq!(fault_of(&mut cpu, CALL_FAR), Exception::general_protection(0x50), "no second half");
+}
+
+#[test]
+fn a_far_call_whose_push_faults_changes_nothing() {
+    let mut cpu = user_vcpu();
+    cpu.gpr[gpr::RBX] = USER;
+    poke(&mut cpu, USER + 8, USER_CS.into());
+    poke(&mut cpu, USER_PT + 8 * 7, 0x20_7000 | pte::P | pte::U);
+    cpu.gpr[gpr::RSP] = USER + 0x8000;
+    let before = (cpu.gpr, cpu.segments);
+    let e = fault_of(&mut cpu, CALL_FAR);
+    assert_eq!((e.vector, e.error_code, e.fault_address), (Vector::PageFault, 7, USER + 0x7ff8));
+    assert_eq!((cpu.gpr, cpu.segments), before);
+}
+
+#[test]
+fn real_mode_far_transfers_set_the_base() {
+    let mut cpu = test_vcpu(4 << 20);
+    cpu.segments[SegmentRegister::Cs as usize] = Segment::real_mode(0x700, true);
+    cpu.gpr[gpr::RSP] = 0x8000;
+    // CALL FAR 1234:5678; the decoder numbers from RIP on.
+    execute(&mut cpu, &[0x9a, 0x78, 0x56, 0x34, 0x12]).unwrap();
+    assert_eq!((cpu.rip, cpu.seg(SegmentRegister::Cs).base, cpu.gpr[gpr::RSP]), (0x5678, 0x1_2340, 0x7ffc));
+    assert_eq!(peek(&cpu, 0x7ff8) >> 32, 0x0700_0000 | (RIP + 5));
+    execute(&mut cpu, &[0xca, 4, 0]).unwrap();
+    assert_eq!((cpu.rip, selectors(&cpu).0, cpu.gpr[gpr::RSP]), (RIP + 5, 0x700, 0x8004));
+}
+
+#[test]
+fn int_n_in_virtual_8086_mode_needs_iopl_3() {
+    let mut cpu = test_vcpu(4 << 20);
+    cpu.cr0 |= 1;
+    cpu.rflags |= rflags::VM;
+    assert_eq!(fault_of(&mut cpu, &[0xcd, 0x21]), Exception::general_protection(0));
+    assert_eq!(fault_of(&mut cpu, &[0xcf]), Exception::general_protection(0));
+}
