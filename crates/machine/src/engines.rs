@@ -23,7 +23,7 @@ pub struct Selection {
 
 /// Makes the engine that fits `accel` and this host, for `cpus` processors of one model.
 pub fn select_engine(accel: Accel, ram: &Ram, cpus: u32, model: Model) -> Result<Selection, Error> {
-    let config = translator::Config { cpus, model };
+    let config = translator::Config { cpus, model, ..Default::default() };
     let engine = Arc::new(translator::Translator::new(ram.clone(), config)?);
     let reason = match accel {
         Accel::Translate => "--accel translate asks for it",
