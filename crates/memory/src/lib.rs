@@ -177,7 +177,7 @@ mod tests {
         ram.tracker().watch(Arc::downgrade(&(seen.clone() as Arc<dyn CodeWatcher>)));
         ram.view().write_slice(&[1; 8], GuestAddress(0x5000)).unwrap();
         assert_eq!(seen.0.load(Ordering::SeqCst), 0);
-        ram.tracker().mark_code(5);
+        ram.tracker().mark_code(5, 1);
         ram.view().write_slice(&[1; 8], GuestAddress(0x5ff8)).unwrap();
         assert_eq!(seen.0.load(Ordering::SeqCst), 5);
         assert!(ram.tracker().is_dirty(5));

@@ -57,17 +57,22 @@ impl PageTracker {
         self.dirty[page / 64].load(Ordering::Relaxed) & 1 << (page % 64) != 0
     }
 
-    /// From now on writes to `page` are reported.
-    pub fn mark_code(&self, page: usize) {
-        self.code[page].store(1, Ordering::SeqCst);
+    /// From now on writes to `page` are reported, on behalf of the `holders` (a bit each). Returns who held it before.
+    pub fn mark_code(&self, page: usize, holders: u8) -> u8 {
+        self.code[page].fetch_or(holders, Ordering::SeqCst)
     }
 
-    pub fn clear_code(&self, page: usize) {
-        self.code[page].store(0, Ordering::SeqCst);
+    pub fn clear_code(&self, page: usize, holders: u8) {
+        self.code[page].fetch_and(!holders, Ordering::SeqCst);
+    }
+
+    /// Who has translated code of the page: the bits given to [`PageTracker::mark_code`].
+    pub fn code_holders(&self, page: usize) -> u8 {
+        self.code[page].load(Ordering::SeqCst)
     }
 
     pub fn is_code(&self, page: usize) -> bool {
-        self.code[page].load(Ordering::SeqCst) != 0
+        self.code_holders(page) != 0
     }
 
     /// Bookkeeping for a write of `length` bytes at byte `offset` of all RAM.

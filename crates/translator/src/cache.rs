@@ -1,30 +1,672 @@
 //! Blocks of host code: where they live, how they are found, linked and dropped.
+//!
+//! Each vCPU has its own cache, so that emitted code needs no locks and a patch is seen by the one thread that runs it.
+//! Host code lives in a [`CodeMemory`], mapped twice: writable for the translator, executable for the processor. Blocks
+//! are found by guest address, physical page and mode ([`Key`]) in the dispatcher, and by guest address alone in the
+//! [jump table](CodeMemory::jump_base) that emitted code searches. Guest writes to translated bytes drop exactly the
+//! blocks they hit ([`Vcpu::code_stored`]); other vCPUs are told through [`Invalidations`].
 
+use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use iced_x86::Instruction;
+use memory::{CodeWatcher, PAGE_SIZE};
+use rustc_hash::FxHashMap;
 
 use crate::Vcpu;
+use crate::codegen::block::{SensitiveInsn, Translated};
+use crate::mode::Mode;
+use crate::shared::request;
 
-/// The word that emitted code polls.
-#[derive(Default)]
-pub struct PollWord(AtomicU32);
+/// Offsets in code memory: the word that backward branches poll, the base of the jump table, and the first block.
+pub const POLL_OFFSET: usize = 0;
+pub const JUMP_BASE_OFFSET: usize = 64;
+const CODE_START: usize = 4096;
+/// Host code of one vCPU, in bytes.
+pub const DEFAULT_SIZE: usize = 32 << 20;
+/// When less than this is left, everything is dropped; more than a block and its snippets need.
+const RESERVE: usize = 256 << 10;
 
-impl PollWord {
-    pub fn set(&self) {
-        self.0.store(1, Ordering::SeqCst);
+/// Entries in each slot of the jump table.
+const JUMP_ENTRIES: usize = 4096;
+/// Modes that have a slot.
+pub const JUMP_SLOTS: usize = 16;
+/// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
+pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << 2;
+const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * 16;
+
+/// The host has PEXT, which extracts an index without touching the flags.
+pub fn index_by_pext() -> bool {
+    std::arch::is_x86_feature_detected!("bmi2")
+}
+
+/// The index of a guest address in a slot.
+pub fn jump_index(rip: u64) -> usize {
+    if index_by_pext() { ((rip & JUMP_MASK) >> 2) as usize } else { (rip & 0xff) as usize }
+}
+
+/// Offsets of a slot's tags and code addresses from the jump table's base.
+pub fn jump_slot_offsets(slot: usize) -> (i32, i32) {
+    let tags = slot * JUMP_ENTRIES * 16;
+    (tags as i32, (tags + JUMP_ENTRIES * 8) as i32)
+}
+
+/// An anonymous or file mapping of the process.
+struct Mapping {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: a mapping is plain memory; what is shared between threads in it is only accessed atomically.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(length: usize, protection: i32, flags: i32, fd: i32) -> io::Result<Self> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, fd, 0) };
+        match NonNull::new(p.cast()) {
+            Some(start) if p != libc::MAP_FAILED => Ok(Mapping { start, length }),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
-    pub fn clear(&self) {
-        self.0.store(0, Ordering::SeqCst);
+
+    fn address(&self) -> u64 {
+        self.start.as_ptr() as u64
     }
 }
 
-/// Code to drop at other threads' request.
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `new` mapped, and nobody holds a pointer into it longer than the owner.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+/// The memory that one vCPU's host code lives in, with the words that stop it.
+pub struct CodeMemory {
+    writable: Mapping,
+    executable: Mapping,
+    jump_table: Mapping,
+    /// Never written: the host backs it with one page of zeros. While it stands in for the jump table every indirect branch
+    /// misses.
+    empty_table: Mapping,
+}
+
+impl CodeMemory {
+    pub fn new(size: usize) -> io::Result<Self> {
+        // SAFETY: the name is a valid C string; the descriptor is ours.
+        let fd = unsafe { libc::memfd_create(c"translated-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        let file = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        file.set_len(size as u64)?;
+        let table = || {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            Mapping::new(JUMP_BYTES, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+        };
+        let memory = CodeMemory {
+            writable: Mapping::new(size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd)?,
+            executable: Mapping::new(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd)?,
+            jump_table: table()?,
+            empty_table: table()?,
+        };
+        memory.go_on();
+        Ok(memory)
+    }
+
+    fn poll_word(&self) -> &AtomicU32 {
+        // SAFETY: aligned, mapped as long as `self`, and accessed only atomically (by emitted code with plain loads).
+        unsafe { AtomicU32::from_ptr(self.writable.start.as_ptr().add(POLL_OFFSET).cast()) }
+    }
+
+    fn jump_base(&self) -> &AtomicU64 {
+        // SAFETY: as `poll_word`.
+        unsafe { AtomicU64::from_ptr(self.writable.start.as_ptr().add(JUMP_BASE_OFFSET).cast()) }
+    }
+
+    fn stop(&self) {
+        self.poll_word().store(1, Ordering::SeqCst);
+        self.jump_base().store(self.empty_table.address(), Ordering::SeqCst);
+    }
+
+    fn go_on(&self) {
+        self.jump_base().store(self.jump_table.address(), Ordering::SeqCst);
+        self.poll_word().store(0, Ordering::SeqCst);
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.writable.length, "a write beyond code memory");
+        // SAFETY: in bounds; only the owning vCPU's thread writes code, and it isn't executing these bytes.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.writable.start.as_ptr().add(offset), bytes.len()) };
+    }
+
+    fn jump_word(&self, index: usize) -> &AtomicU64 {
+        assert!(index * 8 < JUMP_BYTES, "a jump table index out of range");
+        // SAFETY: in bounds and aligned; written only by the owning thread.
+        unsafe { AtomicU64::from_ptr(self.jump_table.start.as_ptr().cast::<u64>().add(index)) }
+    }
+}
+
+/// What makes emitted code return to the dispatcher: a word that loops look at, and an empty jump table.
 #[derive(Default)]
-pub struct Invalidations;
+pub struct PollWord {
+    memory: OnceLock<Arc<CodeMemory>>,
+    set: AtomicBool,
+}
+
+impl PollWord {
+    /// From now on the word is the one that the code in `memory` polls.
+    pub fn attach(&self, memory: Arc<CodeMemory>) {
+        let _ = self.memory.set(memory);
+        self.set();
+    }
+
+    /// Async-signal-safe.
+    pub fn set(&self) {
+        self.set.store(true, Ordering::SeqCst);
+        if let Some(memory) = self.memory.get() {
+            memory.stop();
+        }
+    }
+
+    pub fn clear(&self) {
+        self.set.store(false, Ordering::SeqCst);
+        if let Some(memory) = self.memory.get() {
+            memory.go_on();
+        }
+        // Someone may have set it in between, and seen the table put back: then it is set again.
+        if self.set.load(Ordering::SeqCst) {
+            self.set();
+        }
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.set.load(Ordering::SeqCst)
+    }
+}
+
+/// A block's number in its cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BlockId(u32);
+
+/// Where a guest instruction's host code begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// In code memory.
+    pub host_offset: u32,
+    /// From the block's start.
+    pub guest_offset: u16,
+    /// The true arithmetic flags are in `hot.saved_ax` when the operation itself runs.
+    pub parked: bool,
+}
+
+/// A slow-path call of a memory access.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// Where the call returns to, in code memory.
+    pub return_offset: u32,
+    /// Index of the instruction's [`Point`].
+    pub point: u16,
+    pub parked: bool,
+    /// Where the instruction's host code ends, in code memory.
+    pub end: u32,
+}
+
+/// A direct branch to a guest address.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// The stub that leaves to the dispatcher, and where its call returns to.
+    pub stub_offset: u32,
+    pub return_offset: u32,
+    /// The branch's rel32.
+    pub patch_offset: u32,
+    /// Guest address.
+    pub target: u64,
+    pub to: Option<BlockId>,
+}
+
+/// What identifies a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub rip: u64,
+    /// The physical page of `rip`.
+    pub page: u64,
+    pub mode: Mode,
+}
+
+/// Host code for a run of guest instructions.
+pub struct Block {
+    pub key: Key,
+    /// The physical page of the bytes beyond the first page, if there are any.
+    pub second_page: Option<u64>,
+    pub bytes: Box<[u8]>,
+    /// In code memory.
+    pub code: Range<u32>,
+    pub points: Box<[Point]>,
+    pub sites: Box<[Site]>,
+    pub links: Box<[Link]>,
+    /// Links of other blocks (or its own) that lead here.
+    incoming: Vec<(BlockId, u16)>,
+    live: bool,
+}
+
+impl Block {
+    /// The instruction at an offset from the block's start, with its bytes.
+    pub fn decode(&self, guest_offset: u16) -> Option<(Instruction, [u8; 15])> {
+        let offset = guest_offset as usize;
+        let rest = self.bytes.get(offset..)?;
+        let insn = crate::access::decode(rest, self.key.mode.bits(), self.key.rip.wrapping_add(offset as u64));
+        let mut bytes = [0; 15];
+        let length = insn.len().min(rest.len());
+        bytes[..length].copy_from_slice(&rest[..length]);
+        Some((insn, bytes))
+    }
+
+    /// The bytes of a physical page that the block was made from.
+    fn span_in(&self, page: u64) -> Range<usize> {
+        let start = (self.key.rip % PAGE_SIZE) as usize;
+        let end = start + self.bytes.len();
+        let size = PAGE_SIZE as usize;
+        if page == self.key.page { start..end.min(size) } else { 0..end.saturating_sub(size) }
+    }
+}
+
+/// One vCPU's blocks.
+pub struct Cache {
+    memory: Arc<CodeMemory>,
+    next: usize,
+    blocks: Vec<Block>,
+    by_key: FxHashMap<Key, BlockId>,
+    /// By physical page.
+    by_page: FxHashMap<u64, Vec<BlockId>>,
+    pub sensitive: Vec<SensitiveInsn>,
+    slots: Vec<Mode>,
+    filled_jumps: Vec<u32>,
+    pub stats: Stats,
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    pub blocks: u64,
+    pub guest_instructions: u64,
+    pub invalidated: u64,
+    pub full_flushes: u64,
+    pub links: u64,
+    pub lookups: u64,
+}
+
+impl Cache {
+    pub fn new(memory: Arc<CodeMemory>) -> Self {
+        Cache {
+            memory,
+            next: CODE_START,
+            blocks: Vec::new(),
+            by_key: FxHashMap::default(),
+            by_page: FxHashMap::default(),
+            sensitive: Vec::new(),
+            slots: Vec::new(),
+            filled_jumps: Vec::new(),
+            stats: Stats::default(),
+        }
+    }
+
+    pub fn next_offset(&self) -> usize {
+        self.next
+    }
+
+    pub fn host_address(&self, offset: usize) -> u64 {
+        self.memory.executable.address() + offset as u64
+    }
+
+    /// The code memory offset of a host address.
+    pub fn offset_of(&self, address: u64) -> Option<usize> {
+        let offset = address.wrapping_sub(self.memory.executable.address()) as usize;
+        (CODE_START..self.next).contains(&offset).then_some(offset)
+    }
+
+    /// Whether there is room for another block.
+    pub fn has_room(&self) -> bool {
+        self.next + RESERVE <= self.memory.writable.length && self.blocks.len() < u32::MAX as usize
+    }
+
+    /// Puts host code behind what is there; `None` if it doesn't fit.
+    pub fn append(&mut self, code: &[u8]) -> Option<usize> {
+        let offset = self.next;
+        if offset + code.len() > self.memory.writable.length {
+            return None;
+        }
+        self.memory.write(offset, code);
+        self.next = (offset + code.len()).next_multiple_of(16);
+        Some(offset)
+    }
+
+    /// The part of the jump table for a mode; none once there are more modes than slots.
+    pub fn jump_slot(&mut self, mode: Mode) -> Option<usize> {
+        if mode.is_single() {
+            return None;
+        }
+        if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
+            return Some(slot);
+        }
+        if self.slots.len() == JUMP_SLOTS {
+            return None;
+        }
+        self.slots.push(mode);
+        Some(self.slots.len() - 1)
+    }
+
+    /// Adds a block. The caller has seen to it that writes to its pages are noticed.
+    pub fn insert(&mut self, key: Key, second_page: Option<u64>, bytes: &[u8], t: Translated) -> Option<BlockId> {
+        let id = BlockId(self.blocks.len() as u32);
+        let offset = self.append(&t.code)?;
+        self.stats.blocks += 1;
+        self.stats.guest_instructions += t.points.len() as u64;
+        self.sensitive.extend(t.sensitive);
+        self.blocks.push(Block {
+            key,
+            second_page,
+            bytes: bytes.into(),
+            code: offset as u32..(offset + t.code.len()) as u32,
+            points: t.points.into(),
+            sites: t.sites.into(),
+            links: t.links.into(),
+            incoming: Vec::new(),
+            live: true,
+        });
+        self.by_key.insert(key, id);
+        for page in std::iter::once(key.page).chain(second_page) {
+            self.by_page.entry(page).or_default().push(id);
+        }
+        Some(id)
+    }
+
+    pub fn get(&self, key: &Key) -> Option<BlockId> {
+        self.by_key.get(key).copied()
+    }
+
+    pub fn block(&self, id: BlockId) -> &Block {
+        &self.blocks[id.0 as usize]
+    }
+
+    pub fn is_live(&self, id: BlockId) -> bool {
+        self.blocks.get(id.0 as usize).is_some_and(|b| b.live)
+    }
+
+    pub fn entry(&self, id: BlockId) -> u64 {
+        self.host_address(self.block(id).code.start as usize)
+    }
+
+    /// The block that holds a host address.
+    pub fn find_by_host(&self, address: u64) -> Option<(BlockId, &Block)> {
+        let offset = self.offset_of(address)? as u32;
+        let after = self.blocks.partition_point(|b| b.code.start <= offset);
+        let index = after.checked_sub(1)?;
+        let block = &self.blocks[index];
+        // A call's return address may be the first byte after the block.
+        (offset <= block.code.end).then_some((BlockId(index as u32), block))
+    }
+
+    /// Whether translated code of the page exists.
+    pub fn has_page(&self, page: u64) -> bool {
+        self.by_page.get(&page).is_some_and(|blocks| !blocks.is_empty())
+    }
+
+    /// Patches the link whose stub's call returns to `return_address` to lead to `to`.
+    pub fn link(&mut self, return_address: u64, to: BlockId) {
+        let Some(offset) = self.offset_of(return_address) else { return };
+        let Some((from, _)) = self.find_by_host(return_address) else { return };
+        let source = &self.blocks[from.0 as usize];
+        let target = self.block(to);
+        // A block across two pages depends on a mapping that a link would not check; the modes must agree.
+        if !source.live || target.second_page.is_some() || target.key.mode != source.key.mode {
+            return;
+        }
+        let target_start = target.code.start;
+        let Some(i) = source.links.iter().position(|l| l.return_offset == offset as u32) else { return };
+        let link = &mut self.blocks[from.0 as usize].links[i];
+        if link.to.is_some() {
+            return;
+        }
+        link.to = Some(to);
+        let patch = link.patch_offset;
+        self.patch(patch, target_start);
+        self.blocks[to.0 as usize].incoming.push((from, i as u16));
+        self.stats.links += 1;
+    }
+
+    fn patch(&self, patch_offset: u32, target: u32) {
+        let rel = target as i32 - (patch_offset as i32 + 4);
+        self.memory.write(patch_offset as usize, &rel.to_le_bytes());
+    }
+
+    /// Lets the jump table lead from a block's address to it.
+    pub fn enter_jump(&mut self, id: BlockId) {
+        let key = self.block(id).key;
+        let Some(slot) = self.jump_slot(key.mode) else { return };
+        let entry = self.entry(id);
+        let (tags, codes) = jump_slot_offsets(slot);
+        let index = jump_index(key.rip);
+        let tag_index = tags as usize / 8 + index;
+        self.memory.jump_word(tag_index).store(0, Ordering::Relaxed);
+        self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
+        self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
+        self.filled_jumps.push(tag_index as u32);
+    }
+
+    /// [`Cache::enter_jump`], unless the code segment has a base: the jump table knows offsets only.
+    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64) {
+        if base == 0 {
+            self.enter_jump(id);
+        }
+    }
+
+    /// Forgets which addresses lead to which blocks.
+    pub fn clear_jumps(&mut self) {
+        for tag_index in self.filled_jumps.drain(..) {
+            self.memory.jump_word(tag_index as usize).store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn forget_jump(&mut self, id: BlockId) {
+        let key = self.block(id).key;
+        if let Some(slot) = self.slots.iter().position(|&m| m == key.mode) {
+            let word = self.memory.jump_word(jump_slot_offsets(slot).0 as usize / 8 + jump_index(key.rip));
+            if word.load(Ordering::Relaxed) == !key.rip {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Drops the blocks made from `bytes` of a physical page. True if the page has no translated code left.
+    pub fn invalidate(&mut self, page: u64, bytes: Range<usize>) -> bool {
+        let Some(ids) = self.by_page.get(&page) else { return true };
+        let hit: Vec<BlockId> = ids
+            .iter()
+            .copied()
+            .filter(|&id| {
+                let span = self.block(id).span_in(page);
+                span.start < bytes.end && bytes.start < span.end
+            })
+            .collect();
+        for id in hit {
+            self.remove(id);
+        }
+        !self.has_page(page)
+    }
+
+    fn remove(&mut self, id: BlockId) {
+        self.forget_jump(id);
+        self.stats.invalidated += 1;
+        let block = &mut self.blocks[id.0 as usize];
+        block.live = false;
+        let (key, second_page) = (block.key, block.second_page);
+        let incoming = std::mem::take(&mut block.incoming);
+        let outgoing: Vec<(u16, BlockId)> =
+            block.links.iter().enumerate().filter_map(|(i, l)| Some((i as u16, l.to?))).collect();
+        block.bytes = Box::default();
+        if self.by_key.get(&key) == Some(&id) {
+            self.by_key.remove(&key);
+        }
+        for page in std::iter::once(key.page).chain(second_page) {
+            if let Some(ids) = self.by_page.get_mut(&page) {
+                ids.retain(|&other| other != id);
+            }
+        }
+        for (from, i) in incoming {
+            self.unlink(from, i);
+        }
+        for (i, to) in outgoing {
+            self.unlink(id, i);
+            self.blocks[to.0 as usize].incoming.retain(|&(from, j)| (from, j) != (id, i));
+        }
+    }
+
+    /// Makes a link lead to its stub again.
+    fn unlink(&mut self, from: BlockId, i: u16) {
+        let link = &mut self.blocks[from.0 as usize].links[i as usize];
+        if link.to.take().is_some() {
+            let (patch, stub) = (link.patch_offset, link.stub_offset);
+            self.patch(patch, stub);
+        }
+    }
+
+    /// Drops everything. No emitted code may be running or be returned to.
+    pub fn reset(&mut self) -> impl Iterator<Item = u64> + use<> {
+        self.clear_jumps();
+        self.next = CODE_START;
+        self.blocks.clear();
+        self.by_key.clear();
+        self.sensitive.clear();
+        self.stats.full_flushes += 1;
+        std::mem::take(&mut self.by_page).into_keys()
+    }
+}
+
+/// What another thread asks a vCPU to forget.
+#[derive(Clone, Debug)]
+enum Invalidation {
+    /// The page (physical address) now holds translated code of some vCPU: no write to it may go unnoticed.
+    Protect(u64),
+    /// These bytes of a page (physical address) were written.
+    Written(u64, Range<usize>),
+}
+
+/// Requests to one vCPU, and whether it could be running on what they are to change.
+#[derive(Default)]
+pub struct Invalidations {
+    queue: Mutex<Vec<Invalidation>>,
+    /// The vCPU may be using its TLB or its blocks; false: it takes the queue first.
+    running: AtomicBool,
+}
+
+impl Invalidations {
+    fn push(&self, what: Invalidation) {
+        self.queue.lock().unwrap_or_else(|e| e.into_inner()).push(what);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.queue.lock().unwrap_or_else(|e| e.into_inner()).is_empty()
+    }
+
+    pub fn set_running(&self, running: bool) {
+        self.running.store(running, Ordering::SeqCst);
+    }
+}
 
 impl Vcpu {
-    /// Bytes of a page that holds translated code were stored by this vCPU: drops what they were translated to.
+    /// Bytes of a page that holds translated code were stored by this vCPU: drops what they were translated to, here and on the
+    /// other vCPUs. They see it at their next indirect or backward branch, before they can see later stores.
     pub fn code_stored(&mut self, page: usize, bytes: Range<usize>) {
-        let _ = (page, bytes);
+        let gpa = self.machine.page_address(page);
+        self.tell_others(page, &Invalidation::Written(gpa, bytes.clone()));
+        self.code_written(gpa, bytes);
+    }
+
+    fn tell_others(&self, page: usize, what: &Invalidation) {
+        let holders = self.machine.tracker.code_holders(page);
+        for other in self.machine.vcpus().iter() {
+            if other.id != self.id && holders & holder_bit(other.id) != 0 {
+                other.invalidations.push(what.clone());
+                other.request(request::INVALIDATE);
+            }
+        }
+    }
+
+    fn code_written(&mut self, gpa: u64, bytes: Range<usize>) {
+        // With more vCPUs than bits a bit may stand for another one as well.
+        if self.engine.cache.invalidate(gpa, bytes) && self.machine.vcpus().len() <= 8
+            && let Some(page) = self.machine.page_index(gpa)
+        {
+            self.machine.tracker.clear_code(page, holder_bit(self.id));
+        }
+    }
+
+    /// Does what other threads asked for.
+    pub fn take_invalidations(&mut self) {
+        self.shared.requests.fetch_and(!request::INVALIDATE, Ordering::SeqCst);
+        let shared = self.shared.clone();
+        // Held while the requests are carried out: an empty queue means that they are.
+        let mut queue = shared.invalidations.queue.lock().unwrap_or_else(|e| e.into_inner());
+        for what in queue.drain(..) {
+            match what {
+                Invalidation::Protect(gpa) => self.tlb.protect(gpa),
+                Invalidation::Written(gpa, bytes) => self.code_written(gpa, bytes),
+            }
+        }
+    }
+
+    /// To be called before code is read from a page of RAM in order to translate it: from here on no write to the page
+    /// goes unnoticed, by whomever.
+    pub fn watch_code_page(&mut self, gpa: u64) {
+        let Some(page) = self.machine.page_index(gpa) else { return };
+        let before = self.machine.tracker.mark_code(page, holder_bit(self.id));
+        if before != 0 {
+            return; // nobody has a write tag for it
+        }
+        self.tlb.protect(gpa);
+        let machine = self.machine.clone();
+        let vcpus = machine.vcpus();
+        for other in vcpus.iter().filter(|o| o.id != self.id) {
+            other.invalidations.push(Invalidation::Protect(gpa & !(PAGE_SIZE - 1)));
+            other.request(request::INVALIDATE);
+        }
+        // While waiting, this vCPU uses neither TLB nor blocks, so that two that wait for each other both go on.
+        self.shared.invalidations.set_running(false);
+        for other in vcpus.iter().filter(|o| o.id != self.id) {
+            let mut spins = 0;
+            while other.invalidations.running.load(Ordering::SeqCst) && !other.invalidations.is_empty() {
+                spins += 1;
+                if spins < 200 { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
+        }
+        self.shared.invalidations.set_running(true);
+        self.take_invalidations();
+    }
+}
+
+/// The bit that stands for a vCPU in the tracker's code byte.
+pub fn holder_bit(id: u32) -> u8 {
+    1 << (id % 8)
+}
+
+/// Passes writes by devices on to the vCPUs.
+pub struct DeviceWrites(pub Arc<crate::shared::Machine>);
+
+impl CodeWatcher for DeviceWrites {
+    fn code_page_written(&self, page: usize, bytes: Range<usize>) {
+        let holders = self.0.tracker.code_holders(page);
+        let gpa = self.0.page_address(page);
+        for vcpu in self.0.vcpus().iter().filter(|v| holders & holder_bit(v.id) != 0) {
+            vcpu.invalidations.push(Invalidation::Written(gpa, bytes.clone()));
+            vcpu.request(request::INVALIDATE);
+        }
     }
 }

@@ -149,7 +149,7 @@ pub struct Vcpu {
     pub pending_debug: u64,
     /// The RIP of the instruction that a semantics function executes.
     pub insn_rip: u64,
-    /// The CPL that `hot` was last set up for; the real one is that of SS (see [`Vcpu::cpl`]).
+    /// The processor's number, and its APIC id.
     pub id: u32,
     /// Mappings for each [`Context`].
     pub tlb: Tlb,
@@ -163,49 +163,6 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// The processor whose shared half is `shared`, as power-on leaves it: the bootstrap processor running, others waiting
-    /// for their start-up IPI.
-    pub fn new(machine: Arc<Machine>, shared: Arc<VcpuShared>) -> Box<Self> {
-        let reset = arch::CpuState::reset();
-        let bootstrap = shared.apic.bootstrap();
-        Box::new(Vcpu {
-            stack: [0; STACK_WORDS],
-            gpr: reset.gpr,
-            rip: reset.rip,
-            rflags: reset.rflags,
-            segments: reset.segments,
-            fp_loaded: 0,
-            hot: crate::entry::Hot::new(crate::xstate::layout().native),
-            xsave: XsaveArea::default(),
-            ldtr: reset.ldtr,
-            tr: reset.tr,
-            gdtr: reset.gdtr,
-            idtr: reset.idtr,
-            cr0: reset.cr0,
-            cr2: 0,
-            cr3: 0,
-            cr4: 0,
-            dr: [0; 4],
-            dr6: debug::DR6_INIT,
-            dr7: debug::DR7_INIT,
-            xcr0: reset.xcr0,
-            pkru: 0,
-            msrs: Msrs::default(),
-            activity: if bootstrap { Activity::Running } else { Activity::WaitForSipi },
-            nmi_blocked: false,
-            interrupt_shadow: false,
-            debug_shadow: false,
-            pending_debug: 0,
-            insn_rip: 0,
-            id: shared.id,
-            tlb: Tlb::default(),
-            shared,
-            machine,
-            engine: crate::run::EngineState::default(),
-            timer: Default::default(),
-        })
-    }
-
     /// The current privilege level: the DPL of SS, which every mode keeps equal to it (Intel SDM 3A 5.5); 3 in
     /// virtual-8086 mode, 0 in real mode.
     pub fn cpl(&self) -> u8 {

@@ -1,9 +1,449 @@
-//! The border between Rust and emitted code.
+//! The border between Rust and emitted code, in assembly.
+//!
+//! [`enter`] loads the guest's registers and jumps into a block. The block leaves by one of the thunks, whose addresses
+//! stand in [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
+//!
+//! - `exit_link`, called by the stub of a direct branch that is not linked yet; the return address names the stub;
+//! - `exit_lookup`, jumped to with the guest RIP in r14: an indirect branch missed the jump table;
+//! - `exit_event`, jumped to with the guest RIP in r14: the poll word is set;
+//! - `helper`, called with the index of a sensitive instruction in r14;
+//! - `slow`, called with a guest-virtual address in r14 and an [`AccessKind`](crate::access::AccessKind) in r10d; comes back with
+//!   the host address in r14;
+//! - `resolve`, the same for operands whose address only Rust computes;
+//! - `bounced`, jumped to when an instruction has run on the bounce buffer;
+//! - `signal`, where the host's signal handler sends emitted code that faulted.
+//!
+//! Rust's own code is compiled for plain SSE2, so that the light path of `slow` (a TLB fill) needs to preserve only
+//! xmm0-xmm15 when the guest's vector state is loaded; everything else saves the whole of it by XSAVE first.
 
-/// Fields of a [`crate::Vcpu`] that only emitted code and its entry use.
-#[repr(C)]
-#[derive(Default)]
+use std::arch::global_asm;
+use std::mem::offset_of;
+
+use crate::Vcpu;
+
+/// Why emitted code was left; what [`enter`] returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Left {
+    /// A direct branch without a link; `hot.return_address` names its stub.
+    Link = 0,
+    /// An indirect branch to `rip` that the jump table does not know.
+    Lookup = 1,
+    /// `rip` is current, nothing special: look for events and go on.
+    Event = 2,
+    /// A stop is in `engine.stop`.
+    Stop = 3,
+    /// A host signal hit emitted code; see `hot.signal_*`.
+    Signal = 4,
+}
+
+/// Fields of a [`Vcpu`] that only emitted code and its entry use.
+#[repr(C, align(16))]
 pub struct Hot {
+    /// Where the bounce buffer's user goes on, and where thunks return to.
+    pub return_address: u64,
     /// The host's stack pointer while guest code runs.
     pub host_rsp: u64,
+    pub target: u64,
+    /// Bits of a RIP that index the jump table.
+    pub jump_mask: u64,
+    /// A guest register lent to the translator within one instruction.
+    pub lent: u64,
+    /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
+    pub saved_ax: u64,
+    pub exit_link: u64,
+    pub exit_lookup: u64,
+    pub exit_event: u64,
+    pub helper: u64,
+    pub slow: u64,
+    pub resolve: u64,
+    pub bounced: u64,
+    /// XSAVE's and XRSTOR's component mask.
+    pub xsave_mask: u64,
+    pub load_fp: u64,
+    pub signal_number: u64,
+    pub signal_code: u64,
+    pub signal_address: u64,
+    pub signal_pc: u64,
+    /// xmm0-xmm15 across the light path.
+    pub xmm: [u128; 16],
 }
+
+/// The offset of a [`Vcpu`] field from what rsp points at.
+macro_rules! context_offset {
+    ($($field:tt)+) => { (std::mem::offset_of!($crate::Vcpu, $($field)+) - std::mem::offset_of!($crate::Vcpu, gpr)) as i32 };
+}
+pub(crate) use context_offset;
+
+unsafe extern "C" {
+    /// Runs guest code from `code` (a host address). `context` is the address of a [`Vcpu`]'s `gpr`.
+    fn ringer_enter(context: *mut u64, code: u64) -> u64;
+    fn ringer_exit_link();
+    fn ringer_exit_lookup();
+    fn ringer_exit_event();
+    fn ringer_helper();
+    fn ringer_slow();
+    fn ringer_resolve();
+    fn ringer_bounced();
+    fn ringer_load_fp();
+    fn ringer_signal();
+}
+
+impl Hot {
+    /// `xsave_mask`: the state components that guests can use on this host.
+    pub fn new(xsave_mask: u64) -> Self {
+        let address = |f: unsafe extern "C" fn()| f as usize as u64;
+        Hot {
+            return_address: 0,
+            host_rsp: 0,
+            target: 0,
+            jump_mask: crate::cache::JUMP_MASK,
+            lent: 0,
+            saved_ax: 0,
+            exit_link: address(ringer_exit_link),
+            exit_lookup: address(ringer_exit_lookup),
+            exit_event: address(ringer_exit_event),
+            helper: address(ringer_helper),
+            slow: address(ringer_slow),
+            resolve: address(ringer_resolve),
+            bounced: address(ringer_bounced),
+            xsave_mask,
+            load_fp: address(ringer_load_fp),
+            signal_number: 0,
+            signal_code: 0,
+            signal_address: 0,
+            signal_pc: 0,
+            xmm: [0; 16],
+        }
+    }
+}
+
+/// Where a signal handler sends a thread that faulted in emitted code.
+pub fn signal_thunk() -> u64 {
+    ringer_signal as unsafe extern "C" fn() as usize as u64
+}
+
+/// Runs guest code until it leaves.
+///
+/// # Safety
+/// `code` must be the entry of a live block in `vcpu`'s own code memory, translated for `vcpu`'s current mode.
+pub unsafe fn enter(vcpu: &mut Vcpu, code: u64) -> Left {
+    // SAFETY: the thunks keep the System V ABI's callee-saved registers, and touch only `vcpu`. The pointer is derived from the
+    // whole of `vcpu`, since emitted code reaches every field and the stack words below `gpr`.
+    let reason = unsafe {
+        let whole: *mut Vcpu = vcpu;
+        ringer_enter(whole.cast::<u8>().add(offset_of!(Vcpu, gpr)).cast(), code)
+    };
+    match reason {
+        0 => Left::Link,
+        1 => Left::Lookup,
+        2 => Left::Event,
+        3 => Left::Stop,
+        _ => Left::Signal,
+    }
+}
+
+global_asm!(
+    // Guest registers that live in host registers, to and from the context. rax and flags apart.
+    ".macro SAVE_GPRS",
+    "mov [rsp + 8*1], rcx",
+    "mov [rsp + 8*2], rdx",
+    "mov [rsp + 8*3], rbx",
+    "mov [rsp + 8*4], r15",
+    "mov [rsp + 8*5], rbp",
+    "mov [rsp + 8*6], rsi",
+    "mov [rsp + 8*7], rdi",
+    "mov [rsp + 8*8], r8",
+    "mov [rsp + 8*9], r9",
+    "mov [rsp + 8*12], r12",
+    "mov [rsp + 8*13], r13",
+    ".endm",
+    ".macro LOAD_GPRS",
+    "mov rcx, [rsp + 8*1]",
+    "mov rdx, [rsp + 8*2]",
+    "mov rbx, [rsp + 8*3]",
+    "mov r15, [rsp + 8*4]",
+    "mov rbp, [rsp + 8*5]",
+    "mov rsi, [rsp + 8*6]",
+    "mov rdi, [rsp + 8*7]",
+    "mov r8, [rsp + 8*8]",
+    "mov r9, [rsp + 8*9]",
+    "mov r12, [rsp + 8*12]",
+    "mov r13, [rsp + 8*13]",
+    ".endm",
+    // rax and the arithmetic flags.
+    ".macro SAVE_FLAGS",
+    "mov [rsp + 8*0], rax",
+    "lahf",
+    "seto al",
+    "movzx ecx, ah",
+    "and ecx, 0xd5",
+    "movzx eax, al",
+    "shl eax, 11",
+    "or eax, ecx",
+    "mov rcx, [rsp + {rflags}]",
+    "and rcx, ~0x8d5",
+    "or rcx, rax",
+    "mov [rsp + {rflags}], rcx",
+    ".endm",
+    ".macro LOAD_FLAGS",
+    "mov rcx, [rsp + {rflags}]",
+    "mov eax, ecx",
+    "shr eax, 11",
+    "and eax, 1",
+    "mov ah, cl",
+    "add al, 0x7f",
+    "sahf",
+    "mov rax, [rsp + 8*0]",
+    ".endm",
+    ".macro SAVE_ALL",
+    "SAVE_GPRS",
+    "SAVE_FLAGS",
+    ".endm",
+    ".macro LOAD_ALL",
+    "LOAD_FLAGS",
+    "LOAD_GPRS",
+    ".endm",
+    // The guest's vector state, if it is in the registers: to memory. Clobbers rax, rdx.
+    ".macro SAVE_FP",
+    "cmp qword ptr [rsp + {fp_loaded}], 0",
+    "je 77f",
+    "mov eax, [rsp + {xsave_mask}]",
+    "xor edx, edx",
+    "xsave64 [rsp + {xsave}]",
+    "mov qword ptr [rsp + {fp_loaded}], 0",
+    "mov dword ptr [rsp - 8], 0x1f80",
+    "ldmxcsr [rsp - 8]",
+    "fninit",
+    "77:",
+    ".endm",
+    ".global ringer_enter",
+    "ringer_enter:",
+    "push rbx",
+    "push rbp",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "sub rsp, 8",
+    "mov [rdi + {host_rsp}], rsp",
+    "mov rsp, rdi",
+    "mov [rsp + {target}], rsi",
+    "LOAD_ALL",
+    "jmp [rsp + {target}]",
+    // Back to the caller of `enter`, with the reason in ebx.
+    "ringer_leave:",
+    "SAVE_FP",
+    "mov eax, ebx",
+    "mov rsp, [rsp + {host_rsp}]",
+    "add rsp, 8",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop rbp",
+    "pop rbx",
+    "ret",
+    ".global ringer_exit_link",
+    "ringer_exit_link:",
+    "pop qword ptr [rsp + {return_address}]",
+    "SAVE_ALL",
+    "mov ebx, 0",
+    "jmp ringer_leave",
+    ".global ringer_exit_lookup",
+    "ringer_exit_lookup:",
+    "SAVE_ALL",
+    "mov [rsp + {rip}], r14",
+    "mov ebx, 1",
+    "jmp ringer_leave",
+    ".global ringer_exit_event",
+    "ringer_exit_event:",
+    "SAVE_ALL",
+    "mov [rsp + {rip}], r14",
+    "mov ebx, 2",
+    "jmp ringer_leave",
+    ".global ringer_signal",
+    "ringer_signal:",
+    "SAVE_ALL",
+    "mov ebx, 4",
+    "jmp ringer_leave",
+    // A sensitive instruction: rdi = vCPU, rsi = its index. Back to the block unless the callee says otherwise.
+    ".global ringer_helper",
+    "ringer_helper:",
+    "pop qword ptr [rsp + {return_address}]",
+    "SAVE_ALL",
+    "mov rbx, [rsp + {fp_loaded}]",
+    "SAVE_FP",
+    "mov rbp, rsp",
+    "lea rdi, [rsp - {gpr}]",
+    "mov rsi, r14",
+    "mov rsp, [rsp + {host_rsp}]",
+    "call {run_sensitive}",
+    "mov rsp, rbp",
+    "cmp eax, -1",
+    "jne 2f",
+    "test rbx, rbx",
+    "je 1f",
+    "call ringer_restore_fp",
+    "1:",
+    "LOAD_ALL",
+    "jmp [rsp + {return_address}]",
+    "2:",
+    "mov ebx, eax",
+    "jmp ringer_leave",
+    // A TLB miss: rdi = vCPU, rsi = address, edx = kind.
+    ".global ringer_slow",
+    "ringer_slow:",
+    "pop qword ptr [rsp + {return_address}]",
+    "SAVE_ALL",
+    "mov rbx, [rsp + {fp_loaded}]",
+    "test rbx, rbx",
+    "je 1f",
+    "movups [rsp + {xmm} + 16*0], xmm0",
+    "movups [rsp + {xmm} + 16*1], xmm1",
+    "movups [rsp + {xmm} + 16*2], xmm2",
+    "movups [rsp + {xmm} + 16*3], xmm3",
+    "movups [rsp + {xmm} + 16*4], xmm4",
+    "movups [rsp + {xmm} + 16*5], xmm5",
+    "movups [rsp + {xmm} + 16*6], xmm6",
+    "movups [rsp + {xmm} + 16*7], xmm7",
+    "movups [rsp + {xmm} + 16*8], xmm8",
+    "movups [rsp + {xmm} + 16*9], xmm9",
+    "movups [rsp + {xmm} + 16*10], xmm10",
+    "movups [rsp + {xmm} + 16*11], xmm11",
+    "movups [rsp + {xmm} + 16*12], xmm12",
+    "movups [rsp + {xmm} + 16*13], xmm13",
+    "movups [rsp + {xmm} + 16*14], xmm14",
+    "movups [rsp + {xmm} + 16*15], xmm15",
+    "1:",
+    "mov rbp, rsp",
+    "mov r12d, r10d",
+    "lea rdi, [rsp - {gpr}]",
+    "mov rsi, r14",
+    "mov edx, r12d",
+    "mov rsp, [rsp + {host_rsp}]",
+    "call {fill_light}",
+    "mov rsp, rbp",
+    "test rbx, rbx",
+    "je 2f",
+    "movups xmm0, [rsp + {xmm} + 16*0]",
+    "movups xmm1, [rsp + {xmm} + 16*1]",
+    "movups xmm2, [rsp + {xmm} + 16*2]",
+    "movups xmm3, [rsp + {xmm} + 16*3]",
+    "movups xmm4, [rsp + {xmm} + 16*4]",
+    "movups xmm5, [rsp + {xmm} + 16*5]",
+    "movups xmm6, [rsp + {xmm} + 16*6]",
+    "movups xmm7, [rsp + {xmm} + 16*7]",
+    "movups xmm8, [rsp + {xmm} + 16*8]",
+    "movups xmm9, [rsp + {xmm} + 16*9]",
+    "movups xmm10, [rsp + {xmm} + 16*10]",
+    "movups xmm11, [rsp + {xmm} + 16*11]",
+    "movups xmm12, [rsp + {xmm} + 16*12]",
+    "movups xmm13, [rsp + {xmm} + 16*13]",
+    "movups xmm14, [rsp + {xmm} + 16*14]",
+    "movups xmm15, [rsp + {xmm} + 16*15]",
+    "2:",
+    "test rax, rax",
+    "je 3f",
+    "mov r14, rax",
+    "LOAD_ALL",
+    "jmp [rsp + {return_address}]",
+    // Not a plain page of RAM: the whole vector state is saved, and Rust may do anything.
+    "3:",
+    "SAVE_FP",
+    "lea rdi, [rsp - {gpr}]",
+    "mov rsi, r14",
+    "mov edx, r12d",
+    "mov rsp, [rsp + {host_rsp}]",
+    "call {access_slow}",
+    "mov rsp, rbp",
+    "jmp ringer_accessed",
+    ".global ringer_resolve",
+    "ringer_resolve:",
+    "pop qword ptr [rsp + {return_address}]",
+    "SAVE_ALL",
+    "mov rbx, [rsp + {fp_loaded}]",
+    "SAVE_FP",
+    "mov rbp, rsp",
+    "lea rdi, [rsp - {gpr}]",
+    "mov esi, r10d",
+    "mov rsp, [rsp + {host_rsp}]",
+    "call {access_resolve}",
+    "mov rsp, rbp",
+    // rax: the host address, or zero with the reason for leaving in engine.left
+    "ringer_accessed:",
+    "test rax, rax",
+    "je 2f",
+    "mov r14, rax",
+    "test rbx, rbx",
+    "je 1f",
+    "call ringer_restore_fp",
+    "1:",
+    "LOAD_ALL",
+    "jmp [rsp + {return_address}]",
+    "2:",
+    "mov ebx, edx",
+    "jmp ringer_leave",
+    // The instruction has run on the bounce buffer: the result goes where it belongs.
+    ".global ringer_bounced",
+    "ringer_bounced:",
+    "SAVE_ALL",
+    "mov rbx, [rsp + {fp_loaded}]",
+    "SAVE_FP",
+    "mov rbp, rsp",
+    "lea rdi, [rsp - {gpr}]",
+    "mov rsp, [rsp + {host_rsp}]",
+    "call {access_bounced}",
+    "mov rsp, rbp",
+    "cmp eax, -1",
+    "jne 2f",
+    "test rbx, rbx",
+    "je 1f",
+    "call ringer_restore_fp",
+    "1:",
+    "LOAD_ALL",
+    "jmp [rsp + {return_address}]",
+    "2:",
+    "mov ebx, eax",
+    "jmp ringer_leave",
+    // Called by blocks that use vector state before it is loaded. Keeps all registers and flags.
+    ".global ringer_load_fp",
+    "ringer_load_fp:",
+    "pop qword ptr [rsp + {return_address}]",
+    "mov [rsp + 8*0], rax",
+    "mov [rsp + 8*2], rdx",
+    "pushfq",
+    "call ringer_restore_fp_pushed",
+    "popfq",
+    "mov rax, [rsp + 8*0]",
+    "mov rdx, [rsp + 8*2]",
+    "jmp [rsp + {return_address}]",
+    // Loads the vector state; rsp is one call below the context. Clobbers rax, rdx.
+    "ringer_restore_fp:",
+    "mov eax, [rsp + 8 + {xsave_mask}]",
+    "xor edx, edx",
+    "xrstor64 [rsp + 8 + {xsave}]",
+    "mov qword ptr [rsp + 8 + {fp_loaded}], 1",
+    "ret",
+    "ringer_restore_fp_pushed:",
+    "mov eax, [rsp + 16 + {xsave_mask}]",
+    "xor edx, edx",
+    "xrstor64 [rsp + 16 + {xsave}]",
+    "mov qword ptr [rsp + 16 + {fp_loaded}], 1",
+    "ret",
+    gpr = const offset_of!(Vcpu, gpr),
+    rip = const context_offset!(rip),
+    rflags = const context_offset!(rflags),
+    fp_loaded = const context_offset!(fp_loaded),
+    xsave = const context_offset!(xsave),
+    host_rsp = const context_offset!(hot.host_rsp),
+    target = const context_offset!(hot.target),
+    return_address = const context_offset!(hot.return_address),
+    xsave_mask = const context_offset!(hot.xsave_mask),
+    xmm = const context_offset!(hot.xmm),
+    run_sensitive = sym crate::run::run_sensitive,
+    fill_light = sym crate::access::fill_light,
+    access_slow = sym crate::access::access_slow,
+    access_resolve = sym crate::access::access_resolve,
+    access_bounced = sym crate::access::access_bounced,
+);

@@ -132,7 +132,7 @@ impl Machine {
         };
         if let Destination::One(id) | Destination::Physical(id) = message.destination {
             // Ids are positions.
-            if let Some(v) = vcpus.get(id as usize) {
+            if let Some(v) = vcpus.get(id as usize).filter(addressed) {
                 v.receive(message);
             }
         } else if message.delivery == Delivery::LowestPriority || message.redirect {
@@ -219,8 +219,12 @@ impl engine::Interrupts for InterruptLines {
 mod tests {
     use super::*;
     use crate::apic::registers::reg;
-    use crate::testing::{enable_apic, enable_x2apic, machine_of};
+    use crate::apic::testing::{enable_apic, enable_x2apic, machine_of as machine_and_vcpus};
     use engine::Interrupts;
+
+    fn machine_of(cpus: u32) -> Arc<Machine> {
+        machine_and_vcpus(cpus).0
+    }
 
     fn pending(machine: &Machine) -> Vec<usize> {
         let vcpus = machine.vcpus();

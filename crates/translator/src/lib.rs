@@ -14,8 +14,10 @@
 //! `unsafe` is used where host memory and host code are touched: the emitter, the entry code, signal handling and guest
 //! RAM. `semantics`, `mmu`, `deliver` and `apic` work on [`Vcpu`] as ordinary data.
 
+pub mod access;
 pub mod apic;
 pub mod cache;
+pub mod codegen;
 pub mod cpu;
 pub mod deliver;
 pub mod descriptor;
@@ -25,25 +27,79 @@ pub mod flush;
 pub mod host;
 pub mod interrupts;
 pub mod mmu;
+pub mod mode;
 pub mod phys;
 pub mod run;
 pub mod semantics;
 pub mod shared;
+mod signals;
 pub mod task;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod testing_native;
 pub mod time;
 pub mod tlb;
+pub mod vcpu;
 pub mod wait;
 pub mod xstate;
 
 pub use cpu::Vcpu;
 
+use std::io;
+use std::sync::Arc;
+
+use memory::Ram;
+
 /// How the virtual processors are to be.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// How many vCPUs the machine will have, 1 or more.
     pub cpus: u32,
     /// Which processor they are.
     pub model: arch::cpuid::Model,
+    /// Bytes of host code that each vCPU may keep.
+    pub translation_cache: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { cpus: 1, model: arch::cpuid::Model::default(), translation_cache: cache::DEFAULT_SIZE }
+    }
+}
+
+/// The engine: makes the vCPUs of one machine.
+pub struct Translator {
+    machine: Arc<shared::Machine>,
+    /// Kept alive for the tracker, which refers to it weakly.
+    _device_writes: Arc<dyn memory::CodeWatcher>,
+}
+
+impl Translator {
+    /// An engine for a machine with this RAM.
+    pub fn new(ram: Ram, config: Config) -> Result<Self, engine::Error> {
+        let time = time::Time::new();
+        let cpuid = semantics::cpuid::model(&config, time.tsc_khz())
+            .map_err(|e| engine::Error::Unsupported { engine: "translate", why: e.to_string() })?;
+        let machine = Arc::new(shared::Machine::new(ram, config, cpuid, time));
+        let device_writes: Arc<dyn memory::CodeWatcher> = Arc::new(cache::DeviceWrites(machine.clone()));
+        machine.tracker.watch(Arc::downgrade(&device_writes));
+        Ok(Translator { machine, _device_writes: device_writes })
+    }
+}
+
+impl engine::Engine for Translator {
+    fn name(&self) -> &'static str {
+        "translate"
+    }
+
+    fn create_vcpu(&self, id: u32, bus: Arc<dyn engine::Bus>) -> Result<Box<dyn engine::Vcpu>, engine::Error> {
+        self.machine.set_bus(bus);
+        let host = |source: io::Error| engine::Error::Host { what: format!("can't make vCPU {id}"), source };
+        Ok(Box::new(vcpu::Handle(Vcpu::new(id, self.machine.clone()).map_err(host)?)))
+    }
+
+    fn interrupts(&self) -> Arc<dyn engine::Interrupts> {
+        Arc::new(interrupts::InterruptLines(self.machine.clone()))
+    }
 }

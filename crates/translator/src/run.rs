@@ -1,10 +1,405 @@
-//! The dispatcher.
+//! The dispatcher: takes events, finds or makes the block for the vCPU's RIP and mode, enters it, and deals with why it was left.
+
+use std::sync::Arc;
+
+use engine::Exit;
+use rustc_hash::FxHashMap;
+
+use arch::registers::{debug, rflags};
+use arch::state::{Activity, SegmentRegister};
+use arch::{Exception, Vector};
+use memory::PAGE_SIZE;
+
+use crate::access::{Bounce, canonical};
+use crate::cache::{BlockId, Cache, CodeMemory, Key};
+use crate::codegen::block::{self, Place};
+use crate::cpu::{Context, Stop, Vcpu};
+use crate::deliver::{Event, deliver};
+use crate::entry::{Left, enter};
+use crate::mmu::{Access, walk};
+use crate::mode::Mode;
+use crate::shared::request;
+
+/// Entries of the fetch cache; a power of two.
+const FETCH_ENTRIES: usize = 1024;
+
+/// Where code at a virtual page is, as the page walk said.
+#[derive(Clone, Copy, Default)]
+struct Fetch {
+    /// Page number plus one, with the context in the top bits; 0: empty.
+    tag: u64,
+    gpa: u64,
+}
 
 /// The dispatcher's and the cache's own state.
-#[derive(Default)]
-pub struct EngineState {}
+pub struct EngineState {
+    pub cache: Cache,
+    /// Copies of bounced instructions, by the return address of their slow-path call; and the other way round.
+    pub snippets: FxHashMap<u64, u64>,
+    /// Why emitted code was left with [`Left::Stop`].
+    pub stop: Option<Stop>,
+    pub bounce: Bounce,
+    /// Where in the bounce buffer the operand is.
+    pub bounce_at: usize,
+    fetches: Box<[Fetch; FETCH_ENTRIES]>,
+    /// The mode of the block that runs.
+    mode: Option<Mode>,
+}
 
 impl EngineState {
+    pub fn new(memory: Arc<CodeMemory>) -> Self {
+        EngineState {
+            cache: Cache::new(memory),
+            snippets: FxHashMap::default(),
+            stop: None,
+            bounce: Bounce::default(),
+            bounce_at: 0,
+            fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
+            mode: None,
+        }
+    }
+
     /// Forgets which virtual address leads to which block.
-    pub fn drop_address_caches(&mut self) {}
+    pub fn drop_address_caches(&mut self) {
+        self.cache.clear_jumps();
+        self.fetches.fill(Fetch::default());
+    }
+}
+
+/// Executes a sensitive instruction for emitted code. -1: back to the block; else the [`Left`] to leave with.
+pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
+    let Some(s) = cpu.engine.cache.sensitive.get(index as usize).copied() else {
+        cpu.engine.stop = Some(Stop::Exit(Exit::Failed(format!("a block names sensitive instruction {index}, which there isn't"))));
+        return Left::Stop as i32;
+    };
+    cpu.insn_rip = s.insn.ip();
+    cpu.rip = s.insn.next_ip();
+    match (s.exec)(cpu, &s.insn) {
+        Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
+        Ok(()) if cpu.mode_is_single() => Left::Event as i32,
+        Ok(()) => -1,
+        Err(stop) => {
+            cpu.engine.stop = Some(stop);
+            Left::Stop as i32
+        }
+    }
+}
+
+/// How a step ended that did not fail.
+enum Next {
+    /// Straight on: no events need to be looked for.
+    Block,
+    /// An instruction may have changed what can be delivered.
+    Events,
+}
+
+impl Vcpu {
+    /// The block that is running was translated to run one instruction.
+    pub fn mode_is_single(&self) -> bool {
+        self.engine.mode.is_some_and(Mode::is_single)
+    }
+
+    /// Runs until the machine has to decide something.
+    pub fn run_loop(&mut self) -> Exit {
+        loop {
+            match self.run_until_stop() {
+                Ok(()) => return Exit::Stopped,
+                Err(Stop::Exit(exit)) => return exit,
+                Err(Stop::Fault(e)) => {
+                    if let Err(Stop::Exit(exit)) = deliver(self, Event::Exception(e)) {
+                        return exit;
+                    }
+                }
+            }
+        }
+    }
+
+    /// `Ok`: someone asked this vCPU to stop. A fault is that of the instruction at `rip`.
+    fn run_until_stop(&mut self) -> Result<(), Stop> {
+        let mut link: Option<u64> = None;
+        let mut look_for_events = true;
+        loop {
+            if look_for_events || self.shared.poll.is_set() {
+                link = None;
+                self.shared.poll.clear();
+                let requests = self.shared.requests.load(std::sync::atomic::Ordering::SeqCst);
+                if requests & request::INVALIDATE != 0 {
+                    self.take_invalidations();
+                }
+                if requests & request::STOP != 0 {
+                    self.shared.requests.fetch_and(!request::STOP, std::sync::atomic::Ordering::SeqCst);
+                    return Ok(());
+                }
+                if self.event_deliverable() {
+                    self.take_events()?;
+                }
+                if self.activity != Activity::Running {
+                    self.halt();
+                    continue;
+                }
+            }
+            look_for_events = match self.step(&mut link)? {
+                Next::Block => false,
+                Next::Events => true,
+            };
+        }
+    }
+
+    /// Enters one block and follows links until something needs the dispatcher.
+    fn step(&mut self, link: &mut Option<u64>) -> Result<Next, Stop> {
+        let stepping = self.rflags & rflags::TF != 0;
+        let breakpoints = self.dr7 & 0xff != 0;
+        let single = stepping || self.interrupt_shadow || breakpoints;
+        let mut mode = Mode::of(self);
+        if single {
+            mode = mode.single();
+            self.begin_single_step()?;
+        }
+        let shadowed = self.interrupt_shadow;
+        let id = self.find_block(mode)?;
+        if let Some(site) = link.take() {
+            self.engine.cache.link(site, id);
+        }
+        self.engine.mode = Some(mode);
+        let code = self.engine.cache.entry(id);
+        self.shared.invalidations.set_running(true);
+        // A request made before `running` was seen must be taken before the block may run on what it changes.
+        if self.shared.poll.is_set() {
+            self.shared.invalidations.set_running(false);
+            return Ok(Next::Events);
+        }
+        if shadowed {
+            // The shadow covers the one instruction that runs now.
+            self.interrupt_shadow = false;
+            self.debug_shadow = false;
+        }
+        self.rflags &= !rflags::RF;
+        // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
+        let left = unsafe { enter(self, code) };
+        self.shared.invalidations.set_running(false);
+        if stepping && left != Left::Stop && left != Left::Signal {
+            self.pending_debug |= debug::DR6_BS;
+        }
+        match left {
+            Left::Link => {
+                self.set_link_target(link);
+                Ok(Next::Block)
+            }
+            Left::Lookup => {
+                self.engine.cache.stats.lookups += 1;
+                Ok(Next::Block)
+            }
+            Left::Event => Ok(Next::Events),
+            Left::Stop => Err(self.take_stop()),
+            Left::Signal => Err(self.signal_stop()),
+        }
+    }
+
+    /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.
+    fn set_link_target(&mut self, link: &mut Option<u64>) {
+        let site = self.hot.return_address;
+        let offset = self.engine.cache.offset_of(site).unwrap_or_default() as u32;
+        if let Some((_, block)) = self.engine.cache.find_by_host(site)
+            && let Some(l) = block.links.iter().find(|l| l.return_offset == offset)
+        {
+            self.rip = l.target;
+            *link = Some(site);
+        }
+    }
+
+    fn take_stop(&mut self) -> Stop {
+        match self.engine.stop.take() {
+            Some(Stop::Fault(e)) => {
+                self.rip = self.insn_rip;
+                Stop::Fault(e)
+            }
+            Some(stop) => stop,
+            None => Stop::Exit(Exit::Failed("emitted code stopped without saying why".into())),
+        }
+    }
+
+    /// Instruction breakpoints, before an instruction runs by itself (Intel SDM 3B 17.3.1.1).
+    fn begin_single_step(&mut self) -> Result<(), Stop> {
+        if self.dr7 & 0xff == 0 || self.rflags & rflags::RF != 0 {
+            return Ok(());
+        }
+        let at = self.linear_rip();
+        let hit = (0..4)
+            .filter(|i| self.dr7 >> (2 * i) & 3 != 0 && self.dr7 >> (16 + 4 * i) & 3 == 0 && self.dr[*i as usize] == at)
+            .fold(0, |bits, i| bits | 1 << i);
+        if hit == 0 { Ok(()) } else { Err(Stop::Fault(Exception::debug(hit))) }
+    }
+
+    fn linear_rip(&self) -> u64 {
+        if self.code64() {
+            self.rip
+        } else {
+            self.seg(SegmentRegister::Cs).base.wrapping_add(self.rip) & 0xffff_ffff
+        }
+    }
+
+    /// The block at RIP, translated if need be.
+    fn find_block(&mut self, mode: Mode) -> Result<BlockId, Stop> {
+        let rip = self.rip;
+        if mode.long() {
+            if !canonical(rip) {
+                return Err(Exception::general_protection(0).into());
+            }
+        } else if rip > self.seg(SegmentRegister::Cs).limit.into() {
+            return Err(Exception::general_protection(0).into());
+        }
+        let linear = self.linear_rip();
+        let gpa = self.fetch_address(linear)?;
+        let key = Key { rip, page: gpa & !(PAGE_SIZE - 1), mode };
+        let base = linear.wrapping_sub(rip);
+        if let Some(id) = self.engine.cache.get(&key) {
+            let same = match self.engine.cache.block(id).second_page {
+                None => true,
+                Some(page) => self.fetch_address(next_page(linear))? == page,
+            };
+            // Outside 64-bit mode another CS base moves the code to the same RIP elsewhere.
+            if same && (base == 0 || gpa % PAGE_SIZE == linear % PAGE_SIZE) {
+                self.engine.cache.enter_jump_if_flat(id, base);
+                return Ok(id);
+            }
+        }
+        self.translate(key, gpa, linear)
+    }
+
+    /// The physical address of code at a linear address.
+    fn fetch_address(&mut self, linear: u64) -> Result<u64, Exception> {
+        let context = self.fetch_context();
+        let tag = linear >> 12 << 2 | context as u64 | 1 << 63;
+        let index = (linear >> 12) as usize % FETCH_ENTRIES;
+        let entry = self.engine.fetches[index];
+        if entry.tag == tag {
+            return Ok(entry.gpa | linear % PAGE_SIZE);
+        }
+        let mapping = walk(self, linear, Access::Execute, context)?;
+        self.engine.fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
+        Ok(mapping.gpa)
+    }
+
+    fn fetch_context(&self) -> Context {
+        if self.cpl() == 3 { Context::User } else { Context::Supervisor }
+    }
+
+    fn translate(&mut self, key: Key, gpa: u64, linear: u64) -> Result<BlockId, Stop> {
+        if !self.engine.cache.has_room() {
+            self.drop_all_blocks();
+        }
+        self.watch_code_page(gpa);
+        let first = (PAGE_SIZE - gpa % PAGE_SIZE) as usize;
+        let mut bytes = vec![0; first];
+        self.read_code(gpa, &mut bytes);
+        let mut second_page = None;
+        let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
+        let mut translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+        if translated.is_none() {
+            let next = self.fetch_address(next_page(linear))?;
+            self.watch_code_page(next);
+            bytes.resize(first + 15, 0);
+            let mut tail = [0; 15];
+            self.read_code(next, &mut tail);
+            bytes[first..].copy_from_slice(&tail);
+            second_page = Some(next);
+            translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+        }
+        let Some(translated) = translated else {
+            return Err(Exception::invalid_opcode().into());
+        };
+        let length = translated.guest_length.min(bytes.len());
+        if length <= first {
+            second_page = None;
+        }
+        let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
+        let id = self.engine.cache.insert(key, second_page, &bytes[..length], translated).ok_or_else(full)?;
+        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip));
+        Ok(id)
+    }
+
+    fn block_place(&mut self, mode: Mode) -> Place {
+        let cache = &mut self.engine.cache;
+        Place { origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
+    }
+
+    fn read_code(&self, gpa: u64, bytes: &mut [u8]) {
+        if self.ram(gpa).is_some() {
+            self.phys_read(gpa, bytes);
+        } else {
+            // One instruction at most is taken from a device.
+            for (i, byte) in bytes.iter_mut().take(15).enumerate() {
+                self.phys_read(gpa + i as u64, std::slice::from_mut(byte));
+            }
+        }
+    }
+
+    /// Makes room by forgetting all translations.
+    pub fn drop_all_blocks(&mut self) {
+        self.engine.snippets.clear();
+        let pages: Vec<u64> = self.engine.cache.reset().collect();
+        if self.machine.vcpus().len() <= 8 {
+            for gpa in pages {
+                if let Some(page) = self.machine.page_index(gpa) {
+                    self.machine.tracker.clear_code(page, crate::cache::holder_bit(self.id));
+                }
+            }
+        }
+    }
+
+    /// What a host signal in emitted code means for the guest.
+    fn signal_stop(&mut self) -> Stop {
+        let (pc, trap) = (self.hot.signal_pc, self.hot.signal_code);
+        let Some((insn, parked)) = self.instruction_at(pc) else {
+            return Stop::Exit(Exit::Failed(format!("host trap {trap} at {pc:#x} in emitted code of no known instruction")));
+        };
+        if parked {
+            self.unpark();
+        }
+        self.insn_rip = insn.ip();
+        self.rip = insn.ip();
+        let exception = match trap {
+            0 => Exception::new(Vector::DivideError),
+            6 => Exception::invalid_opcode(),
+            12 => Exception::with_code(Vector::StackFault, 0),
+            13 => {
+                let stack = insn.memory_segment() == iced_x86::Register::SS && !canonical(self.hot.signal_address);
+                Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
+            }
+            16 => Exception::new(Vector::X87FloatingPoint),
+            19 if self.cr4 & arch::registers::cr4::OSXMMEXCPT == 0 => Exception::invalid_opcode(),
+            19 => Exception::new(Vector::SimdFloatingPoint),
+            _ => {
+                let address = self.hot.signal_address;
+                return Stop::Exit(Exit::Failed(format!(
+                    "guest instruction at {:#x} ({insn}) made host trap {trap} at address {address:#x}; if it is 14, the \
+                     host may be out of memory for the guest's RAM",
+                    insn.ip()
+                )));
+            }
+        };
+        Stop::Fault(exception)
+    }
+
+    /// The guest instruction whose operation is at a host address.
+    fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, bool)> {
+        let cache = &self.engine.cache;
+        let offset = cache.offset_of(pc)? as u32;
+        if let Some((_, block)) = cache.find_by_host(pc)
+            && block.code.contains(&offset)
+        {
+            let i = block.points.partition_point(|p| p.host_offset <= offset).checked_sub(1)?;
+            let point = block.points[i];
+            return Some((block.decode(point.guest_offset)?.0, point.parked));
+        }
+        // The copy of a bounced instruction.
+        let (&site, _) = self.engine.snippets.iter().filter(|(_, at)| **at <= pc).max_by_key(|(_, at)| **at)?;
+        self.hot.return_address = site;
+        let site = self.locate_site()?;
+        Some((site.insn, site.parked))
+    }
+}
+
+fn next_page(linear: u64) -> u64 {
+    (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
 }

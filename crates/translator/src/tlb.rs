@@ -40,8 +40,9 @@ pub struct Fill {
     pub large: bool,
 }
 
+#[repr(C)]
 struct Table {
-    entries: Box<[Entry; ENTRIES]>,
+    entries: [Entry; ENTRIES],
     filled: Vec<u16>,
     /// Which 1 GiB areas (hashed) have entries from large pages: INVLPG there must drop more than one entry.
     large: u64,
@@ -49,9 +50,7 @@ struct Table {
 
 impl Table {
     fn new() -> Self {
-        let entries = vec![EMPTY; ENTRIES].into_boxed_slice();
-        let entries = entries.try_into().unwrap_or_else(|_| unreachable!("the slice has ENTRIES elements"));
-        Table { entries, filled: Vec::with_capacity(ENTRIES), large: 0 }
+        Table { entries: [EMPTY; ENTRIES], filled: Vec::with_capacity(ENTRIES), large: 0 }
     }
 
     fn flush(&mut self) {
@@ -68,10 +67,16 @@ fn area_bit(va: u64) -> u64 {
 }
 
 /// All of a vCPU's cached mappings.
+#[repr(C)]
 pub struct Tlb {
     tables: [Table; CONTEXTS],
     pub flushes: u64,
     pub fills: u64,
+}
+
+/// Where a context's entries are within a [`Tlb`], for emitted code.
+pub fn table_offset(context: Context) -> usize {
+    std::mem::offset_of!(Tlb, tables) + context as usize * size_of::<Table>() + std::mem::offset_of!(Table, entries)
 }
 
 impl Default for Tlb {
@@ -81,11 +86,6 @@ impl Default for Tlb {
 }
 
 impl Tlb {
-    /// The address of a context's table, for emitted code; constant for the life of the TLB.
-    pub fn base(&self, context: Context) -> *const Entry {
-        self.tables[context as usize].entries.as_ptr()
-    }
-
     pub fn index(va: u64) -> usize {
         (va >> 12) as usize & (ENTRIES - 1)
     }
@@ -98,7 +98,12 @@ impl Tlb {
         let table = &mut self.tables[context as usize];
         let (page, index) = (fill.va & !0xfff, Self::index(fill.va));
         let entry = &mut table.entries[index];
-        if entry.read == INVALID && entry.write == INVALID {
+        if entry.read == INVALID && entry.write == INVALID && table.filled.last() != Some(&(index as u16)) {
+            if table.filled.len() == ENTRIES {
+                // Entries dropped one by one stay listed; all that is listed twice is found by going over it once.
+                table.filled.sort_unstable();
+                table.filled.dedup();
+            }
             table.filled.push(index as u16);
         }
         *entry = Entry {

@@ -294,6 +294,23 @@ impl XsaveArea {
         self.put(offset + 10, &[0; 6]);
     }
 
+    /// What every MMX instruction but EMMS does first: the top of the stack is register 0, and no register is empty
+    /// (Intel SDM 1 9.5.1).
+    pub fn enter_mmx(&mut self) {
+        self.set_x87_top(0);
+        self.put(legacy::FTW, &[0xff, 0]);
+    }
+
+    /// Moves the top of the stack; registers keep their contents.
+    pub fn set_x87_top(&mut self, top: u16) {
+        self.materialize(component::X87);
+        let registers: [[u8; 10]; 8] = std::array::from_fn(|i| self.x87_physical(i));
+        self.put(legacy::FSW, &(self.fsw() & !0x3800 | (top & 7) << 11).to_le_bytes());
+        for (i, value) in registers.iter().enumerate() {
+            self.set_x87_physical(i, value);
+        }
+    }
+
     /// The area holds the registers in the order of the stack.
     fn physical_offset(&self, index: usize) -> usize {
         let top = usize::from(self.fsw() >> 11 & 7);

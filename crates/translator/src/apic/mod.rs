@@ -7,6 +7,8 @@
 
 pub mod registers;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 pub mod timer;
 
@@ -250,13 +252,5 @@ impl Apic {
             register.store(slot.iter().take(4).rev().fold(0, |v, &b| v << 8 | u32::from(b)), Ordering::Relaxed);
         }
         true
-    }
-}
-
-#[cfg(test)]
-impl Apic {
-    /// Sets a register past all rules.
-    pub(crate) fn set_for_test(&self, register: usize, value: u32) {
-        self.set(register, value);
     }
 }

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::Sensitive;
 use crate::cpu::{Stop, Vcpu};
-use crate::{Config, host, mmu};
+use crate::{Config, host};
 
 /// The processor that a machine's vCPUs are, on this host.
 pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
@@ -14,7 +14,7 @@ pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         implements: FeatureSet::system(),
         declines: FeatureSet::EMPTY,
         host_xcr0: host::xcr0(),
-        physical_bits: mmu::PHYSICAL_ADDRESS_BITS as u8,
+        physical_bits: 46,
         arch_capabilities: capabilities::TRANSLATED,
     };
     CpuModel::new(config.model, &host::cpuid, &engine, config.cpus, tsc_khz)

@@ -73,7 +73,7 @@ fn write(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{fault_of, run, vcpu};
+    use crate::testing::{execute, fault_of, kernel_vcpu};
     use arch::Vector;
     use arch::registers::gpr::RAX;
 
@@ -83,29 +83,29 @@ mod tests {
 
     #[test]
     fn reserved_bits_of_dr7_stay_as_they_are() {
-        let mut cpu = vcpu();
+        let mut cpu = kernel_vcpu();
         cpu.gpr[RAX] = 0xffff_dfff;
-        run(&mut cpu, MOV_DR7_RAX).unwrap();
+        execute(&mut cpu, MOV_DR7_RAX).unwrap();
         assert_eq!(cpu.dr7, 0xffff_07ff);
         cpu.gpr[RAX] = 1 << 32;
-        assert_eq!(fault_of(run(&mut cpu, MOV_DR7_RAX)), Vector::GeneralProtection);
+        assert_eq!(fault_of(&mut cpu, MOV_DR7_RAX).vector, Vector::GeneralProtection);
     }
 
     #[test]
     fn dr4_is_dr6_unless_debug_extensions_are_on() {
-        let mut cpu = vcpu();
+        let mut cpu = kernel_vcpu();
         cpu.dr6 = 0xffff_4ff1;
-        run(&mut cpu, MOV_RAX_DR4).unwrap();
+        execute(&mut cpu, MOV_RAX_DR4).unwrap();
         assert_eq!(cpu.gpr[RAX], 0xffff_4ff1);
         cpu.cr4 |= cr4::DE;
-        assert_eq!(fault_of(run(&mut cpu, MOV_RAX_DR4)), Vector::InvalidOpcode);
+        assert_eq!(fault_of(&mut cpu, MOV_RAX_DR4).vector, Vector::InvalidOpcode);
     }
 
     #[test]
     fn general_detect_traps_an_access_before_it_happens() {
-        let mut cpu = vcpu();
+        let mut cpu = kernel_vcpu();
         cpu.dr7 |= debug::DR7_GD;
-        let stop = run(&mut cpu, MOV_RAX_DR6);
+        let stop = execute(&mut cpu, MOV_RAX_DR6);
         assert_eq!(stop, Err(Stop::Fault(Exception::debug(debug::DR6_BD))));
     }
 }

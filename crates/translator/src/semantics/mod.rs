@@ -12,11 +12,15 @@ pub mod flags;
 pub mod misc;
 pub mod msr;
 pub mod port_io;
-mod span;
 pub mod segments;
+mod span;
+pub mod stack;
 pub mod string;
 pub mod tables;
+#[cfg(test)]
+mod testing;
 pub mod transfer;
+pub mod vector;
 pub mod xsave;
 
 use iced_x86::Instruction;
@@ -37,7 +41,9 @@ pub struct Sensitive {
 
 /// The function for an instruction, if it is a sensitive one.
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
-    string::lookup(insn).or_else(|| xsave::lookup(insn))
+    string::lookup(insn)
+        .or_else(|| xsave::lookup(insn))
+        .or_else(|| vector::lookup(insn))
         .or_else(|| transfer::lookup(insn))
         .or_else(|| segments::lookup(insn))
         .or_else(|| control::lookup(insn))

@@ -96,7 +96,7 @@ fn invpcid(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{fault_of, run, vcpu};
+    use crate::testing::{execute, fault_of, kernel_vcpu};
     use arch::Vector;
     use arch::registers::gpr::{RAX, RBX};
 
@@ -106,33 +106,34 @@ mod tests {
 
     #[test]
     fn lgdt_takes_limit_and_canonical_base() {
-        let mut cpu = vcpu();
-        cpu.gpr[RBX] = 0x5000;
-        cpu.phys_write(0x5000, &[0x7f, 0, 0, 0x10, 0, 0, 0, 0x88, 0xff, 0xff]);
-        run(&mut cpu, LGDT_RBX).unwrap();
+        let mut cpu = kernel_vcpu();
+        cpu.gpr[RBX] = 0x8000;
+        cpu.phys_write(0x8000, &[0x7f, 0, 0, 0x10, 0, 0, 0, 0x88, 0xff, 0xff]);
+        execute(&mut cpu, LGDT_RBX).unwrap();
         assert_eq!(cpu.gdtr, DescriptorTable { base: 0xffff_8800_0000_1000, limit: 0x7f });
-        cpu.phys_write(0x5009, &[0x7f]);
-        assert_eq!(fault_of(run(&mut cpu, LGDT_RBX)), Vector::GeneralProtection);
+        cpu.phys_write(0x8009, &[0x7f]);
+        assert_eq!(fault_of(&mut cpu, LGDT_RBX).vector, Vector::GeneralProtection);
     }
 
     #[test]
     fn sidt_stores_ten_bytes_and_umip_keeps_users_from_it() {
-        let mut cpu = vcpu();
-        cpu.gpr[RBX] = 0x5000;
+        let mut cpu = kernel_vcpu();
+        cpu.gpr[RBX] = 0x8000;
         cpu.idtr = DescriptorTable { base: 0xffff_fe00_0000_0000, limit: 0xfff };
-        run(&mut cpu, SIDT_RBX).unwrap();
+        execute(&mut cpu, SIDT_RBX).unwrap();
         let mut data = [0; 10];
-        cpu.phys_read(0x5000, &mut data);
+        cpu.phys_read(0x8000, &mut data);
         assert_eq!(data, [0xff, 0x0f, 0, 0, 0, 0, 0, 0xfe, 0xff, 0xff]);
         cpu.cr4 |= cr4::UMIP;
-        crate::testing::to_user(&mut cpu);
-        assert_eq!(fault_of(run(&mut cpu, SIDT_RBX)), Vector::GeneralProtection);
+        cpu.segments[2] = arch::Segment::flat_data(0x23, 3);
+        cpu.gpr[RBX] = 0x20_0000;
+        assert_eq!(fault_of(&mut cpu, SIDT_RBX).vector, Vector::GeneralProtection);
     }
 
     #[test]
     fn invpcid_checks_type_pcid_and_address() {
-        let mut cpu = vcpu();
-        cpu.gpr[RBX] = 0x5000;
+        let mut cpu = kernel_vcpu();
+        cpu.gpr[RBX] = 0x8000;
         for (kind, pcid, address, good) in [
             (0, 0, 0x1000, true),
             (0, 0, 1u64 << 63, false),
@@ -142,9 +143,9 @@ mod tests {
             (4, 0u64, 0, false),
         ] {
             cpu.gpr[RAX] = kind;
-            cpu.phys_write(0x5000, &pcid.to_le_bytes());
-            cpu.phys_write(0x5008, &address.to_le_bytes());
-            assert_eq!(run(&mut cpu, INVPCID_RAX_RBX).is_ok(), good, "{kind} {pcid} {address:#x}");
+            cpu.phys_write(0x8000, &pcid.to_le_bytes());
+            cpu.phys_write(0x8008, &address.to_le_bytes());
+            assert_eq!(execute(&mut cpu, INVPCID_RAX_RBX).is_ok(), good, "{kind} {pcid} {address:#x}");
         }
     }
 }

@@ -1,1 +1,168 @@
+//! RDMSR and WRMSR as a kernel meets them.
 
+use super::*;
+use crate::testing::{execute, fault_of, kernel_vcpu, user_vcpu};
+use arch::Vector;
+use arch::registers::gpr::{RAX, RCX, RDX};
+
+const RDMSR: &[u8] = &[0x0f, 0x32];
+const WRMSR: &[u8] = &[0x0f, 0x30];
+
+fn good(cpu: &mut Vcpu, index: u32, value: u64) {
+    cpu.write_msr(index, value).unwrap_or_else(|e| panic!("{index:#x} = {value:#x}: {e:?}"));
+    assert_eq!(cpu.read_msr(index), Ok(value), "{index:#x}");
+}
+
+fn bad(cpu: &mut Vcpu, index: u32, value: u64) {
+    assert_eq!(cpu.write_msr(index, value), Err(fault()), "{index:#x} = {value:#x}");
+}
+
+#[test]
+fn values_travel_in_edx_and_eax() {
+    let mut cpu = kernel_vcpu();
+    cpu.gpr[RCX] = 0xdead_0000_0000 | u64::from(msr::STAR);
+    (cpu.gpr[RDX], cpu.gpr[RAX]) = (0xffff_ffff_0023_0010, 0xaaaa_bbbb_1234_5678);
+    execute(&mut cpu, WRMSR).unwrap();
+    assert_eq!(cpu.msrs.star, 0x0023_0010_1234_5678);
+    (cpu.gpr[RDX], cpu.gpr[RAX]) = (u64::MAX, u64::MAX);
+    execute(&mut cpu, RDMSR).unwrap();
+    assert_eq!((cpu.gpr[RDX], cpu.gpr[RAX]), (0x0023_0010, 0x1234_5678));
+}
+
+#[test]
+fn programs_get_no_msr() {
+    let mut cpu = user_vcpu();
+    cpu.gpr[RCX] = u64::from(msr::TSC);
+    assert_eq!(fault_of(&mut cpu, RDMSR).vector, Vector::GeneralProtection);
+    assert_eq!(fault_of(&mut cpu, WRMSR).vector, Vector::GeneralProtection);
+}
+
+#[test]
+fn unknown_and_read_only_msrs_fault() {
+    let mut cpu = kernel_vcpu();
+    for index in [0xc001_0000, 0x400, 0x17b, 0x1ff, 0x210, msr::PRED_CMD, msr::KVM_STEAL_TIME, msr::KVM_PV_EOI_EN] {
+        assert_eq!(cpu.read_msr(index), Err(fault()), "{index:#x}");
+    }
+    for index in [0xc001_0000, 0x400, msr::MCG_CAP, msr::MTRR_CAP, msr::ARCH_CAPABILITIES, msr::FEATURE_CONTROL] {
+        bad(&mut cpu, index, 0);
+    }
+}
+
+#[test]
+fn addresses_must_be_canonical_and_upper_halves_clear() {
+    let mut cpu = kernel_vcpu();
+    for index in [
+        msr::LSTAR,
+        msr::CSTAR,
+        msr::FS_BASE,
+        msr::GS_BASE,
+        msr::KERNEL_GS_BASE,
+        msr::SYSENTER_ESP,
+        msr::SYSENTER_EIP,
+    ] {
+        good(&mut cpu, index, 0xffff_8000_0000_1000);
+        bad(&mut cpu, index, 0x0000_8000_0000_0000);
+    }
+    for index in [msr::SFMASK, msr::TSC_AUX] {
+        good(&mut cpu, index, 0x47700);
+        bad(&mut cpu, index, 1 << 32);
+    }
+}
+
+#[test]
+fn efer_keeps_lma_and_forbids_lme_changes_under_paging() {
+    let mut cpu = kernel_vcpu();
+    let all = efer::LME | efer::LMA | efer::NXE | efer::SCE;
+    good(&mut cpu, msr::EFER, all);
+    cpu.write_msr(msr::EFER, all & !efer::LMA).unwrap();
+    assert_eq!(cpu.msrs.efer, all);
+    bad(&mut cpu, msr::EFER, all & !efer::LME);
+    bad(&mut cpu, msr::EFER, all | 1 << 1);
+    bad(&mut cpu, msr::EFER, all | 1 << 14);
+}
+
+#[test]
+fn memory_types_are_checked() {
+    let mut cpu = kernel_vcpu();
+    good(&mut cpu, msr::PAT, 0x0407_0506_0007_0406);
+    bad(&mut cpu, msr::PAT, 0x0002_0406_0007_0406);
+    good(&mut cpu, msr::MTRR_DEF_TYPE, 0xc06);
+    bad(&mut cpu, msr::MTRR_DEF_TYPE, 0xc02);
+    bad(&mut cpu, msr::MTRR_DEF_TYPE, 0x1000);
+    good(&mut cpu, msr::MTRR_PHYS_BASE0, 0x8000_0006);
+    bad(&mut cpu, msr::MTRR_PHYS_BASE0, 0x8000_0007);
+    good(&mut cpu, msr::MTRR_PHYS_BASE0 + 1, 0x3fff_8000_0800);
+    bad(&mut cpu, msr::MTRR_PHYS_BASE0 + 1, 1 << 52);
+    good(&mut cpu, msr::MTRR_FIX_4K_C0000 + 7, 0x0606_0606_0606_0606);
+    bad(&mut cpu, msr::MTRR_FIX_64K, 3);
+}
+
+#[test]
+fn writing_the_tsc_adjusts_it() {
+    let mut cpu = kernel_vcpu();
+    cpu.write_msr(msr::TSC, 1 << 60).unwrap();
+    let tsc = cpu.read_msr(msr::TSC).unwrap();
+    assert!(tsc >= 1 << 60 && tsc < (1 << 60) + (1 << 40));
+    assert_ne!(cpu.read_msr(msr::TSC_ADJUST), Ok(0));
+    cpu.write_msr(msr::TSC_ADJUST, 0).unwrap();
+    assert!(cpu.read_msr(msr::TSC).unwrap() < 1 << 59);
+}
+
+#[test]
+fn the_kvm_clock_gives_the_time_since_the_machine_was_made() {
+    let mut cpu = kernel_vcpu();
+    let word = |cpu: &Vcpu, at: u64| crate::testing::peek(cpu, at);
+    cpu.write_msr(msr::KVM_SYSTEM_TIME_NEW, 0x9000 | 1).unwrap();
+    let (version, mul_shift) = (word(&cpu, 0x9000) as u32, word(&cpu, 0x9018));
+    assert!(version != 0 && version % 2 == 0);
+    let (mul, shift, flags) = (mul_shift as u32, (mul_shift >> 32) as i8, (mul_shift >> 40) as u8);
+    assert_eq!(flags, 1);
+    let ticks = u128::from(cpu.guest_tsc() - word(&cpu, 0x9008));
+    let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
+    let ns = (shifted * u128::from(mul) >> 32) as u64 + word(&cpu, 0x9010);
+    let real = cpu.machine.time.ticks_to_ns(cpu.machine.time.tsc());
+    assert!(real.abs_diff(ns) < 10_000_000, "{ns} {real}");
+    cpu.write_msr(msr::TSC_ADJUST, 12345).unwrap();
+    assert_eq!(word(&cpu, 0x9008), 12345);
+    assert!(word(&cpu, 0x9000) as u32 > version);
+}
+
+#[test]
+fn the_wall_clock_is_the_time_of_day_less_the_kvm_clock() {
+    let mut cpu = kernel_vcpu();
+    cpu.write_msr(msr::KVM_WALL_CLOCK_NEW, 0x9ffc).unwrap();
+    let mut seconds = [0; 4];
+    cpu.phys_read(0xa000, &mut seconds);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!(now.abs_diff(u64::from(u32::from_le_bytes(seconds))) <= 2);
+}
+
+#[test]
+fn a_clock_outside_of_ram_is_ignored() {
+    let mut cpu = kernel_vcpu();
+    for gpa in [0xfee0_0000, u64::MAX, 0x7f_fff0, 1 << 45] {
+        cpu.write_msr(msr::KVM_SYSTEM_TIME_NEW, gpa | 1).unwrap();
+        cpu.write_msr(msr::KVM_WALL_CLOCK_NEW, gpa).unwrap();
+    }
+}
+
+#[test]
+fn saved_msrs_restore_to_the_same() {
+    let mut cpu = kernel_vcpu();
+    for (index, value) in [
+        (msr::STAR, 5),
+        (msr::LSTAR, 0xffff_ffff_8000_0000),
+        (msr::MTRR_DEF_TYPE, 0xc06),
+        (msr::MTRR_PHYS_BASE0 + 3, 0x800),
+        (msr::PAT, 6),
+        (msr::MISC_ENABLE, 1),
+    ] {
+        cpu.write_msr(index, value).unwrap();
+    }
+    let saved = cpu.saved_msrs();
+    let mut other = crate::testing::test_vcpu(8 << 20);
+    other.restore_msrs(&saved).unwrap();
+    assert_eq!(other.saved_msrs(), saved);
+    assert_eq!(other.msrs.efer, cpu.msrs.efer);
+    assert_eq!(other.restore_msrs(&[(0x400, 1)]), Err((0x400, 1)));
+}

@@ -1,0 +1,389 @@
+//! The slow path of memory accesses: TLB misses, MMIO, page-crossing operands, writes to translated code.
+//!
+//! Emitted code calls here through [`crate::entry`] with a guest-virtual address. A plain page of RAM is entered into the
+//! TLB and its host address returned ([`fill_light`]). Everything else *bounces*: the operand is copied to a buffer, or read
+//! from the device; the guest's own instruction runs on the buffer, in a copy made for this place ([`Snippet`]); what it wrote is
+//! written back ([`access_bounced`]). So MMIO needs no emulator of instructions. A write to a page that holds translated
+//! code runs the same way but directly on RAM, which keeps LOCKed instructions atomic, and drops the code afterwards.
+
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use memory::PAGE_SIZE;
+
+use arch::{Exception, Vector};
+
+use crate::codegen::asm::{Asm, Mem, RSP};
+use crate::cpu::{Context, Stop, Vcpu};
+use crate::entry::{Left, context_offset};
+use crate::mmu::Access;
+
+/// Size, direction and context of an access, in one word for emitted code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessKind(u32);
+
+impl AccessKind {
+    pub fn new(size: usize, write: bool, context: Context) -> Self {
+        AccessKind(size as u32 | (write as u32) << 16 | (context as u32) << 17)
+    }
+
+    pub fn bits(self) -> u32 {
+        self.0
+    }
+    /// In bytes.
+    pub fn size(self) -> usize {
+        (self.0 & 0xffff) as usize
+    }
+    pub fn write(self) -> bool {
+        self.0 & 1 << 16 != 0
+    }
+    pub fn context(self) -> Context {
+        match self.0 >> 17 & 3 {
+            0 => Context::User,
+            1 => Context::Supervisor,
+            _ => Context::SupervisorUser,
+        }
+    }
+    fn access(self) -> Access {
+        if self.write() { Access::Write } else { Access::Read }
+    }
+}
+
+/// What the slow path tells the assembly: a host address, or zero and why emitted code is left.
+#[repr(C)]
+pub struct Accessed {
+    host: u64,
+    left: u64,
+}
+
+impl Accessed {
+    fn leave(left: Left) -> Self {
+        Accessed { host: 0, left: left as u64 }
+    }
+}
+
+/// The largest operand of an innocuous instruction.
+const MAX_OPERAND: usize = 64;
+
+/// A piece of a bounced operand: guest-physical address and length, within one page.
+type Piece = (u64, usize);
+
+/// An access in progress between [`access_slow`] and [`access_bounced`].
+#[repr(C, align(64))]
+pub struct Bounce {
+    /// The operand lies at its own offset modulo 64, since instructions check alignment.
+    buffer: [u8; 3 * MAX_OPERAND],
+    pieces: [Piece; 2],
+    write: bool,
+    /// The instruction runs on RAM itself, not on the buffer.
+    direct: bool,
+    /// Which bytes of the operand are written, from the lowest; all where the instruction has no mask.
+    mask: u64,
+    /// Where the block goes on.
+    resume: u64,
+    next_rip: u64,
+    block: crate::cache::BlockId,
+}
+
+impl Default for Bounce {
+    fn default() -> Self {
+        Bounce {
+            buffer: [0; 3 * MAX_OPERAND],
+            pieces: [(0, 0); 2],
+            write: false,
+            direct: false,
+            mask: u64::MAX,
+            resume: 0,
+            next_rip: 0,
+            block: crate::cache::BlockId::default(),
+        }
+    }
+}
+
+/// A TLB miss, light path: the host address of `va` if the access lies in one plain page of RAM, else 0. Must not touch
+/// vector registers beyond xmm0-xmm15: no memory copies by libc, no device access.
+pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
+    let kind = AccessKind(kind);
+    if va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE || !canonical(va) {
+        return 0;
+    }
+    if cpu.fill_tlb(va, kind.access(), kind.context()).is_err() {
+        return 0;
+    }
+    let entry = cpu.tlb.entry(kind.context(), va);
+    let tag = if kind.write() { entry.write } else { entry.read };
+    if tag == va & !(PAGE_SIZE - 1) { va.wrapping_add(entry.addend) } else { 0 }
+}
+
+/// A TLB miss that is no plain page of RAM.
+pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Accessed {
+    let Some(site) = cpu.locate_site() else {
+        return lost(cpu, "memory access");
+    };
+    cpu.enter_instruction(&site);
+    access(cpu, va, AccessKind(kind), &site)
+}
+
+/// An operand whose address only Rust computes: segments with bases and limits, alignment checks.
+pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
+    let kind = AccessKind(kind);
+    let Some(site) = cpu.locate_site() else {
+        return lost(cpu, "memory operand");
+    };
+    cpu.enter_instruction(&site);
+    let insn = site.insn;
+    let Some(operand) = crate::codegen::block::access_operand(&insn) else {
+        return lost(cpu, "operand");
+    };
+    let (segment, offset) = cpu.effective_address(&insn, operand);
+    let va = match cpu.linear(segment, offset, kind.size(), kind.write()) {
+        Ok(va) => va,
+        Err(e) => return stop(cpu, Stop::Fault(e)),
+    };
+    if cpu.alignment_checked() && misaligned(&insn, va) {
+        return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
+    }
+    let host = fill_light(cpu, va, kind.bits());
+    if host != 0 {
+        return Accessed { host, left: 0 };
+    }
+    access(cpu, va, kind, &site)
+}
+
+fn lost(cpu: &mut Vcpu, what: &str) -> Accessed {
+    let at = cpu.hot.return_address;
+    stop(cpu, Stop::Exit(engine::Exit::Failed(format!("a {what} at host address {at:#x} belongs to no translated block"))))
+}
+
+fn stop(cpu: &mut Vcpu, stop: Stop) -> Accessed {
+    cpu.engine.stop = Some(stop);
+    Accessed::leave(Left::Stop)
+}
+
+pub fn canonical(va: u64) -> bool {
+    (va as i64) << 16 >> 16 == va as i64
+}
+
+/// Where in a block an access stands, found from the return address of its slow-path call.
+pub struct SiteInfo {
+    pub block: crate::cache::BlockId,
+    pub insn: Instruction,
+    pub bytes: [u8; 15],
+    /// The true arithmetic flags are in `hot.saved_ax`.
+    pub parked: bool,
+    /// Host address after the instruction.
+    pub end: u64,
+}
+
+impl Vcpu {
+    /// Makes `rip`, `insn_rip` and the flags those of the instruction at a site.
+    fn enter_instruction(&mut self, site: &SiteInfo) {
+        self.insn_rip = site.insn.ip();
+        self.rip = site.insn.next_ip();
+        if site.parked {
+            self.unpark();
+        }
+    }
+
+    /// Takes the arithmetic flags from where emitted code parked them.
+    pub fn unpark(&mut self) {
+        use arch::registers::rflags;
+        let ax = self.hot.saved_ax;
+        let flags = ax >> 8 & 0xd5 | if ax & 1 != 0 { rflags::OF } else { 0 };
+        self.set_flags(rflags::ARITHMETIC, flags);
+    }
+
+    fn alignment_checked(&self) -> bool {
+        crate::mode::Mode::of(self).checks_alignment()
+    }
+}
+
+fn misaligned(insn: &Instruction, va: u64) -> bool {
+    let size = insn.memory_size().element_type().size().clamp(1, 16) as u64;
+    let size = if size == 10 { 8 } else { size };
+    insn.code() != Code::Lea_r64_m && size.is_power_of_two() && va % size != 0
+}
+
+fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accessed {
+    let size = kind.size();
+    if crate::codegen::block::runs_whole_in_rust(&site.insn) {
+        return match crate::semantics::stack::exec(cpu, &site.insn) {
+            Ok(()) => Accessed::leave(Left::Event),
+            Err(s) => stop(cpu, s),
+        };
+    }
+    let last = va.wrapping_add(size as u64 - 1);
+    if cpu.code64() && (!canonical(va) || !canonical(last)) {
+        let stack = matches!(site.insn.memory_segment(), Register::SS);
+        let vector = if stack { Vector::StackFault } else { Vector::GeneralProtection };
+        return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
+    }
+    let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
+    let bytes = mask.unwrap_or(u64::MAX);
+    let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
+    let mut pieces: [Piece; 2] = [(0, 0); 2];
+    let mut start = 0;
+    for (i, length) in [first, size - first].into_iter().enumerate() {
+        let touched = length != 0 && bytes >> start & low_bits(length) != 0;
+        if touched {
+            // A fault is at the first byte that is touched.
+            let skip = (bytes >> start).trailing_zeros() as u64;
+            let page_va = wrap(cpu, va.wrapping_add(start as u64));
+            match cpu.fill_tlb(page_va.wrapping_add(skip), kind.access(), kind.context()) {
+                Ok(m) => pieces[i] = (m.gpa - skip, length),
+                Err(e) => return stop(cpu, Stop::Fault(e)),
+            }
+        }
+        start += length;
+    }
+    cpu.watch_access(va, size, kind.write());
+    let direct = mask.is_none() && pieces[1].1 == 0 && cpu.ram(pieces[0].0).is_some();
+    let buffer_at = MAX_OPERAND + (va % MAX_OPERAND as u64) as usize - if va % 64 + size as u64 > 128 { 64 } else { 0 };
+    let reads = !direct && reads_operand(&site.insn, kind.write());
+    if reads {
+        let mut at = 0;
+        for (i, &(gpa, length)) in pieces.iter().enumerate() {
+            let piece = if i == 0 { first } else { size - first };
+            if length != 0 {
+                let mut data = [0; MAX_OPERAND];
+                read_pieces(cpu, gpa, &mut data[..length], bytes >> at);
+                cpu.engine.bounce.buffer[buffer_at + at..buffer_at + at + length].copy_from_slice(&data[..length]);
+            }
+            at += piece;
+        }
+    }
+    let snippet = match cpu.snippet(site) {
+        Some(address) => address,
+        None => return lost(cpu, "bounced instruction"),
+    };
+    cpu.hot.return_address = snippet;
+    let host = match cpu.ram(pieces[0].0) {
+        Some(p) if direct => p as u64,
+        _ => cpu.engine.bounce.buffer[buffer_at..].as_ptr() as u64,
+    };
+    let bounce = &mut cpu.engine.bounce;
+    bounce.pieces = [(pieces[0].0, first), (pieces[1].0, size - first)];
+    if pieces[0].1 == 0 {
+        bounce.pieces[0].0 = u64::MAX;
+    }
+    if pieces[1].1 == 0 {
+        bounce.pieces[1] = (u64::MAX, size - first);
+    }
+    bounce.write = kind.write();
+    bounce.direct = direct;
+    bounce.mask = bytes;
+    bounce.resume = site.end;
+    bounce.next_rip = site.insn.next_ip();
+    bounce.block = site.block;
+    cpu.engine.bounce_at = buffer_at;
+    Accessed { host, left: 0 }
+}
+
+fn wrap(cpu: &Vcpu, va: u64) -> u64 {
+    if cpu.long_mode() { va } else { va & 0xffff_ffff }
+}
+
+fn low_bits(n: usize) -> u64 {
+    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
+}
+
+/// Reads the masked-in bytes at `gpa`; RAM, where reading too much does no harm, in one go.
+fn read_pieces(cpu: &mut Vcpu, gpa: u64, data: &mut [u8], mask: u64) {
+    if mask & low_bits(data.len()) == low_bits(data.len()) || cpu.ram(gpa).is_some() {
+        cpu.phys_read(gpa, data);
+        return;
+    }
+    for (i, byte) in data.iter_mut().enumerate() {
+        if mask >> i & 1 != 0 {
+            cpu.phys_read(gpa + i as u64, std::slice::from_mut(byte));
+        }
+    }
+}
+
+/// Whether the instruction reads its memory operand: a device must not see a read that the guest didn't make.
+fn reads_operand(insn: &Instruction, write: bool) -> bool {
+    if !write {
+        return true;
+    }
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(insn);
+    (0..insn.op_count()).any(|i| {
+        insn.op_kind(i) == OpKind::Memory && !matches!(info.op_access(i), OpAccess::Write | OpAccess::CondWrite)
+    })
+}
+
+/// The instruction has run on the buffer, or directly on a page of code. -1: back to the block.
+pub(crate) extern "C" fn access_bounced(cpu: &mut Vcpu) -> i32 {
+    let (pieces, write, direct, mask) =
+        (cpu.engine.bounce.pieces, cpu.engine.bounce.write, cpu.engine.bounce.direct, cpu.engine.bounce.mask);
+    if write && direct {
+        cpu.ram_stored(pieces[0].0, pieces[0].1);
+    } else if write {
+        let mut start = cpu.engine.bounce_at;
+        let mut shift = 0;
+        for (gpa, length) in pieces {
+            let mask = if shift < 64 { mask >> shift } else { 0 } & low_bits(length);
+            let mut data = [0; MAX_OPERAND];
+            data[..length].copy_from_slice(&cpu.engine.bounce.buffer[start..start + length]);
+            if gpa != u64::MAX {
+                write_pieces(cpu, gpa, &data[..length], mask);
+            }
+            start += length;
+            shift += length;
+        }
+    }
+    let bounce = &cpu.engine.bounce;
+    if cpu.pending_debug != 0 || !cpu.engine.cache.is_live(bounce.block) || cpu.mode_is_single() {
+        cpu.rip = bounce.next_rip;
+        return Left::Event as i32;
+    }
+    cpu.hot.return_address = bounce.resume;
+    -1
+}
+
+fn write_pieces(cpu: &mut Vcpu, gpa: u64, data: &[u8], mask: u64) {
+    if mask == low_bits(data.len()) {
+        cpu.phys_write(gpa, data);
+        return;
+    }
+    for (i, byte) in data.iter().enumerate() {
+        if mask >> i & 1 != 0 {
+            cpu.phys_write(gpa + i as u64, std::slice::from_ref(byte));
+        }
+    }
+}
+
+impl Vcpu {
+    /// A copy of the instruction at a site that ends in the `bounced` thunk; made once for each site.
+    fn snippet(&mut self, site: &SiteInfo) -> Option<u64> {
+        let key = self.hot.return_address;
+        if let Some(&at) = self.engine.snippets.get(&key) {
+            return Some(at);
+        }
+        let origin = self.engine.cache.next_offset();
+        let mut asm = Asm::new(origin);
+        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn)?;
+        asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.bounced)));
+        asm.finish();
+        let offset = self.engine.cache.append(&asm.code)?;
+        let address = self.engine.cache.host_address(offset);
+        self.engine.snippets.insert(key, address);
+        Some(address)
+    }
+
+    /// The block and instruction whose slow path was called.
+    pub fn locate_site(&mut self) -> Option<SiteInfo> {
+        let address = self.hot.return_address;
+        let (id, block) = self.engine.cache.find_by_host(address)?;
+        let offset = self.engine.cache.offset_of(address)? as u32;
+        let site = block.sites[block.sites.binary_search_by_key(&offset, |s| s.return_offset).ok()?];
+        let point = block.points.get(site.point as usize)?;
+        let (insn, bytes) = block.decode(point.guest_offset)?;
+        let end = self.engine.cache.host_address(site.end as usize);
+        Some(SiteInfo { block: id, insn, bytes, parked: site.parked, end })
+    }
+}
+
+/// Decodes one instruction.
+pub fn decode(bytes: &[u8], bits: u32, ip: u64) -> Instruction {
+    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
+    decoder.decode()
+}

@@ -1,0 +1,441 @@
+//! A small assembler for the host code that surrounds re-encoded guest instructions.
+//!
+//! It knows only the forms that the translator emits, always in 64-bit operand size unless a name says otherwise.
+//! Branch targets are [`Label`]s, resolved by [`Asm::bind`]; all branches are rel32.
+
+/// A host general-purpose register, by encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reg(pub u8);
+
+pub const RAX: Reg = Reg(0);
+pub const RCX: Reg = Reg(1);
+pub const RSP: Reg = Reg(4);
+pub const RBP: Reg = Reg(5);
+pub const RDI: Reg = Reg(7);
+/// Holds the guest's rsp.
+pub const GUEST_RSP: Reg = Reg(15);
+/// Scratch: the address of a memory operand, first guest-virtual, then host. Its low three bits are neither 4 nor 5, so
+/// that `[S0]` needs neither SIB nor displacement.
+pub const S0: Reg = Reg(14);
+/// Scratch.
+pub const S1: Reg = Reg(10);
+/// Scratch.
+pub const S2: Reg = Reg(11);
+
+/// A host memory operand.
+#[derive(Clone, Copy, Debug)]
+pub enum Mem {
+    /// `[base + disp]`
+    Base(Reg, i32),
+    /// `[base + index * scale + disp]`; scale is 1, 2, 4 or 8
+    Index(Reg, Reg, u8, i32),
+    /// `[index * scale + disp]`
+    Scaled(Reg, u8, i32),
+    /// `[disp]`, sign-extended
+    Absolute(i32),
+    /// RIP-relative, to an offset in the code memory (see [`Asm::new`])
+    Code(usize),
+}
+
+/// Two-operand arithmetic, by its /digit in group 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Alu {
+    Add = 0,
+    And = 4,
+    Xor = 6,
+    Cmp = 7,
+}
+
+/// Condition codes, as encoded.
+pub mod cc {
+    pub const NE: u8 = 5;
+    pub const A: u8 = 7;
+}
+
+/// A place in the code, perhaps not known yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label(usize);
+
+const UNBOUND: usize = usize::MAX;
+
+/// Assembles one block.
+pub struct Asm {
+    pub code: Vec<u8>,
+    /// Where `code[0]` will be, as an offset in the code memory.
+    origin: usize,
+    labels: Vec<usize>,
+    fixups: Vec<(usize, Label)>,
+}
+
+impl Asm {
+    /// An assembler of code that will stand at `origin` in the code memory.
+    pub fn new(origin: usize) -> Self {
+        Asm { code: Vec::with_capacity(4096), origin, labels: Vec::new(), fixups: Vec::new() }
+    }
+
+    /// Bytes emitted so far.
+    pub fn position(&self) -> usize {
+        self.code.len()
+    }
+
+    pub fn label(&mut self) -> Label {
+        self.labels.push(UNBOUND);
+        Label(self.labels.len() - 1)
+    }
+
+    pub fn bind(&mut self, label: Label) {
+        self.labels[label.0] = self.code.len();
+    }
+
+    pub fn bound_label(&mut self) -> Label {
+        let label = self.label();
+        self.bind(label);
+        label
+    }
+
+    /// Where a bound label is.
+    pub fn offset_of(&self, label: Label) -> usize {
+        self.labels[label.0]
+    }
+
+    /// Resolves all branches to labels.
+    pub fn finish(&mut self) {
+        for (at, label) in std::mem::take(&mut self.fixups) {
+            let target = self.labels[label.0];
+            assert_ne!(target, UNBOUND, "a branch to a label that was never bound");
+            let rel = target as i32 - (at as i32 + 4);
+            self.code[at..at + 4].copy_from_slice(&rel.to_le_bytes());
+        }
+    }
+
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+
+    pub fn byte(&mut self, byte: u8) {
+        self.code.push(byte);
+    }
+
+    fn imm32(&mut self, value: i32) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    fn rex(&mut self, wide: bool, reg: u8, mem: Mem) {
+        let (x, b) = match mem {
+            Mem::Base(base, _) => (0, base.0 >> 3),
+            Mem::Index(base, index, _, _) => (index.0 >> 3, base.0 >> 3),
+            Mem::Scaled(index, _, _) => (index.0 >> 3, 0),
+            Mem::Absolute(_) | Mem::Code(_) => (0, 0),
+        };
+        let rex = (wide as u8) << 3 | (reg >> 3) << 2 | x << 1 | b;
+        if rex != 0 {
+            self.byte(0x40 | rex);
+        }
+    }
+
+    /// ModRM, SIB and displacement; `tail` is how many immediate bytes follow (for RIP-relative operands).
+    fn modrm(&mut self, reg: u8, mem: Mem, tail: usize) {
+        let reg = (reg & 7) << 3;
+        let scale_bits = |s: u8| (s.trailing_zeros() as u8) << 6;
+        match mem {
+            Mem::Base(base, disp) => {
+                let rm = base.0 & 7;
+                let mode = if disp == 0 && rm != 5 {
+                    0x00
+                } else if i8::try_from(disp).is_ok() {
+                    0x40
+                } else {
+                    0x80
+                };
+                self.byte(mode | reg | rm);
+                if rm == 4 {
+                    self.byte(0x24);
+                }
+                self.displacement(mode, disp);
+            }
+            Mem::Index(base, index, scale, disp) => {
+                let mode = if disp == 0 && base.0 & 7 != 5 {
+                    0x00
+                } else if i8::try_from(disp).is_ok() {
+                    0x40
+                } else {
+                    0x80
+                };
+                self.byte(mode | reg | 4);
+                self.byte(scale_bits(scale) | (index.0 & 7) << 3 | base.0 & 7);
+                self.displacement(mode, disp);
+            }
+            Mem::Scaled(index, scale, disp) => {
+                self.byte(reg | 4);
+                self.byte(scale_bits(scale) | (index.0 & 7) << 3 | 5);
+                self.imm32(disp);
+            }
+            Mem::Absolute(disp) => {
+                self.byte(reg | 4);
+                self.byte(0x25);
+                self.imm32(disp);
+            }
+            Mem::Code(target) => {
+                self.byte(reg | 5);
+                let next = self.origin + self.code.len() + 4 + tail;
+                self.imm32(target as i32 - next as i32);
+            }
+        }
+    }
+
+    fn displacement(&mut self, mode: u8, disp: i32) {
+        match mode {
+            0x40 => self.byte(disp as u8),
+            0x80 => self.imm32(disp),
+            _ => {}
+        }
+    }
+
+    fn op_mem(&mut self, wide: bool, opcode: u8, reg: Reg, mem: Mem) {
+        self.rex(wide, reg.0, mem);
+        self.byte(opcode);
+        self.modrm(reg.0, mem, 0);
+    }
+
+    fn op_reg(&mut self, wide: bool, opcode: u8, reg: u8, rm: Reg) {
+        let rex = (wide as u8) << 3 | (reg >> 3) << 2 | rm.0 >> 3;
+        if rex != 0 {
+            self.byte(0x40 | rex);
+        }
+        self.byte(opcode);
+        self.byte(0xc0 | (reg & 7) << 3 | rm.0 & 7);
+    }
+
+    pub fn mov(&mut self, to: Reg, from: Reg) {
+        if to != from {
+            self.op_reg(true, 0x8b, to.0, from);
+        }
+    }
+
+    /// 32-bit move: clears the upper half.
+    pub fn mov32(&mut self, to: Reg, from: Reg) {
+        self.op_reg(false, 0x8b, to.0, from);
+    }
+
+    pub fn load(&mut self, to: Reg, from: Mem) {
+        self.op_mem(true, 0x8b, to, from);
+    }
+
+    pub fn load32(&mut self, to: Reg, from: Mem) {
+        self.op_mem(false, 0x8b, to, from);
+    }
+
+    pub fn load16(&mut self, to: Reg, from: Mem) {
+        self.rex(false, to.0, from);
+        self.bytes(&[0x0f, 0xb7]);
+        self.modrm(to.0, from, 0);
+    }
+
+    pub fn store(&mut self, to: Mem, from: Reg) {
+        self.op_mem(true, 0x89, from, to);
+    }
+
+    pub fn store32(&mut self, to: Mem, from: Reg) {
+        self.op_mem(false, 0x89, from, to);
+    }
+
+    pub fn store16(&mut self, to: Mem, from: Reg) {
+        self.byte(0x66);
+        self.op_mem(false, 0x89, from, to);
+    }
+
+    /// Stores a sign-extended 32-bit constant as 64 bits.
+    pub fn store_imm(&mut self, to: Mem, value: i32) {
+        self.rex(true, 0, to);
+        self.byte(0xc7);
+        self.modrm(0, to, 4);
+        self.imm32(value);
+    }
+
+    /// The shortest move of a constant that leaves the flags alone.
+    pub fn mov_imm(&mut self, to: Reg, value: u64) {
+        if let Ok(v) = u32::try_from(value) {
+            if to.0 >= 8 {
+                self.byte(0x41);
+            }
+            self.byte(0xb8 | to.0 & 7);
+            self.imm32(v as i32);
+        } else if let Ok(v) = i32::try_from(value as i64) {
+            self.bytes(&[0x48 | to.0 >> 3, 0xc7, 0xc0 | to.0 & 7]);
+            self.imm32(v);
+        } else {
+            self.bytes(&[0x48 | to.0 >> 3, 0xb8 | to.0 & 7]);
+            self.bytes(&value.to_le_bytes());
+        }
+    }
+
+    pub fn lea(&mut self, to: Reg, mem: Mem) {
+        self.op_mem(true, 0x8d, to, mem);
+    }
+
+    /// LEA with a 32-bit result: the address modulo 4 GiB.
+    pub fn lea32(&mut self, to: Reg, mem: Mem) {
+        self.op_mem(false, 0x8d, to, mem);
+    }
+
+    pub fn alu_mem(&mut self, op: Alu, to: Reg, from: Mem) {
+        self.op_mem(true, (op as u8) << 3 | 3, to, from);
+    }
+
+    pub fn alu_mem32(&mut self, op: Alu, to: Reg, from: Mem) {
+        self.op_mem(false, (op as u8) << 3 | 3, to, from);
+    }
+
+    pub fn alu_imm(&mut self, op: Alu, to: Reg, value: i32) {
+        self.alu_imm_sized(true, op, to, value);
+    }
+
+    pub fn alu_imm32(&mut self, op: Alu, to: Reg, value: i32) {
+        self.alu_imm_sized(false, op, to, value);
+    }
+
+    fn alu_imm_sized(&mut self, wide: bool, op: Alu, to: Reg, value: i32) {
+        if let Ok(v) = i8::try_from(value) {
+            self.op_reg(wide, 0x83, op as u8, to);
+            self.byte(v as u8);
+        } else {
+            self.op_reg(wide, 0x81, op as u8, to);
+            self.imm32(value);
+        }
+    }
+
+    /// `cmp dword [mem], imm8`
+    pub fn cmp_mem32_imm8(&mut self, mem: Mem, value: i8) {
+        self.rex(false, 0, mem);
+        self.byte(0x83);
+        self.modrm(7, mem, 1);
+        self.byte(value as u8);
+    }
+
+    pub fn shr32(&mut self, reg: Reg, count: u8) {
+        self.op_reg(false, 0xc1, 5, reg);
+        self.byte(count);
+    }
+
+    /// PEXT (BMI2): gathers the bits of `from` that the mask in memory selects. Leaves the flags alone.
+    pub fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
+        let base = match mask {
+            Mem::Base(base, _) => base.0,
+            _ => 0,
+        };
+        self.byte(0xc4);
+        self.byte(((to.0 >> 3 ^ 1) << 7) | 0x40 | ((base >> 3 ^ 1) << 5) | 0x02);
+        self.byte(0x80 | (!from.0 & 15) << 3 | 0x02);
+        self.byte(0xf5);
+        self.modrm(to.0, mask, 0);
+    }
+
+    pub fn movzx8(&mut self, to: Reg, from: Reg) {
+        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
+        self.bytes(&[rex, 0x0f, 0xb6, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+    }
+
+    /// AH = SF, ZF, AF, PF, CF; AL = OF.
+    pub fn flags_to_ax(&mut self) {
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+    }
+
+    /// The inverse: 0x7f + 1 overflows, 0x7f + 0 does not.
+    pub fn flags_from_ax(&mut self) {
+        self.bytes(&[0x04, 0x7f, 0x9e]);
+    }
+
+    fn rel32(&mut self, label: Label) {
+        self.fixups.push((self.code.len(), label));
+        self.imm32(0);
+    }
+
+    pub fn jmp(&mut self, to: Label) {
+        self.byte(0xe9);
+        self.rel32(to);
+    }
+
+    pub fn jcc(&mut self, condition: u8, to: Label) {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        self.rel32(to);
+    }
+
+    /// A jump to an offset in the code memory. Returns where its rel32 is.
+    pub fn jmp_code(&mut self, target: usize) -> usize {
+        self.byte(0xe9);
+        let at = self.code.len();
+        let next = self.origin + at + 4;
+        self.imm32(target as i32 - next as i32);
+        at
+    }
+
+    pub fn jcc_code(&mut self, condition: u8, target: usize) -> usize {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        let at = self.code.len();
+        let next = self.origin + at + 4;
+        self.imm32(target as i32 - next as i32);
+        at
+    }
+
+    /// JRCXZ over what `body` emits (at most 127 bytes): it runs if rcx is not zero.
+    pub fn unless_rcx_zero(&mut self, body: impl FnOnce(&mut Self)) {
+        self.bytes(&[0xe3, 0]);
+        let start = self.code.len();
+        body(self);
+        let length = self.code.len() - start;
+        assert!(length <= 127, "too far for JRCXZ");
+        self.code[start - 1] = length as u8;
+    }
+
+    pub fn jmp_mem(&mut self, mem: Mem) {
+        self.rex(false, 0, mem);
+        self.byte(0xff);
+        self.modrm(4, mem, 0);
+    }
+
+    pub fn call_mem(&mut self, mem: Mem) {
+        self.rex(false, 0, mem);
+        self.byte(0xff);
+        self.modrm(2, mem, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+    fn disassemble(emit: impl FnOnce(&mut Asm)) -> String {
+        let mut asm = Asm::new(0x1000);
+        emit(&mut asm);
+        asm.finish();
+        let mut decoder = Decoder::with_ip(64, &asm.code, 0x1000, DecoderOptions::NONE);
+        let mut formatter = IntelFormatter::new();
+        let mut lines = Vec::new();
+        while decoder.can_decode() {
+            let mut text = String::new();
+            formatter.format(&decoder.decode(), &mut text);
+            lines.push(text);
+        }
+        lines.join("; ")
+    }
+
+    #[test]
+    fn what_is_emitted_is_what_is_named() {
+        let cases: [(&str, String); 9] = [
+            ("mov r14,[rsp+50h]", disassemble(|a| a.load(S0, Mem::Base(RSP, 0x50)))),
+            ("mov [rbp],r11", disassemble(|a| a.store(Mem::Base(RBP, 0), S2))),
+            ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),
+            ("xor r11,[rsp+r10+1000h]", disassemble(|a| a.alu_mem(Alu::Xor, S2, Mem::Index(RSP, S1, 1, 0x1000)))),
+            ("cmp r11,0FFCh", disassemble(|a| a.alu_imm(Alu::Cmp, S2, 0xffc))),
+            ("pext r10,r14,[rsp+100h]", disassemble(|a| a.pext(S1, S0, Mem::Base(RSP, 0x100)))),
+            ("cmp dword ptr [8],0", disassemble(|a| a.cmp_mem32_imm8(Mem::Code(8), 0))),
+            ("jmp qword ptr [r11+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(S2, S1, 8, 0x8000)))),
+            ("mov r14,0FFFFFFFF81000000h", disassemble(|a| a.mov_imm(S0, 0xffff_ffff_8100_0000))),
+        ];
+        for (expected, got) in cases {
+            assert_eq!(expected, got);
+        }
+    }
+}

@@ -1,0 +1,641 @@
+//! From a run of guest instructions to one block of host code.
+
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
+use super::facts::{FpClass, facts};
+use super::liveness::{Effect, Flags};
+use super::operand::{FlagState, memory_operand, park_flags, unpark_flags};
+use super::reencode::{self, context};
+use crate::access::AccessKind;
+use crate::cache::{Link, Point, Site};
+use crate::cpu::Stop;
+use crate::entry::context_offset;
+use crate::mode::Mode;
+use crate::semantics::{self, Exec};
+
+/// Guest instructions in one block at most.
+const MAX_INSTRUCTIONS: usize = 64;
+/// Host bytes in one block at most; reached only by absurd code.
+const MAX_HOST_BYTES: usize = 24 << 10;
+
+/// An instruction that a block hands to Rust.
+#[derive(Clone, Copy)]
+pub struct SensitiveInsn {
+    pub insn: Instruction,
+    pub exec: Exec,
+    pub ends_block: bool,
+}
+
+/// What translation makes of a run of instructions; the cache turns it into a block.
+pub struct Translated {
+    pub code: Vec<u8>,
+    pub guest_length: usize,
+    pub points: Vec<Point>,
+    pub sites: Vec<Site>,
+    pub links: Vec<Link>,
+    pub sensitive: Vec<SensitiveInsn>,
+}
+
+/// Where things are that emitted code reaches by fixed addresses, and what came before.
+pub struct Place {
+    /// Where the block will stand in code memory.
+    pub origin: usize,
+    /// The index that the block's first sensitive instruction gets.
+    pub first_sensitive: usize,
+    /// Which part of the jump table this mode uses; none: indirect branches leave to the dispatcher.
+    pub jump_slot: Option<usize>,
+}
+
+/// A slow path, to be emitted behind the body.
+pub enum SlowStub {
+    /// `entry`: call `slow` with `kind`; then go on at `back`.
+    Access { entry: Label, back: Label, kind: AccessKind },
+}
+
+struct PendingStub {
+    stub: SlowStub,
+    point: u16,
+    parked: bool,
+    /// Host offset after the instruction.
+    end: u32,
+}
+
+struct PendingLink {
+    label: Label,
+    target: u64,
+    /// A rel32 in the body that a link patches to go straight to the target.
+    patch: usize,
+}
+
+struct Item {
+    insn: Instruction,
+    offset: usize,
+    effect: Effect,
+    kind: Kind,
+    /// Flags needed before the instruction.
+    live_in: Flags,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Sensitive(Exec, bool),
+    /// A near branch, call or return, emitted inline.
+    Branch,
+    /// PUSH, POP, LEAVE, emitted inline.
+    Stack,
+    Skip,
+    Native,
+}
+
+pub struct Builder<'a> {
+    pub asm: Asm,
+    pub mode: Mode,
+    pub place: Place,
+    bytes: &'a [u8],
+    /// Guest address of the block.
+    pub start: u64,
+    items: Vec<Item>,
+    current: usize,
+    pub flags: FlagState,
+    points: Vec<Point>,
+    sites: Vec<Site>,
+    stubs: Vec<PendingStub>,
+    links: Vec<PendingLink>,
+    sensitive: Vec<SensitiveInsn>,
+}
+
+/// Translates the code at `start`, whose bytes up to the end of its page (or of the next one) are `bytes`. The first
+/// instruction must be complete in them; `None` if it isn't.
+pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<Translated> {
+    let items = decode(bytes, start, mode)?;
+    let mut b = Builder {
+        asm: Asm::new(place.origin),
+        mode,
+        place,
+        bytes,
+        start,
+        items,
+        current: 0,
+        flags: FlagState::Host,
+        points: Vec::new(),
+        sites: Vec::new(),
+        stubs: Vec::new(),
+        links: Vec::new(),
+        sensitive: Vec::new(),
+    };
+    b.prologue();
+    let mut ended = false;
+    let mut guest_length = 0;
+    for i in 0..b.items.len() {
+        b.current = i;
+        let (insn, kind, offset) = (b.items[i].insn, b.items[i].kind, b.items[i].offset);
+        if b.asm.position() > MAX_HOST_BYTES {
+            break;
+        }
+        guest_length = offset + insn.len();
+        let first_stub = b.stubs.len();
+        let first_site = b.sites.len();
+        b.points.push(Point {
+            host_offset: b.position(),
+            guest_offset: offset as u16,
+            parked: b.flags == FlagState::Parked,
+        });
+        ended = b.instruction(&insn, kind);
+        let end = b.position();
+        b.stubs[first_stub..].iter_mut().for_each(|s| s.end = end);
+        b.sites[first_site..].iter_mut().for_each(|s| s.end = end);
+        if ended {
+            break;
+        }
+    }
+    if !ended {
+        b.need_flags();
+        let next = b.wrap_ip(start.wrapping_add(guest_length as u64));
+        b.goto(next);
+    }
+    Some(b.finish(guest_length))
+}
+
+/// Decodes up to the end of the block and finds where flags are live.
+fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
+    let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
+    let mut items: Vec<Item> = Vec::new();
+    let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let page = 4096 - (start & 0xfff) as usize;
+    while items.len() < limit {
+        let offset = decoder.position();
+        if offset >= page && !items.is_empty() {
+            break;
+        }
+        let insn = decoder.decode();
+        if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && bytes.len() - offset < 15 {
+            if items.is_empty() {
+                return None;
+            }
+            break;
+        }
+        if offset + insn.len() > page && !items.is_empty() {
+            // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
+            break;
+        }
+        let kind = classify(&insn, mode);
+        let effect = match kind {
+            Kind::Sensitive(..) => Effect::SENSITIVE,
+            Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
+            _ => Effect::of(&insn),
+        };
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL });
+        let ends = matches!(kind, Kind::Branch | Kind::Sensitive(_, true));
+        if ends || offset + insn.len() > page {
+            break;
+        }
+    }
+    let mut live = Flags::ALL;
+    for item in items.iter_mut().rev() {
+        live = item.effect.before(live);
+        item.live_in = live;
+    }
+    Some(items)
+}
+
+fn raise_invalid_opcode(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::invalid_opcode().into())
+}
+
+fn raise_device_not_available(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::device_not_available().into())
+}
+
+fn classify(insn: &Instruction, mode: Mode) -> Kind {
+    if insn.is_invalid() {
+        return Kind::Sensitive(raise_invalid_opcode, true);
+    }
+    let fp = facts(insn.code()).fp;
+    if let Some(exec) = fp_blocked(insn, fp, mode) {
+        return Kind::Sensitive(exec, true);
+    }
+    if let Some(s) = semantics::lookup(insn) {
+        return Kind::Sensitive(s.exec, s.ends_block);
+    }
+    let inline = mode.flat() && !mode.checks_alignment();
+    match insn.flow_control() {
+        FlowControl::Next => {}
+        FlowControl::UnconditionalBranch
+        | FlowControl::ConditionalBranch
+        | FlowControl::IndirectBranch
+        | FlowControl::Return
+        | FlowControl::Call
+        | FlowControl::IndirectCall
+            if is_near_branch(insn) =>
+        {
+            let inline = inline && super::control::emits(insn, mode);
+            return if inline { Kind::Branch } else { Kind::Sensitive(semantics::stack::exec, true) };
+        }
+        _ => return Kind::Sensitive(raise_invalid_opcode, true),
+    }
+    if is_stack(insn) {
+        let inline = inline && super::stack::emits(insn, mode);
+        return if inline { Kind::Stack } else { Kind::Sensitive(semantics::stack::exec, false) };
+    }
+    if skips(insn) {
+        return Kind::Skip;
+    }
+    if native(insn) { Kind::Native } else { Kind::Sensitive(raise_invalid_opcode, true) }
+}
+
+/// The exception that CR0, CR4 and XCR0 call for, if any (Intel SDM 3A 2.5, 13.1).
+fn fp_blocked(insn: &Instruction, fp: FpClass, mode: Mode) -> Option<Exec> {
+    let ud: Option<Exec> = Some(raise_invalid_opcode);
+    let nm: Option<Exec> = Some(raise_device_not_available);
+    let switched = if mode.task_switched() { nm } else { None };
+    match fp {
+        FpClass::None => None,
+        FpClass::X87 if insn.code() == Code::Wait => {
+            if mode.task_switched() && mode.monitor_fpu() { nm } else { None }
+        }
+        FpClass::X87 => if mode.emulate_fpu() { nm } else { switched },
+        FpClass::Mmx => if mode.emulate_fpu() { ud } else { switched },
+        FpClass::Sse => if mode.emulate_fpu() || !mode.sse() { ud } else { switched },
+        FpClass::Avx => if !mode.avx() { ud } else { switched },
+        FpClass::Avx512 => if !mode.avx512() { ud } else { switched },
+    }
+}
+
+fn is_near_branch(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    match insn.mnemonic() {
+        Jmp | Call => insn.is_jmp_near_indirect() || insn.is_call_near_indirect() || insn.is_jmp_short_or_near() || insn.is_call_near(),
+        Ret | Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => true,
+        _ => insn.is_jcc_short_or_near(),
+    }
+}
+
+fn is_stack(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave)
+}
+
+/// Instructions whose slow path executes the whole of them in Rust.
+pub fn runs_whole_in_rust(insn: &Instruction) -> bool {
+    is_stack(insn) || is_near_branch(insn)
+}
+
+/// Hints that do nothing a guest can see.
+fn skips(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        insn.mnemonic(),
+        Nop | Reservednop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw
+            | Prefetch | Prefetchwt1 | Cldemote
+    )
+}
+
+/// Whether an instruction may run on the host's processor as it is: it touches only registers that are the guest's and
+/// the one memory operand that was checked.
+fn native(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    if insn.is_privileged() || insn.is_vsib() {
+        return false;
+    }
+    let operands_ok = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
+        OpKind::Register => {
+            let r = insn.op_register(i);
+            !(r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() || r.is_tmm() || r.is_bnd())
+        }
+        OpKind::Memory => true,
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 | OpKind::FarBranch16 | OpKind::FarBranch32 => false,
+        OpKind::MemorySegSI
+        | OpKind::MemorySegESI
+        | OpKind::MemorySegRSI
+        | OpKind::MemorySegDI
+        | OpKind::MemorySegEDI
+        | OpKind::MemorySegRDI
+        | OpKind::MemoryESDI
+        | OpKind::MemoryESEDI
+        | OpKind::MemoryESRDI => false,
+        _ => true,
+    });
+    operands_ok
+        && !matches!(
+            insn.mnemonic(),
+            Syscall | Sysenter | Sysexit | Sysret | Int | Int1 | Int3 | Into | Iret | Iretd | Iretq | Cpuid | Rdtsc | Rdtscp
+                | Rdpid | Rdpmc | Xgetbv | Xsetbv | Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Rdpkru | Wrpkru
+                | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cli | Sti | Clac
+                | Stac | Hlt | Monitor | Mwait | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Xbegin | Xend | Xabort | Xtest
+                | Vmcall | Vmmcall | Vmfunc | Encls | Enclu | Enclv | Rdpru | Clzero | Enqcmd | Enqcmds | Senduipi | Uiret
+                | Stui | Clui | Testui | Incsspd | Incsspq | Rdsspd | Rdsspq | Saveprevssp | Rstorssp | Wrssd | Wrssq | Setssbsy
+                | Clrssbsy | Ptwrite | Getsec | Pconfig | Rsm | Ud0 | Ud1 | Ud2 | Enter | Pusha | Pushad | Popa | Popad | Bound
+                | Aaa | Aas | Daa | Das | Aam | Aad | Arpl | Salc | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec
+                | Xsavec64 | Xsaves | Xsaves64 | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor
+                | Fxrstor64 | Fnsave | Fsave | Frstor | Fnstenv | Fstenv | Fldenv | Maskmovq | Maskmovdqu | Vmaskmovdqu
+                | Movdir64b | Std | Cld | Hreset | Ldtilecfg | Sttilecfg | Tilerelease | Lkgs | Erets | Eretu | Wrmsrns
+        )
+}
+
+/// The operand whose address is translated, if the instruction accesses memory.
+pub fn access_operand(insn: &Instruction) -> Option<u32> {
+    if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop | Mnemonic::Reservednop) {
+        return None;
+    }
+    memory_operand(insn)
+}
+
+/// How many bytes an instruction's memory operand is checked for. One, where the size is none of the instruction's
+/// business (CLFLUSH and the like).
+fn operand_size(insn: &Instruction) -> usize {
+    match insn.mnemonic() {
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Xlatb => 1,
+        _ => insn.memory_size().size().clamp(1, 64),
+    }
+}
+
+/// Whether the memory operand is written.
+fn writes(insn: &Instruction, operand: u32) -> bool {
+    use iced_x86::{InstructionInfoFactory, InstructionInfoOptions, OpAccess};
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE);
+    matches!(
+        info.op_access(operand),
+        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+/// Emits the operation itself, on `[S0]` if it has a memory operand.
+pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction) -> Option<()> {
+    use Mnemonic::*;
+    let bits = insn.code_size_bits();
+    match insn.code() {
+        // The moffs forms have no ModRM byte: the ordinary ones with [S0] (r14: REX.B).
+        Code::Mov_AL_moffs8 => asm.bytes(&[0x41, 0x8a, 0x06]),
+        Code::Mov_AX_moffs16 => asm.bytes(&[0x66, 0x41, 0x8b, 0x06]),
+        Code::Mov_EAX_moffs32 => asm.bytes(&[0x41, 0x8b, 0x06]),
+        Code::Mov_RAX_moffs64 => asm.bytes(&[0x49, 0x8b, 0x06]),
+        Code::Mov_moffs8_AL => asm.bytes(&[0x41, 0x88, 0x06]),
+        Code::Mov_moffs16_AX => asm.bytes(&[0x66, 0x41, 0x89, 0x06]),
+        Code::Mov_moffs32_EAX => asm.bytes(&[0x41, 0x89, 0x06]),
+        Code::Mov_moffs64_RAX => asm.bytes(&[0x49, 0x89, 0x06]),
+        _ if insn.mnemonic() == Xlatb => asm.bytes(&[0x41, 0x8a, 0x06]),
+        _ => return reencode::emit(asm, bytes, insn, bits),
+    }
+    Some(())
+}
+
+/// The code size an instruction was decoded for.
+trait CodeSizeBits {
+    fn code_size_bits(&self) -> u32;
+}
+
+impl CodeSizeBits for Instruction {
+    fn code_size_bits(&self) -> u32 {
+        match self.code_size() {
+            iced_x86::CodeSize::Code16 => 16,
+            iced_x86::CodeSize::Code32 => 32,
+            _ => 64,
+        }
+    }
+}
+
+impl Builder<'_> {
+    fn position(&self) -> u32 {
+        (self.place.origin + self.asm.position()) as u32
+    }
+
+    pub fn current_ip(&self) -> u64 {
+        self.items[self.current].insn.ip()
+    }
+
+    /// Instruction pointers outside 64-bit mode are 32 bits wide.
+    pub fn wrap_ip(&self, ip: u64) -> u64 {
+        if self.mode.long() { ip } else { ip & 0xffff_ffff }
+    }
+
+    /// Loads the vector state if the block needs it and it isn't loaded.
+    fn prologue(&mut self) {
+        let used = self.items.iter().any(|i| matches!(i.kind, Kind::Native) && facts(i.insn.code()).fp != FpClass::None);
+        if !used {
+            return;
+        }
+        let loaded = Mem::Base(RSP, context_offset!(fp_loaded));
+        let load = Mem::Base(RSP, context_offset!(hot.load_fp));
+        let done = self.asm.label();
+        if self.items.first().is_some_and(|i| i.live_in.is_empty()) {
+            self.asm.cmp_mem32_imm8(loaded, 0);
+            self.asm.jcc(cc::NE, done);
+            self.asm.call_mem(load);
+        } else {
+            self.asm.store(context(1), RCX);
+            self.asm.load(RCX, loaded);
+            self.asm.unless_rcx_zero(|asm| asm.jmp(done));
+            self.asm.call_mem(load);
+        }
+        self.asm.bind(done);
+        if !self.items.first().is_some_and(|i| i.live_in.is_empty()) {
+            self.asm.load(RCX, context(1));
+        }
+    }
+
+    /// Before code that clobbers EFLAGS: parks them if a value in them is still needed.
+    pub fn free_flags(&mut self) {
+        if self.flags == FlagState::Host && !self.items[self.current].live_in.is_empty() {
+            park_flags(&mut self.asm);
+            self.flags = FlagState::Parked;
+        }
+    }
+
+    /// Puts needed flags back into EFLAGS.
+    pub fn need_flags(&mut self) {
+        if self.flags == FlagState::Parked {
+            unpark_flags(&mut self.asm);
+            self.flags = FlagState::Host;
+        }
+    }
+
+    pub fn slow_stub(&mut self, stub: SlowStub) {
+        let parked = self.flags == FlagState::Parked;
+        self.stubs.push(PendingStub { stub, point: (self.points.len() - 1) as u16, parked, end: 0 });
+    }
+
+    /// Calls the `resolve` thunk; the access kind is in S1.
+    pub fn resolve(&mut self) {
+        self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.resolve)));
+        let return_offset = self.position();
+        let (point, parked) = ((self.points.len() - 1) as u16, self.flags == FlagState::Parked);
+        self.sites.push(Site { return_offset, point, parked, end: 0 });
+    }
+
+    /// Emits one instruction; true if it ended the block.
+    fn instruction(&mut self, insn: &Instruction, kind: Kind) -> bool {
+        match kind {
+            Kind::Skip => false,
+            Kind::Sensitive(exec, ends_block) => {
+                self.need_flags();
+                self.sensitive(insn, exec, ends_block);
+                ends_block
+            }
+            Kind::Branch => {
+                self.branch(insn);
+                true
+            }
+            Kind::Stack => {
+                self.stack_instruction(insn);
+                false
+            }
+            Kind::Native => {
+                self.native(insn);
+                false
+            }
+        }
+    }
+
+    fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
+        let index = self.place.first_sensitive + self.sensitive.len();
+        self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block });
+        self.asm.mov_imm(S0, index as u64);
+        self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.helper)));
+    }
+
+    fn native(&mut self, insn: &Instruction) {
+        let item = &self.items[self.current];
+        let (effect, live_in, offset) = (item.effect, item.live_in, item.offset);
+        if insn.mnemonic() == Mnemonic::Lea {
+            return self.lea(insn);
+        }
+        if let Some(operand) = access_operand(insn) {
+            let kind = AccessKind::new(operand_size(insn), writes(insn, operand), self.mode.context());
+            self.operand(insn, kind);
+        } else if insn.mnemonic() == Mnemonic::Xlatb {
+            self.free_flags();
+            self.xlat_address(insn);
+            self.check(AccessKind::new(1, false, self.mode.context()));
+        }
+        if effect.touches {
+            if live_in.is_empty() {
+                self.flags = FlagState::Host;
+            } else {
+                self.need_flags();
+            }
+        }
+        if let Some(point) = self.points.last_mut() {
+            // The operation itself can fault only now.
+            point.parked = self.flags == FlagState::Parked;
+        }
+        let before = self.asm.position();
+        let bytes = &self.bytes[offset..offset + insn.len()];
+        if emit_operation(&mut self.asm, bytes, insn).is_none() {
+            self.asm.code.truncate(before);
+            tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
+            self.need_flags();
+            self.sensitive(insn, raise_invalid_opcode, true);
+        }
+    }
+
+    fn xlat_address(&mut self, insn: &Instruction) {
+        self.asm.movzx8(S0, Reg(0));
+        let mem = Mem::Index(Reg(3), S0, 1, 0);
+        if insn.memory_base() == Register::RBX { self.asm.lea(S0, mem) } else { self.asm.lea32(S0, mem) }
+        match insn.memory_segment() {
+            Register::FS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 4 * 16)),
+            Register::GS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 5 * 16)),
+            _ => {}
+        }
+    }
+
+    fn lea(&mut self, insn: &Instruction) {
+        let register = insn.op0_register();
+        let n = register.full_register().number() as u8;
+        if self.mode.bits() == 16 || insn.memory_base().is_gpr16() || insn.memory_index().is_gpr16() {
+            // 16-bit addressing: base registers wrap at 64K.
+            self.lea16(insn);
+        } else {
+            self.offset(insn);
+        }
+        match register.size() {
+            8 => self.write_register(n, S0),
+            4 => {
+                self.asm.mov32(S0, S0);
+                self.write_register(n, S0);
+            }
+            _ => {
+                // The upper bits of the register stay.
+                self.asm.store(Mem::Base(RSP, context_offset!(hot.lent)), S0);
+                self.read_register(super::asm::S1, n);
+                self.asm.store(Mem::Base(RSP, context_offset!(hot.target)), super::asm::S1);
+                self.asm.load16(super::asm::S1, Mem::Base(RSP, context_offset!(hot.lent)));
+                self.asm.store16(Mem::Base(RSP, context_offset!(hot.target)), super::asm::S1);
+                self.asm.load(super::asm::S1, Mem::Base(RSP, context_offset!(hot.target)));
+                self.write_register(n, super::asm::S1);
+            }
+        }
+    }
+
+    /// The effective address of 16-bit addressing, modulo 64K.
+    fn lea16(&mut self, insn: &Instruction) {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let disp = insn.memory_displacement64() as i32;
+        let number = |r: Register| Reg(r.full_register().number() as u8);
+        let mem = match (base, index) {
+            (Register::None, Register::None) => Mem::Absolute(disp),
+            (b, Register::None) => Mem::Base(number(b), disp),
+            (Register::None, i) => Mem::Base(number(i), disp),
+            (b, i) => Mem::Index(number(b), number(i), 1, disp),
+        };
+        self.asm.lea32(S0, mem);
+        let lent = Mem::Base(RSP, context_offset!(hot.lent));
+        self.asm.store(lent, S0);
+        self.asm.load16(S0, lent);
+    }
+
+    /// Whether an address-size prefix stands before the instruction.
+    pub fn has_address_prefix(&self, insn: &Instruction) -> bool {
+        let offset = insn.ip().wrapping_sub(self.start) as usize;
+        self.bytes[offset..offset + insn.len()]
+            .iter()
+            .take_while(|b| matches!(b, 0xf0 | 0xf2 | 0xf3 | 0x66 | 0x67 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65))
+            .any(|&b| b == 0x67)
+    }
+
+    /// A label whose code, at the block's end, leaves for `target` until it is linked. `patch` is the rel32 field that
+    /// refers to it.
+    pub fn link(&mut self, label: Label, target: u64, patch: usize) {
+        self.links.push(PendingLink { label, target, patch });
+    }
+
+    /// Whether no flag is needed at `target`, as far as the code of this page tells.
+    pub fn flags_dead_at(&self, target: u64) -> bool {
+        let offset = target.wrapping_sub(self.start);
+        if let Some(item) = self.items.iter().find(|i| i.offset as u64 == offset) {
+            return item.live_in.is_empty();
+        }
+        false
+    }
+
+    fn finish(mut self, guest_length: usize) -> Translated {
+        for pending in std::mem::take(&mut self.stubs) {
+            let SlowStub::Access { entry, back, kind } = pending.stub;
+            self.asm.bind(entry);
+            self.asm.mov_imm(super::asm::S1, kind.bits() as u64);
+            self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.slow)));
+            let return_offset = self.position();
+            self.sites.push(Site { return_offset, point: pending.point, parked: pending.parked, end: pending.end });
+            self.asm.jmp(back);
+        }
+        let mut links = Vec::with_capacity(self.links.len());
+        for pending in std::mem::take(&mut self.links) {
+            self.asm.bind(pending.label);
+            let stub_offset = self.position();
+            self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
+            let return_offset = self.position();
+            let patch_offset = (self.place.origin + pending.patch) as u32;
+            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, to: None });
+        }
+        self.asm.finish();
+        Translated {
+            code: self.asm.code,
+            guest_length,
+            points: self.points,
+            sites: self.sites,
+            links,
+            sensitive: self.sensitive,
+        }
+    }
+}

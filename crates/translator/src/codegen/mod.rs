@@ -1,0 +1,15 @@
+//! Translation: from guest bytes to a block of host code.
+//!
+//! [`block::translate`] decodes instructions up to a branch, a page's end or a limit, finds out where flags are live
+//! ([`liveness`]), and emits for each instruction: the address and TLB check of its memory operand ([`operand`]) and the
+//! instruction itself ([`reencode`]), or a branch ([`control`]), or a call into `semantics`. Slow paths stand behind the
+//! block's body. All host code is made by [`asm`].
+
+pub mod asm;
+pub mod block;
+mod control;
+pub mod facts;
+mod liveness;
+mod operand;
+pub mod reencode;
+mod stack;

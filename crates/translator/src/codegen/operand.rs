@@ -1,0 +1,187 @@
+//! Memory operands: from the guest's addressing form to a host address in [`S0`].
+//!
+//! [`Builder::address`] emits the guest-virtual address, [`Builder::check`] the TLB lookup with its slow path. This pair is
+//! the only place that knows how guest memory is reached.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::asm::{Alu, Asm, GUEST_RSP, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
+use super::block::{Builder, SlowStub};
+use super::reencode::{Home, context, home};
+use crate::access::AccessKind;
+use crate::cpu::Vcpu;
+use crate::entry::context_offset;
+use crate::tlb;
+
+/// Where host flags are while a guest value of them is still needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlagState {
+    /// In EFLAGS (or dead).
+    Host,
+    /// In `hot.saved_ax`; EFLAGS holds nothing.
+    Parked,
+}
+
+/// Offsets of a TLB entry's fields, for `[rsp + S1 + offset]`.
+fn tlb_offset(context: crate::cpu::Context, field: usize) -> i32 {
+    let table = std::mem::offset_of!(Vcpu, tlb) + tlb::table_offset(context) - std::mem::offset_of!(Vcpu, gpr);
+    (table + field) as i32
+}
+
+const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
+
+pub fn park_flags(asm: &mut Asm) {
+    asm.store(context(0), RAX);
+    asm.flags_to_ax();
+    asm.store32(SAVED_AX, RAX);
+    asm.load(RAX, context(0));
+}
+
+pub fn unpark_flags(asm: &mut Asm) {
+    asm.store(context(0), RAX);
+    asm.load32(RAX, SAVED_AX);
+    asm.flags_from_ax();
+    asm.load(RAX, context(0));
+}
+
+/// The number of a general-purpose register of any width, as encoded.
+fn number(register: Register) -> Option<u8> {
+    register.is_gpr().then(|| register.full_register().number() as u8)
+}
+
+impl Builder<'_> {
+    /// Emits the guest-virtual address of `insn`'s memory operand into S0. Clobbers S1 and, with a segment base, the flags.
+    pub fn address(&mut self, insn: &Instruction) {
+        self.offset(insn);
+        self.add_segment_base(insn.memory_segment());
+    }
+
+    fn add_segment_base(&mut self, segment: Register) {
+        let base = match segment {
+            Register::FS => context_offset!(segments) + 4 * 16,
+            Register::GS => context_offset!(segments) + 5 * 16,
+            _ => return,
+        };
+        if self.mode.long() {
+            self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, base));
+        } else {
+            self.asm.alu_mem32(Alu::Add, S0, Mem::Base(RSP, base));
+        }
+    }
+
+    /// Emits the effective address (without the segment's base) into S0. Leaves the flags alone.
+    pub fn offset(&mut self, insn: &Instruction) {
+        let (base, index, scale) = (insn.memory_base(), insn.memory_index(), insn.memory_index_scale() as u8);
+        let displacement = insn.memory_displacement64();
+        if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
+            let address = if self.mode.long() && base != Register::EIP && insn.memory_displ_size() != 4 || base == Register::RIP {
+                displacement
+            } else if self.mode.long() && base == Register::None && !self.address_size_32(insn) {
+                displacement
+            } else {
+                displacement & 0xffff_ffff
+            };
+            self.asm.mov_imm(S0, address);
+            return;
+        }
+        let narrow = base.is_gpr32() || index.is_gpr32();
+        // `lea` with a 32-bit result takes the address modulo 4 GiB, which is what 32-bit addressing means.
+        let disp = displacement as i32;
+        let asm = &mut self.asm;
+        let base = number(base).map(|n| match home(n) {
+            Home::Host(reg) => reg,
+            Home::Memory => {
+                asm.load(S0, context(n));
+                S0
+            }
+        });
+        let index = number(index).map(|n| match home(n) {
+            Home::Host(reg) => reg,
+            Home::Memory => {
+                asm.load(S1, context(n));
+                S1
+            }
+        });
+        let mem = match (base, index) {
+            (Some(base), None) => Mem::Base(base, disp),
+            (Some(base), Some(index)) => Mem::Index(base, index, scale, disp),
+            (None, Some(index)) => Mem::Scaled(index, scale, disp),
+            (None, None) => Mem::Absolute(disp),
+        };
+        match mem {
+            Mem::Base(base, 0) if narrow => asm.mov32(S0, base),
+            Mem::Base(base, 0) => asm.mov(S0, base),
+            mem if narrow => asm.lea32(S0, mem),
+            mem => asm.lea(S0, mem),
+        }
+    }
+
+    fn address_size_32(&self, insn: &Instruction) -> bool {
+        insn.memory_displ_size() == 4 && self.has_address_prefix(insn)
+    }
+
+    /// Emits the check of an access at the guest-virtual address in S0: afterwards S0 is a host address. Clobbers S1, S2; flags
+    /// that are needed later are parked first.
+    pub fn check(&mut self, kind: AccessKind) {
+        let slow = self.asm.label();
+        let done = self.asm.label();
+        let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
+        let tag = if kind.write() { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
+        let asm = &mut self.asm;
+        // An entry is 32 bytes: the page number times 32 is the address shifted right by 7, less its low bits.
+        asm.mov32(S1, S0);
+        asm.shr32(S1, 7);
+        asm.alu_imm32(Alu::And, S1, ((tlb::ENTRIES - 1) << 5) as i32);
+        asm.mov(S2, S0);
+        asm.alu_mem(Alu::Xor, S2, entry(tag));
+        asm.alu_imm(Alu::Cmp, S2, 4096 - kind.size() as i32);
+        asm.jcc(cc::A, slow);
+        asm.alu_mem(Alu::Add, S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
+        asm.bind(done);
+        self.slow_stub(SlowStub::Access { entry: slow, back: done, kind });
+    }
+
+    /// Emits address and check of `insn`'s memory operand: the host address in S0. In modes without flat segments Rust
+    /// computes it.
+    pub fn operand(&mut self, insn: &Instruction, kind: AccessKind) {
+        self.free_flags();
+        if self.mode.flat() && !self.mode.checks_alignment() {
+            self.address(insn);
+            self.check(kind);
+        } else {
+            self.asm.mov_imm(S1, kind.bits() as u64);
+            self.resolve();
+        }
+    }
+
+    /// The host address of `[guest rsp + displacement]`, in S0.
+    pub fn stack_slot(&mut self, displacement: i32, kind: AccessKind) {
+        self.free_flags();
+        if self.mode.long() {
+            self.asm.lea(S0, Mem::Base(GUEST_RSP, displacement));
+        } else {
+            self.asm.lea32(S0, Mem::Base(GUEST_RSP, displacement));
+        }
+        self.check(kind);
+    }
+
+    /// Copies a guest register (by number) to a host register.
+    pub fn read_register(&mut self, to: Reg, n: u8) {
+        match home(n) {
+            Home::Host(reg) => self.asm.mov(to, reg),
+            Home::Memory => self.asm.load(to, context(n)),
+        }
+    }
+
+    pub fn write_register(&mut self, n: u8, from: Reg) {
+        match home(n) {
+            Home::Host(reg) => self.asm.mov(reg, from),
+            Home::Memory => self.asm.store(context(n), from),
+        }
+    }
+}
+
+/// The index of the one memory operand, if there is one that is read or written.
+pub fn memory_operand(insn: &Instruction) -> Option<u32> {
+    (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)
+}

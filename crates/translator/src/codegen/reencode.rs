@@ -1,0 +1,378 @@
+//! Re-encoding: the guest's own instruction bytes with only the operands changed.
+//!
+//! An innocuous instruction keeps its opcode, its mandatory prefixes and its immediates; its memory operand becomes
+//! `[S0]`, and general-purpose registers that live elsewhere are renamed ([`Names`]). Working on the bytes, and not on a
+//! decoded form, keeps every encoding the processor knows, also those an encoder would normalize.
+
+use iced_x86::Instruction;
+
+use super::asm::{Asm, GUEST_RSP, Mem, RDI, RSP, Reg, S0, S1, S2};
+use super::facts::facts;
+use crate::entry::context_offset;
+
+/// Where a guest register lives while guest code runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    Host(Reg),
+    /// In the context, at [`context`].
+    Memory,
+}
+
+/// The home of guest register `n` (by encoding).
+pub fn home(n: u8) -> Home {
+    match n {
+        4 => Home::Host(GUEST_RSP),
+        10 | 11 | 14 | 15 => Home::Memory,
+        _ => Home::Host(Reg(n)),
+    }
+}
+
+/// Guest register `n` in the context.
+pub fn context(n: u8) -> Mem {
+    Mem::Base(RSP, n as i32 * 8)
+}
+
+/// An instruction taken apart.
+#[derive(Clone, Debug)]
+pub struct Parts<'a> {
+    pub lock: bool,
+    pub rep: Option<u8>,
+    pub operand_size: bool,
+    pub address_size: bool,
+    rex: u8,
+    encoding: Encoding,
+    /// The opcode with its escape bytes; for VEX and EVEX the one byte after the prefix.
+    opcode: &'a [u8],
+    modrm: Option<u8>,
+    /// Immediates.
+    tail: &'a [u8],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Encoding {
+    Legacy,
+    /// The second and third byte of the three-byte form.
+    Vex([u8; 2]),
+    Evex([u8; 3]),
+}
+
+impl<'a> Parts<'a> {
+    /// Takes apart the bytes of an instruction that was decoded as `insn`.
+    pub fn new(bytes: &'a [u8], insn: &Instruction, bits: u32) -> Option<Self> {
+        let facts = facts(insn.code());
+        let mut p = Parts {
+            lock: false,
+            rep: None,
+            operand_size: false,
+            address_size: false,
+            rex: 0,
+            encoding: Encoding::Legacy,
+            opcode: &[],
+            modrm: None,
+            tail: &[],
+        };
+        let mut i = 0;
+        loop {
+            match *bytes.get(i)? {
+                0xf0 => p.lock = true,
+                b @ (0xf2 | 0xf3) => p.rep = Some(b),
+                0x66 => p.operand_size = true,
+                0x67 => p.address_size = true,
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
+                b @ 0x40..=0x4f if bits == 64 => {
+                    // REX counts only right before the opcode.
+                    p.rex = b;
+                    i += 1;
+                    if is_prefix(*bytes.get(i)?, bits) {
+                        p.rex = 0;
+                    } else {
+                        break;
+                    }
+                    continue;
+                }
+                _ => break,
+            }
+            i += 1;
+        }
+        let first = *bytes.get(i)?;
+        let vector_prefix = |b: u8| bits == 64 || b >= 0xc0;
+        match first {
+            0xc5 if vector_prefix(*bytes.get(i + 1)?) => {
+                let b = *bytes.get(i + 1)?;
+                p.encoding = Encoding::Vex([b & 0x80 | 0x61, b & 0x7f]);
+                i += 2;
+                p.opcode = bytes.get(i..i + 1)?;
+            }
+            0xc4 if vector_prefix(*bytes.get(i + 1)?) => {
+                p.encoding = Encoding::Vex([*bytes.get(i + 1)?, *bytes.get(i + 2)?]);
+                i += 3;
+                p.opcode = bytes.get(i..i + 1)?;
+            }
+            0x62 if vector_prefix(*bytes.get(i + 1)?) => {
+                p.encoding = Encoding::Evex([*bytes.get(i + 1)?, *bytes.get(i + 2)?, *bytes.get(i + 3)?]);
+                i += 4;
+                p.opcode = bytes.get(i..i + 1)?;
+            }
+            0x0f => {
+                let length = match *bytes.get(i + 1)? {
+                    0x38 | 0x3a => 3,
+                    _ => 2,
+                };
+                p.opcode = bytes.get(i..i + length)?;
+            }
+            _ => p.opcode = bytes.get(i..i + 1)?,
+        }
+        i += p.opcode.len();
+        let x87 = p.opcode.len() == 1 && matches!(p.opcode[0], 0xd8..=0xdf) && p.encoding == Encoding::Legacy;
+        if facts.modrm || x87 || has_implied_modrm(&p) {
+            let modrm = *bytes.get(i)?;
+            p.modrm = Some(modrm);
+            i += 1;
+            if modrm < 0xc0 {
+                i += displacement_length(modrm, bytes.get(i).copied(), bits == 16 && !p.address_size || bits == 32 && p.address_size);
+            }
+        }
+        p.tail = bytes.get(i..)?;
+        Some(p)
+    }
+
+    fn reg(&self) -> u8 {
+        self.modrm.map_or(0, |m| m >> 3 & 7)
+            | match self.encoding {
+                Encoding::Legacy => (self.rex >> 2 & 1) << 3,
+                Encoding::Vex([b, _]) => (!b >> 7 & 1) << 3,
+                Encoding::Evex([b, ..]) => (!b >> 7 & 1) << 3,
+            }
+    }
+
+    fn rm(&self) -> u8 {
+        self.modrm.map_or(0, |m| m & 7) | self.extension_b() << 3
+    }
+
+    fn extension_b(&self) -> u8 {
+        match self.encoding {
+            Encoding::Legacy => self.rex & 1,
+            Encoding::Vex([b, _]) => !b >> 5 & 1,
+            Encoding::Evex([b, ..]) => !b >> 5 & 1,
+        }
+    }
+
+    fn vvvv(&self) -> u8 {
+        match self.encoding {
+            Encoding::Legacy => 0,
+            Encoding::Vex([_, b]) => !b >> 3 & 15,
+            Encoding::Evex([_, b, _]) => !b >> 3 & 15,
+        }
+    }
+
+    fn has_memory(&self) -> bool {
+        self.modrm.is_some_and(|m| m < 0xc0)
+    }
+}
+
+fn is_prefix(b: u8, bits: u32) -> bool {
+    matches!(b, 0xf0 | 0xf2 | 0xf3 | 0x66 | 0x67 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65)
+        || bits == 64 && matches!(b, 0x40..=0x4f)
+}
+
+/// Instructions without register or memory operands whose ModRM byte is part of the opcode (MFENCE, ...), or that iced
+/// describes by fixed operands (group 5 and the like are all known by their operand kinds).
+fn has_implied_modrm(p: &Parts) -> bool {
+    p.encoding == Encoding::Legacy && matches!(p.opcode, [0x0f, 0x01 | 0xae | 0xc7 | 0x18..=0x1f | 0x0d])
+}
+
+fn displacement_length(modrm: u8, sib: Option<u8>, bits16: bool) -> usize {
+    let (mode, rm) = (modrm >> 6, modrm & 7);
+    if bits16 {
+        return match (mode, rm) {
+            (0, 6) | (2, _) => 2,
+            (1, _) => 1,
+            _ => 0,
+        };
+    }
+    let sib_length = (rm == 4) as usize;
+    sib_length
+        + match mode {
+            0 if rm == 5 => 4,
+            0 if rm == 4 && sib.is_some_and(|s| s & 7 == 5) => 4,
+            1 => 1,
+            2 => 4,
+            _ => 0,
+        }
+}
+
+/// Emits the instruction on `[S0]` (if it has a memory operand) with its registers renamed: loads displaced registers
+/// into scratch ones first, stores them back afterwards. S1 and S2, and S0 if there is no memory operand, are free.
+///
+/// `None`: the form is not one that can be re-encoded.
+pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Option<()> {
+    let p = Parts::new(bytes, insn, bits)?;
+    let f = facts(insn.code());
+    let memory = p.has_memory();
+    let legacy = p.encoding == Encoding::Legacy;
+
+    // 40..4f in 32- and 16-bit code: INC and DEC r, which 64-bit mode spells with a ModRM byte.
+    let short_inc = legacy && bits != 64 && p.opcode.len() == 1 && matches!(p.opcode[0], 0x40..=0x4f);
+    let mut opcode_register = (f.opcode_gpr).then(|| p.opcode[p.opcode.len() - 1] & 7 | p.extension_b() << 3);
+    let high_byte = |n: u8, byte: bool| byte && legacy && p.rex == 0 && (4..8).contains(&n);
+
+    let mut names = Names::default();
+    let reg = (f.reg_gpr && p.modrm.is_some()).then(|| p.reg());
+    let rm = (f.rm_gpr && p.modrm.is_some() && !memory).then(|| p.rm());
+    let vvvv = f.vvvv_gpr.then(|| p.vvvv());
+    let mut any_high = false;
+    let mut rename = |n: Option<u8>, byte: bool, names: &mut Names| -> Option<Option<u8>> {
+        match n {
+            None => Some(None),
+            Some(n) if high_byte(n, byte) => {
+                any_high = true;
+                Some(Some(n))
+            }
+            Some(n) => names.rename(n, memory).map(|r| Some(r.0)),
+        }
+    };
+    let mut new_reg = rename(reg, f.reg_byte, &mut names)?;
+    let new_rm = rename(rm, f.rm_byte, &mut names)?;
+    let new_vvvv = rename(vvvv, false, &mut names)?;
+    let new_opcode = rename(opcode_register, f.reg_byte, &mut names)?;
+
+    // AH, CH, DH and BH exclude REX, so nothing beside them may live in r8-r15: lend rdi, which such an instruction can't
+    // name as a byte register (a wide operand of MOVZX and the like may only be the register that was renamed).
+    let lends = any_high && (memory || [new_reg, new_rm].iter().flatten().any(|&r| r >= 8));
+    let mut address = S0;
+    names.load(asm);
+    if lends {
+        asm.store(Mem::Base(RSP, context_offset!(hot.lent)), RDI);
+        if memory {
+            asm.mov(RDI, S0);
+            address = RDI;
+        } else {
+            asm.mov(RDI, Reg(new_reg?));
+            new_reg = Some(RDI.0);
+        }
+    }
+
+    if p.lock {
+        asm.byte(0xf0);
+    }
+    // In 16-bit code the operand-size prefix means the opposite; as a mandatory prefix of SSE it stays.
+    let mandatory = f.fp != super::facts::FpClass::None && f.fp != super::facts::FpClass::X87;
+    if legacy && (p.operand_size ^ (bits == 16 && !mandatory)) {
+        asm.byte(0x66);
+    }
+    if let (Some(b), true) = (p.rep, legacy) {
+        asm.byte(b);
+    }
+
+    let field = |new: Option<u8>, old: u8| new.unwrap_or(old);
+    let r = field(new_reg, p.reg());
+    let b = if memory { address.0 } else { field(new_rm, p.rm()) };
+    match p.encoding {
+        Encoding::Legacy => {
+            let mut ext = p.rex & 0x08;
+            let byte_rex = p.rex != 0 || renamed_byte(&f_pair(f.reg_byte, reg, new_reg)) || renamed_byte(&f_pair(f.rm_byte, rm, new_rm));
+            if let Some(n) = new_opcode {
+                ext |= n >> 3;
+            } else if p.modrm.is_some() {
+                ext |= (r >> 3) << 2 | b >> 3;
+            } else {
+                ext |= p.rex & 7;
+            }
+            let needs = ext != 0 || byte_rex && !any_high;
+            if needs {
+                if any_high {
+                    return None;
+                }
+                asm.byte(0x40 | ext);
+            }
+            if short_inc {
+                opcode_register = None;
+                let digit = if p.opcode[0] & 8 != 0 { 1 } else { 0 };
+                asm.bytes(&[0xff, 0xc0 | digit << 3 | new_opcode? & 7]);
+            } else {
+                let (last, escape) = p.opcode.split_last()?;
+                asm.bytes(escape);
+                asm.byte(new_opcode.map_or(*last, |n| last & !7 | n & 7));
+            }
+        }
+        Encoding::Vex([p1, p2]) => {
+            let x = if memory { 0x40 } else { p1 & 0x40 };
+            let p1 = (!r & 8) << 4 | x | (!b & 8) << 2 | p1 & 0x1f;
+            let p2 = new_vvvv.map_or(p2, |v| p2 & 0x87 | (!v & 15) << 3);
+            asm.bytes(&[0xc4, p1, p2]);
+            asm.bytes(p.opcode);
+        }
+        Encoding::Evex([p0, p1, p2]) => {
+            let x = if memory { 0x40 } else { p0 & 0x40 };
+            let p0 = (!r & 8) << 4 | x | (!b & 8) << 2 | p0 & 0x1f;
+            let p1 = new_vvvv.map_or(p1, |v| p1 & 0x87 | (!v & 15) << 3);
+            asm.bytes(&[0x62, p0, p1, p2]);
+            asm.bytes(p.opcode);
+        }
+    }
+    let _ = opcode_register;
+    if let Some(modrm) = p.modrm {
+        let mode = if memory { 0 } else { 0xc0 };
+        let reg_bits = if f.reg_gpr { r & 7 } else { modrm >> 3 & 7 };
+        asm.byte(mode | reg_bits << 3 | b & 7);
+    }
+    asm.bytes(p.tail);
+
+    if lends {
+        if !memory {
+            asm.mov(GUEST_RSP, RDI);
+        }
+        asm.load(RDI, Mem::Base(RSP, context_offset!(hot.lent)));
+    }
+    names.store(asm);
+    Some(())
+}
+
+type BytePair = (bool, Option<u8>, Option<u8>);
+
+fn f_pair(byte: bool, old: Option<u8>, new: Option<u8>) -> BytePair {
+    (byte, old, new)
+}
+
+/// A byte register whose new name is spl-dil or r8b-r15b needs a REX prefix.
+fn renamed_byte(&(byte, old, new): &BytePair) -> bool {
+    byte && old != new
+}
+
+/// The displaced registers of one instruction and the scratch registers that stand for them.
+#[derive(Default)]
+struct Names {
+    used: [Option<(u8, Reg)>; 3],
+    count: usize,
+}
+
+impl Names {
+    /// The host register for guest register `n`.
+    fn rename(&mut self, n: u8, memory: bool) -> Option<Reg> {
+        if let Home::Host(reg) = home(n) {
+            return Some(reg);
+        }
+        if let Some((_, reg)) = self.used.iter().flatten().find(|(guest, _)| *guest == n) {
+            return Some(*reg);
+        }
+        let reg = *[S1, S2, S0].get(self.count)?;
+        if reg == S0 && memory {
+            return None;
+        }
+        self.used[self.count] = Some((n, reg));
+        self.count += 1;
+        Some(reg)
+    }
+
+    fn load(&self, asm: &mut Asm) {
+        for &(guest, reg) in self.used.iter().flatten() {
+            asm.load(reg, context(guest));
+        }
+    }
+
+    fn store(&self, asm: &mut Asm) {
+        for &(guest, reg) in self.used.iter().flatten() {
+            asm.store(context(guest), reg);
+        }
+    }
+}

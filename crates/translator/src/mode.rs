@@ -1,0 +1,114 @@
+//! [`Mode`]: everything besides the bytes that decides what an instruction is translated to.
+
+use arch::registers::{cr0, cr4, rflags, xcr0};
+use arch::state::SegmentRegister;
+
+use crate::cpu::{Context, Vcpu};
+
+/// A block's key beyond its address. A vCPU may enter a block only in the mode it was translated for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mode(u32);
+
+const STACK32: u32 = 1 << 2;
+const FLAT: u32 = 1 << 7;
+const SINGLE: u32 = 1 << 8;
+const TS: u32 = 1 << 9;
+const EM: u32 = 1 << 10;
+const MP: u32 = 1 << 11;
+const SSE: u32 = 1 << 12;
+const AVX: u32 = 1 << 13;
+const AVX512: u32 = 1 << 14;
+const ALIGN: u32 = 1 << 15;
+
+impl Mode {
+    /// The mode a vCPU is in.
+    pub fn of(cpu: &Vcpu) -> Mode {
+        let bits = cpu.code_bits();
+        let mut m = match bits {
+            16 => 0,
+            32 => 1,
+            _ => 2,
+        };
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        m |= flag(cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
+        m |= (cpu.cpl() as u32) << 3 | (cpu.context() as u32) << 5;
+        m |= flag(bits == 64 || bits == 32 && flat(cpu), FLAT);
+        m |= flag(cpu.cr0 & cr0::TS != 0, TS) | flag(cpu.cr0 & cr0::EM != 0, EM) | flag(cpu.cr0 & cr0::MP != 0, MP);
+        m |= flag(cpu.cr4 & cr4::OSFXSR != 0, SSE);
+        m |= flag(cpu.avx_enabled(), AVX);
+        m |= flag(cpu.avx_enabled() && cpu.xcr0 & xcr0::AVX512 == xcr0::AVX512, AVX512);
+        m |= flag(cpu.cpl() == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0, ALIGN);
+        Mode(m)
+    }
+
+    /// The same mode, but blocks are one instruction long and always return to the dispatcher.
+    pub fn single(self) -> Mode {
+        Mode(self.0 | SINGLE)
+    }
+
+    pub fn is_single(self) -> bool {
+        self.0 & SINGLE != 0
+    }
+
+    /// 16, 32 or 64.
+    pub fn bits(self) -> u32 {
+        16 << (self.0 & 3)
+    }
+
+    pub fn long(self) -> bool {
+        self.0 & 3 == 2
+    }
+
+    /// Segments other than FS and GS have base 0 and no limit, and the stack is as wide as the code: addresses are
+    /// computed inline.
+    pub fn flat(self) -> bool {
+        self.0 & FLAT != 0
+    }
+
+    pub fn context(self) -> Context {
+        match self.0 >> 5 & 3 {
+            0 => Context::User,
+            1 => Context::Supervisor,
+            _ => Context::SupervisorUser,
+        }
+    }
+
+    /// Misaligned accesses raise #AC (CPL 3, CR0.AM, RFLAGS.AC).
+    pub fn checks_alignment(self) -> bool {
+        self.0 & ALIGN != 0
+    }
+
+    pub fn task_switched(self) -> bool {
+        self.0 & TS != 0
+    }
+    pub fn emulate_fpu(self) -> bool {
+        self.0 & EM != 0
+    }
+    pub fn monitor_fpu(self) -> bool {
+        self.0 & MP != 0
+    }
+    pub fn sse(self) -> bool {
+        self.0 & SSE != 0
+    }
+    pub fn avx(self) -> bool {
+        self.0 & AVX != 0
+    }
+    pub fn avx512(self) -> bool {
+        self.0 & AVX512 != 0
+    }
+}
+
+/// Whether CS, SS, DS and ES are the flat 4 GiB segments of a 32-bit system, readable and (but for CS) writable.
+fn flat(cpu: &Vcpu) -> bool {
+    use SegmentRegister::*;
+    let unlimited = |s: SegmentRegister| {
+        let seg = cpu.seg(s);
+        seg.base == 0 && seg.limit == u32::MAX && seg.present()
+    };
+    let data = |s: SegmentRegister| {
+        let kind = cpu.seg(s).kind();
+        unlimited(s) && kind & 0x8 == 0 && kind & 0x4 == 0 && kind & 0x2 != 0
+    };
+    // Readable code; expand-up writable data.
+    unlimited(Cs) && cpu.seg(Cs).kind() & 0x2 != 0 && data(Ss) && data(Ds) && data(Es) && cpu.seg(Ss).default_big()
+}

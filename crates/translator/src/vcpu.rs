@@ -1,0 +1,253 @@
+//! A vCPU as the machine sees it: creation, the [`engine::Vcpu`] trait, and the neutral state.
+
+use std::io;
+use std::sync::Arc;
+
+use arch::state::Activity;
+use arch::{CpuState, msr};
+use engine::{Error, Exit, VcpuControl};
+
+use crate::cache::CodeMemory;
+use crate::cpu::{Msrs, STACK_WORDS, Vcpu, XSAVE_SIZE, XsaveArea};
+use crate::entry::Hot;
+use crate::run::EngineState;
+use crate::shared::{Machine, VcpuShared, request};
+use crate::signals::Attached;
+use crate::tlb::Tlb;
+use crate::xstate;
+
+impl Vcpu {
+    /// Adds processor `id`, the machine's next, as power-on leaves it: the bootstrap processor (0) running, others waiting
+    /// for their start-up IPI.
+    pub fn new(id: u32, machine: Arc<Machine>) -> io::Result<Box<Vcpu>> {
+        let memory = Arc::new(CodeMemory::new(machine.config.translation_cache)?);
+        let shared = Arc::new(VcpuShared::new(id));
+        machine.add_vcpu(shared.clone());
+        shared.poll.attach(memory.clone());
+        let reset = CpuState::reset();
+        let mut vcpu = Box::new(Vcpu {
+            stack: [0; STACK_WORDS],
+            gpr: reset.gpr,
+            rip: reset.rip,
+            rflags: reset.rflags,
+            segments: reset.segments,
+            fp_loaded: 0,
+            hot: Hot::new(xstate::layout().native),
+            xsave: XsaveArea::default(),
+            ldtr: reset.ldtr,
+            tr: reset.tr,
+            gdtr: reset.gdtr,
+            idtr: reset.idtr,
+            cr0: reset.cr0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            dr: [0; 4],
+            dr6: reset.dr[4],
+            dr7: reset.dr[5],
+            xcr0: reset.xcr0,
+            pkru: 0,
+            msrs: Msrs::default(),
+            activity: if shared.apic.bootstrap() { Activity::Running } else { Activity::WaitForSipi },
+            nmi_blocked: false,
+            interrupt_shadow: false,
+            debug_shadow: false,
+            pending_debug: 0,
+            insn_rip: 0,
+            id,
+            tlb: Tlb::default(),
+            engine: EngineState::new(memory),
+            shared,
+            machine,
+            timer: Default::default(),
+        });
+        vcpu.mmu_changed();
+        Ok(vcpu)
+    }
+}
+
+/// Makes a vCPU of the engine usable as [`engine::Vcpu`]. The processor is boxed: emitted code knows its address.
+pub struct Handle(pub Box<Vcpu>);
+
+// SAFETY: a vCPU holds raw pointers only into its own mappings; it is used by one thread at a time, which `&mut self` enforces.
+unsafe impl Send for Handle {}
+
+struct Control(Arc<VcpuShared>);
+
+impl VcpuControl for Control {
+    fn stop(&self) {
+        self.0.request(request::STOP);
+    }
+}
+
+impl engine::Vcpu for Handle {
+    fn run(&mut self) -> Exit {
+        let vcpu: &mut Vcpu = &mut self.0;
+        let attached = match Attached::new(vcpu) {
+            Ok(attached) => attached,
+            Err(e) => return Exit::Failed(format!("can't set up signals for vCPU {}: {e}", vcpu.id)),
+        };
+        if let Err(e) = vcpu.enter_thread() {
+            return Exit::Failed(format!("can't make a timer for vCPU {}: {e}", vcpu.id));
+        }
+        let exit = vcpu.run_loop();
+        vcpu.leave_thread();
+        drop(attached);
+        exit
+    }
+
+    fn state(&self) -> CpuState {
+        self.0.export()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
+        self.0.import(state)
+    }
+
+    fn control(&self) -> Arc<dyn VcpuControl> {
+        Arc::new(Control(self.0.shared.clone()))
+    }
+}
+
+/// MSRs that `CpuState` carries by number and that are plain fields here.
+type Field = (u32, fn(&mut Msrs) -> &mut u64);
+
+const FIELDS: &[Field] = &[
+    (msr::EFER, |m| &mut m.efer),
+    (msr::STAR, |m| &mut m.star),
+    (msr::LSTAR, |m| &mut m.lstar),
+    (msr::CSTAR, |m| &mut m.cstar),
+    (msr::SFMASK, |m| &mut m.sfmask),
+    (msr::KERNEL_GS_BASE, |m| &mut m.kernel_gs_base),
+    (msr::SYSENTER_CS, |m| &mut m.sysenter_cs),
+    (msr::SYSENTER_ESP, |m| &mut m.sysenter_esp),
+    (msr::SYSENTER_EIP, |m| &mut m.sysenter_eip),
+    (msr::TSC_AUX, |m| &mut m.tsc_aux),
+    (msr::TSC_ADJUST, |m| &mut m.tsc_adjust),
+    (msr::PAT, |m| &mut m.pat),
+    (msr::MISC_ENABLE, |m| &mut m.misc_enable),
+    (msr::MTRR_DEF_TYPE, |m| &mut m.mtrr_def_type),
+    (msr::MCG_STATUS, |m| &mut m.mcg_status),
+    (msr::XSS, |m| &mut m.xss),
+    (msr::SPEC_CTRL, |m| &mut m.spec_ctrl),
+    (msr::KVM_SYSTEM_TIME_NEW, |m| &mut m.kvm_system_time),
+    (msr::KVM_WALL_CLOCK_NEW, |m| &mut m.kvm_wall_clock),
+];
+
+impl Vcpu {
+    fn export(&self) -> CpuState {
+        let mut msrs = Vec::new();
+        // The table gives mutable access, so copies serve reading.
+        let (mut fields, mut reset) = (self.msrs.clone(), Msrs::default());
+        for (number, field) in FIELDS {
+            if field(&mut fields) != field(&mut reset) {
+                msrs.push((*number, *field(&mut fields)));
+            }
+        }
+        for (i, &value) in self.msrs.mtrr_variable.iter().enumerate().filter(|(_, v)| **v != 0) {
+            msrs.push((msr::MTRR_PHYS_BASE0 + i as u32, value));
+        }
+        for (&number, &value) in MTRR_FIXED.iter().zip(&self.msrs.mtrr_fixed).filter(|(_, v)| **v != 0) {
+            msrs.push((number, value));
+        }
+        CpuState {
+            gpr: self.gpr,
+            rip: self.rip,
+            rflags: self.rflags,
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            cr8: u64::from(self.shared.apic.tpr() >> 4),
+            dr: [self.dr[0], self.dr[1], self.dr[2], self.dr[3], self.dr6, self.dr7],
+            xcr0: self.xcr0,
+            pkru: self.pkru,
+            msrs,
+            xsave: self.xsave.0.to_vec(),
+            apic: self.shared.apic.save(),
+            activity: self.activity,
+            pending_exception: None,
+            nmi_pending: self.shared.requests.load(std::sync::atomic::Ordering::SeqCst) & request::NMI != 0,
+            nmi_blocked: self.nmi_blocked,
+            interrupt_shadow: self.interrupt_shadow,
+        }
+    }
+
+    fn import(&mut self, s: &CpuState) -> Result<(), Error> {
+        let invalid = |what: String| Err(Error::State(what));
+        if !s.xsave.is_empty() && (s.xsave.len() < 576 || s.xsave.len() > XSAVE_SIZE) {
+            return invalid(format!("the XSAVE area has {} bytes instead of 576 to {XSAVE_SIZE}", s.xsave.len()));
+        }
+        let mut msrs = Msrs::default();
+        for &(number, value) in &s.msrs {
+            if let Some((_, field)) = FIELDS.iter().find(|f| f.0 == number) {
+                *field(&mut msrs) = value;
+            } else if let Some(slot) =
+                number.checked_sub(msr::MTRR_PHYS_BASE0).and_then(|i| msrs.mtrr_variable.get_mut(i as usize))
+            {
+                *slot = value;
+            } else if let Some(i) = MTRR_FIXED.iter().position(|&n| n == number) {
+                msrs.mtrr_fixed[i] = value;
+            } else {
+                return invalid(format!("MSR {number:#x} is not one that this engine keeps"));
+            }
+        }
+        self.msrs = msrs;
+        self.gpr = s.gpr;
+        self.rip = s.rip;
+        self.rflags = s.rflags | arch::registers::rflags::FIXED;
+        self.segments = s.segments;
+        self.ldtr = s.ldtr;
+        self.tr = s.tr;
+        self.gdtr = s.gdtr;
+        self.idtr = s.idtr;
+        (self.cr0, self.cr2, self.cr3, self.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);
+        self.dr.copy_from_slice(&s.dr[..4]);
+        (self.dr6, self.dr7) = (s.dr[4], s.dr[5]);
+        self.xcr0 = s.xcr0;
+        self.pkru = s.pkru;
+        self.xsave.reset();
+        if !s.xsave.is_empty() {
+            self.xsave.0[..s.xsave.len()].copy_from_slice(&s.xsave);
+            // What XRSTOR would refuse: unknown components, compaction, reserved bits.
+            let used = self.xsave.in_use() & xstate::layout().native;
+            self.xsave.put(512, &[0; 64]);
+            self.xsave.put(512, &used.to_le_bytes());
+            let mxcsr = self.xsave.mxcsr() & xstate::layout().mxcsr_mask;
+            self.xsave.put(xstate::legacy::MXCSR, &mxcsr.to_le_bytes());
+        }
+        if !s.apic.is_empty() && !self.shared.apic.load(&s.apic) {
+            return invalid(format!("the local APIC state has {} bytes, which is not its size", s.apic.len()));
+        }
+        self.set_task_priority((s.cr8 as u8) << 4);
+        self.activity = s.activity;
+        self.nmi_blocked = s.nmi_blocked;
+        self.interrupt_shadow = s.interrupt_shadow;
+        self.debug_shadow = false;
+        self.pending_debug = 0;
+        if s.nmi_pending {
+            self.shared.flag(request::NMI);
+        }
+        self.mmu_changed();
+        Ok(())
+    }
+}
+
+const MTRR_FIXED: [u32; 11] = [
+    msr::MTRR_FIX_64K,
+    msr::MTRR_FIX_16K_80000,
+    msr::MTRR_FIX_16K_A0000,
+    msr::MTRR_FIX_4K_C0000,
+    msr::MTRR_FIX_4K_C0000 + 1,
+    msr::MTRR_FIX_4K_C0000 + 2,
+    msr::MTRR_FIX_4K_C0000 + 3,
+    msr::MTRR_FIX_4K_C0000 + 4,
+    msr::MTRR_FIX_4K_C0000 + 5,
+    msr::MTRR_FIX_4K_C0000 + 6,
+    msr::MTRR_FIX_4K_C0000 + 7,
+];
