@@ -1,7 +1,6 @@
 //! All devices of a machine, each at its address and on its line.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crate::bus::{Device, DeviceBus};
 use crate::constants::*;
@@ -97,17 +96,16 @@ impl Chipset {
         self.timers.resume();
     }
 
-    /// Serial port COM1 is 0.
-    pub fn serial(&self, index: usize) -> Option<&Arc<Serial>> {
-        self.serial.get(index)?.as_ref()
+    /// Sends bytes to the guest by a serial port (COM1 is 0), if it is there. Waits while the guest is far behind.
+    pub fn serial_input(&self, port: usize, data: &[u8]) {
+        if let Some(Some(port)) = self.serial.get(port) {
+            port.send_input(data);
+        }
     }
 
-    /// Waits until what the guest sent to its serial ports has been written, for at most `patience` in all.
-    pub fn drain_output(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
-        for port in self.serial.iter().flatten() {
-            port.drain_output(deadline.saturating_duration_since(Instant::now()));
-        }
+    /// Waits until what the guest sent to its serial ports has been written.
+    pub fn flush(&self) {
+        self.serial.iter().flatten().for_each(|port| port.flush());
     }
 
     /// Asks the guest to shut down, as the button does.
@@ -187,6 +185,7 @@ mod tests {
     use crate::clock::HostClock;
     use crate::testing::{Power, Random, Recorder};
     use engine::Bus;
+    use std::time::{Duration, Instant};
 
     struct Bench {
         chipset: Arc<Chipset>,
@@ -290,7 +289,8 @@ mod tests {
     #[test]
     fn every_device_goes_when_the_chipset_goes() {
         let bench = Bench::new();
-        let (pci, serial) = (Arc::downgrade(&bench.chipset.pci), Arc::downgrade(bench.chipset.serial(0).unwrap()));
+        let (pci, serial) =
+            (Arc::downgrade(&bench.chipset.pci), Arc::downgrade(bench.chipset.serial[0].as_ref().unwrap()));
         drop(bench);
         assert!(pci.upgrade().is_none() && serial.upgrade().is_none());
     }

@@ -37,7 +37,6 @@ pub use bus::{Device, DeviceBus};
 pub use chipset::Chipset;
 pub use clock::{Clock, HostClock};
 pub use irq::InterruptLine;
-pub use serial::Serial;
 
 /// Why a chipset could not be put together.
 #[derive(Debug, thiserror::Error)]

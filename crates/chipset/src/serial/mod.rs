@@ -1,8 +1,12 @@
 //! 16550A serial ports.
 //!
-//! Data flow: the guest's registers are `uart`; what it sends goes through `output` to a sink on the host; what
-//! the host sends comes in by [`Serial::push_input`], no more than the receiver holds, and a callback says when there
-//! is room again. No baud rate slows this down; it only sets the character time-out.
+//! Data flow: the guest's registers are `uart`; what it sends goes through `output` to a sink on the host; what the host
+//! sends waits in a queue from which the receiver is filled. No baud rate slows this down; it only sets the character
+//! time-out.
+//!
+//! Input is never lost: it stays in the queue until a driver listens, and goes back there if the driver throws its
+//! FIFO away unread, as drivers do when they open a port. To the guest that looks like bytes that came a
+//! little later. So a script can be piped into a machine that has yet to boot.
 //!
 //! `vm-superio` has a serial port too. It ignores the FIFO control register, has no trigger levels, character
 //! time-outs, line-status or modem-status interrupts, always shows an empty transmitter, and writes to its sink on the vCPU's
@@ -11,8 +15,9 @@
 mod output;
 mod uart;
 
+use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::Device;
@@ -22,20 +27,36 @@ use crate::timer::{Timer, Timers};
 use output::Output;
 use uart::{Effect, Uart};
 
-type Callback = Arc<dyn Fn() + Send + Sync>;
+/// How many bytes of input may wait for the guest.
+const INPUT_CAPACITY: usize = 64 << 10;
+/// How long a sink may take nothing before [`Serial::flush`] gives it up.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 struct State {
     uart: Uart,
+    /// Input for which the receiver has no room yet, or that nobody listens for.
+    waiting: VecDeque<u8>,
     /// The timer is armed for a character time-out.
     timing: bool,
-    /// Input was turned away; whoever brought it wants to know of room.
-    input_waits: bool,
-    on_room: Option<Callback>,
+}
+
+impl State {
+    /// Hands waiting input to the receiver. Says whether there was any.
+    fn feed(&mut self) -> bool {
+        for byte in self.uart.take_discarded().into_iter().rev() {
+            self.waiting.push_front(byte);
+        }
+        let count = self.uart.room().min(self.waiting.len());
+        self.waiting.drain(..count).for_each(|byte| self.uart.receive(byte));
+        count > 0
+    }
 }
 
 /// As a [`Device`]: the eight ports of a UART.
 pub struct Serial {
     state: Mutex<State>,
+    /// There is less waiting input than there was.
+    room: Condvar,
     output: Output,
     clock: Arc<dyn Clock>,
     line: InterruptLine,
@@ -66,32 +87,43 @@ impl Serial {
                     serial.time_out();
                 }
             });
-            let state = State { uart: Uart::new(), timing: false, input_waits: false, on_room: None };
-            Serial { state: Mutex::new(state), output, clock, line, timer }
+            let state = Mutex::new(State { uart: Uart::new(), waiting: VecDeque::new(), timing: false });
+            Serial { state, room: Condvar::new(), output, clock, line, timer }
         });
         *late.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&serial);
         Ok(serial)
     }
 
-    /// Gives the guest input. Returns how many of the bytes the port took; when it took fewer than all, the callback of
-    /// [`on_room`](Self::on_room) runs once there is room again.
+    /// Gives the guest input. Returns how many of the bytes the port took: the rest found 64 KiB
+    /// waiting.
     pub fn push_input(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
-        let taken = state.uart.receive(bytes);
-        state.input_waits = taken < bytes.len();
-        self.update(&mut state, taken > 0);
+        let taken = bytes.len().min(INPUT_CAPACITY.saturating_sub(state.waiting.len()));
+        state.waiting.extend(bytes.iter().take(taken));
+        let received = state.feed();
+        self.update(&mut state, received);
         taken
     }
 
-    /// Sets what runs when input that was turned away has room. It runs on a vCPU's thread, with no lock held, and
-    /// should do no more than wake whoever reads the host's input.
-    pub fn on_room(&self, callback: impl Fn() + Send + Sync + 'static) {
-        self.lock().on_room = Some(Arc::new(callback));
+    /// Gives the guest input, and waits while too much of it waits already.
+    pub fn send_input(&self, bytes: &[u8]) {
+        let mut rest = bytes;
+        loop {
+            let taken = self.push_input(rest);
+            rest = rest.get(taken..).unwrap_or_default();
+            if rest.is_empty() {
+                return;
+            }
+            let full = |state: &mut State| state.waiting.len() >= INPUT_CAPACITY;
+            drop(self.room.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
-    /// Waits until the sink has all that the guest sent, for at most `patience`. Says whether it has.
-    pub fn drain_output(&self, patience: Duration) -> bool {
-        self.output.drain(patience)
+    /// Waits until the sink has all that the guest sent. A sink that takes nothing for ten seconds is given up.
+    pub fn flush(&self) {
+        if !self.output.flush(PATIENCE) {
+            tracing::warn!("serial port output is lost: nobody has read any for {} seconds", PATIENCE.as_secs());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -139,19 +171,13 @@ impl Serial {
         }
     }
 
-    /// Ends an access that may have made room; takes the lock, because the callback runs without it.
-    fn finish(&self, mut state: MutexGuard<'_, State>, received: bool) {
-        self.update(&mut state, received);
-        let callback = if state.input_waits && state.uart.room() > 0 {
-            state.input_waits = false;
-            state.on_room.clone()
-        } else {
-            None
-        };
-        drop(state);
-        if let Some(callback) = callback {
-            callback();
+    /// Follows an access of the guest. `read` says that it took a byte from the receiver.
+    fn finish(&self, state: &mut State, read: bool) {
+        let received = state.feed();
+        if received {
+            self.room.notify_all();
         }
+        self.update(state, read || received);
     }
 }
 
@@ -159,7 +185,7 @@ impl Device for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.lock();
         data.fill(state.uart.read(offset));
-        self.finish(state, offset == 0);
+        self.finish(&mut state, offset == 0);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
@@ -168,13 +194,13 @@ impl Device for Serial {
         if let Effect::Transmit(byte) = state.uart.write(offset, value) {
             self.transmit(&mut state, byte);
         }
-        self.finish(state, false);
+        self.finish(&mut state, false);
     }
 
     fn reset(&self) {
         let mut state = self.lock();
-        state.uart = Uart::new();
-        self.finish(state, false);
+        state.uart.reset();
+        self.finish(&mut state, false);
     }
 }
 

@@ -5,10 +5,12 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How many bytes may wait for the sink.
 const CAPACITY: usize = 64 << 10;
+/// How many are written at once: small enough to see that a slow sink is not a stuck one.
+const PIECE: usize = 4 << 10;
 
 #[derive(Default)]
 struct Queue {
@@ -24,7 +26,7 @@ struct Shared {
     queue: Mutex<Queue>,
     /// Bytes came, or the port went.
     more: Condvar,
-    /// The thread has written all it took.
+    /// The thread has written what it took.
     written: Condvar,
 }
 
@@ -33,7 +35,7 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for bytes and takes them all. None when there will be no more.
+    /// Waits for bytes and takes some. None when there will be no more.
     fn take(&self) -> Option<Vec<u8>> {
         let mut queue = self.lock();
         queue.writing = false;
@@ -45,7 +47,8 @@ impl Shared {
             queue = self.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         queue.writing = true;
-        Some(queue.bytes.drain(..).collect())
+        let count = queue.bytes.len().min(PIECE);
+        Some(queue.bytes.drain(..count).collect())
     }
 }
 
@@ -55,7 +58,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Starts a thread that writes to `sink` and calls `space` whenever the queue has become empty.
+    /// Starts a thread that writes to `sink` and calls `space` whenever the queue has room again.
     pub fn start(mut sink: Box<dyn Write + Send>, space: impl Fn() + Send + 'static) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let thread = shared.clone();
@@ -88,16 +91,16 @@ impl Output {
         true
     }
 
-    /// Waits until the sink has taken everything, for at most `patience`. Says whether it has.
-    pub fn drain(&self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    /// Waits until the sink has taken everything, or until it has taken nothing for as long as `patience`. Says whether
+    /// it has all.
+    pub fn flush(&self, patience: Duration) -> bool {
         let mut queue = self.shared.lock();
         while queue.writing || !queue.bytes.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let wait = self.shared.written.wait_timeout(queue, patience).unwrap_or_else(PoisonError::into_inner);
+            if wait.1.timed_out() {
                 return false;
             }
-            queue = self.shared.written.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            queue = wait.0;
         }
         true
     }
@@ -146,10 +149,9 @@ mod tests {
         spaces.recv_timeout(PATIENCE).unwrap();
         (0..CAPACITY).for_each(|_| assert!(output.push(b'b')));
         assert!(!output.push(b'c'));
-        assert!(!output.drain(Duration::from_millis(1)));
-        permit.send(()).unwrap();
-        permit.send(()).unwrap();
-        assert!(output.drain(PATIENCE));
+        assert!(!output.flush(Duration::from_millis(1)));
+        (0..=CAPACITY / PIECE).for_each(|_| permit.send(()).unwrap());
+        assert!(output.flush(PATIENCE));
         assert_eq!(written.lock().unwrap().len(), 1 + CAPACITY);
     }
 
@@ -167,7 +169,7 @@ mod tests {
         let output = Output::start(Box::new(Broken), || ()).unwrap();
         for _ in 0..10 {
             assert!(output.push(b'x'));
-            assert!(output.drain(PATIENCE));
+            assert!(output.flush(PATIENCE));
         }
     }
 }

@@ -58,7 +58,10 @@ const DCD: u8 = 1 << 7;
 /// The other end is there and ready.
 const CONNECTED: u8 = CTS | DSR | DCD;
 
-pub const FIFO_SIZE: usize = 16;
+const FIFO_SIZE: usize = 16;
+/// So many reads of the line status in a row, with nothing written, are a driver that waits for input without interrupts.
+/// Drivers that wait for the transmitter read it once or twice.
+const POLLS: u32 = 16;
 /// A longer time-out would help nobody: no real line is at the other end.
 const LONGEST_TIME_OUT: u64 = 10_000_000;
 
@@ -68,6 +71,14 @@ pub enum Effect {
     None,
     /// Send this byte, then [`Uart::sent`]; if it can't be sent now, [`Uart::hold`].
     Transmit(u8),
+}
+
+/// A byte in the receiver.
+#[derive(Clone, Copy)]
+struct Received {
+    byte: u8,
+    /// It came by the loop, not by the line.
+    looped: bool,
 }
 
 pub struct Uart {
@@ -80,7 +91,11 @@ pub struct Uart {
     scratch: u8,
     divisor: u16,
     overrun: bool,
-    received: VecDeque<u8>,
+    received: VecDeque<Received>,
+    /// Bytes from the line that were thrown away unread.
+    discarded: Vec<u8>,
+    /// Reads of the line status since the last write.
+    polls: u32,
     /// Bytes that couldn't be sent yet.
     held: VecDeque<u8>,
     /// The transmitter has become empty, and nobody has taken note.
@@ -102,6 +117,8 @@ impl Uart {
             divisor: 12,
             overrun: false,
             received: VecDeque::with_capacity(FIFO_SIZE),
+            discarded: Vec::new(),
+            polls: 0,
             held: VecDeque::new(),
             empty_interrupt: false,
             time_out: false,
@@ -112,7 +129,7 @@ impl Uart {
         if self.fifos { FIFO_SIZE } else { 1 }
     }
 
-    pub fn looped(&self) -> bool {
+    fn looped(&self) -> bool {
         self.modem_control & LOOP != 0
     }
 
@@ -126,7 +143,7 @@ impl Uart {
             INTERRUPT_ENABLE if self.divisor_access() => (self.divisor >> 8) as u8,
             DATA => {
                 self.time_out = false;
-                self.received.pop_front().unwrap_or(0)
+                self.received.pop_front().map_or(0, |received| received.byte)
             }
             INTERRUPT_ENABLE => self.interrupt_enable,
             INTERRUPT_ID => {
@@ -141,6 +158,7 @@ impl Uart {
             LINE_STATUS => {
                 let status = self.line_status();
                 self.overrun = false;
+                self.polls = self.polls.saturating_add(1);
                 status
             }
             MODEM_STATUS => {
@@ -153,6 +171,7 @@ impl Uart {
     }
 
     pub fn write(&mut self, offset: u64, value: u8) -> Effect {
+        self.polls = 0;
         match offset {
             DATA if self.divisor_access() => self.divisor = self.divisor & 0xff00 | u16::from(value),
             INTERRUPT_ENABLE if self.divisor_access() => self.divisor = self.divisor & 0x00ff | u16::from(value) << 8,
@@ -183,13 +202,14 @@ impl Uart {
             return Effect::Transmit(value);
         }
         self.sent();
+        let received = Received { byte: value, looped: true };
         if self.received.len() < self.capacity() {
-            self.received.push_back(value);
+            self.received.push_back(received);
         } else {
             // Without FIFOs the new byte takes the place of the old one, with them it is lost.
             if !self.fifos {
                 self.received.clear();
-                self.received.push_back(value);
+                self.received.push_back(received);
             }
             self.overrun = true;
         }
@@ -204,13 +224,29 @@ impl Uart {
         let value = if fifos { value } else { 0 };
         self.trigger = [1, 4, 8, 14][usize::from(value >> 6)];
         if switched || value & CLEAR_RECEIVER != 0 {
-            self.received.clear();
-            self.time_out = false;
+            self.clear_receiver();
         }
         if (switched || value & CLEAR_TRANSMITTER != 0) && !self.held.is_empty() {
             self.held.clear();
             self.sent();
         }
+    }
+
+    fn clear_receiver(&mut self) {
+        let from_line = self.received.drain(..).filter(|received| !received.looped);
+        self.discarded.extend(from_line.map(|received| received.byte));
+        self.time_out = false;
+    }
+
+    /// Takes the bytes from the line that were thrown away unread.
+    pub fn take_discarded(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.discarded)
+    }
+
+    /// The state after power-on, but for [`take_discarded`](Self::take_discarded).
+    pub fn reset(&mut self) {
+        self.clear_receiver();
+        *self = Uart { discarded: self.take_discarded(), ..Uart::new() };
     }
 
     /// Follows the modem inputs, which are the outputs while looped.
@@ -289,19 +325,20 @@ impl Uart {
         }
     }
 
-    /// How many bytes the receiver can take. In loop mode it is off the line.
-    pub fn room(&self) -> usize {
-        if self.looped() { 0 } else { self.capacity().saturating_sub(self.received.len()) }
+    /// Whether a driver is there that wants input: it has enabled the interrupt for it, or polls.
+    fn listened_to(&self) -> bool {
+        self.interrupt_enable & RECEIVED != 0 || self.polls >= POLLS
     }
 
-    /// Bytes come in. Returns how many there was room for.
-    pub fn receive(&mut self, bytes: &[u8]) -> usize {
-        let taken = bytes.len().min(self.room());
-        self.received.extend(bytes.iter().take(taken));
-        if taken > 0 {
-            self.time_out = false;
-        }
-        taken
+    /// How many bytes the receiver can take without losing one. In loop mode it is off the line.
+    pub fn room(&self) -> usize {
+        if self.looped() || !self.listened_to() { 0 } else { self.capacity().saturating_sub(self.received.len()) }
+    }
+
+    /// A byte comes in from the line, for which there is [`room`](Self::room).
+    pub fn receive(&mut self, byte: u8) {
+        self.received.push_back(Received { byte, looped: false });
+        self.time_out = false;
     }
 
     /// Whether bytes wait below the trigger level, to be told of after [`time_out_after`](Self::time_out_after).
