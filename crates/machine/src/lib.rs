@@ -8,14 +8,12 @@
 
 mod engines;
 mod run_control;
-mod serial_input;
 #[cfg(test)]
 mod tests;
 
 use std::io::Write;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use arch::CpuState;
 use boot::BootConfig;
@@ -25,13 +23,9 @@ use memory::Ram;
 use run_control::{Request, RunControl};
 
 pub use engines::{Accel, Selection, select_engine};
-pub use serial_input::SerialInput;
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
 pub const MAX_CPUS: u32 = 128;
-
-/// How long a machine that has ended waits for whoever reads its serial output.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a machine could not be made, started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +121,7 @@ impl Machine {
         loop {
             self.execute()?;
             // What the guest wrote last is to be seen before the machine is gone.
-            self.chipset.drain_output(PATIENCE);
+            self.chipset.flush();
             match self.control.take_request() {
                 Some(Request::PowerOff) => return Ok(Outcome::PowerOff),
                 Some(Request::Reset) if self.no_reboot => return Ok(Outcome::Reset),
@@ -192,8 +186,8 @@ impl Handle {
         self.control.request(Request::End);
     }
 
-    /// The way into serial port `port` (0: COM1), if the machine has it.
-    pub fn serial_input(&self, port: usize) -> Option<SerialInput> {
-        self.chipset.serial(port).cloned().map(SerialInput::new)
+    /// Sends bytes to the guest by a serial port (0: COM1), if it is there. Waits while the guest is far behind.
+    pub fn serial_input(&self, port: usize, data: &[u8]) {
+        self.chipset.serial_input(port, data);
     }
 }

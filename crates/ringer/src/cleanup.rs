@@ -4,7 +4,9 @@
 //! process first, by [`run_all`]; never twice.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 type Action = Box<dyn FnOnce() + Send>;
 
@@ -16,6 +18,9 @@ struct Registry {
 }
 
 static PROCESS: Mutex<Registry> = Mutex::new(Registry { actions: BTreeMap::new(), next: 0 });
+
+/// Set by [`run_all`].
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Runs its action when dropped.
 #[must_use]
@@ -29,9 +34,18 @@ pub fn register(action: impl FnOnce() + Send + 'static) -> Guard {
     register_in(&PROCESS, Box::new(action))
 }
 
-/// Runs all registered actions, the last registered first.
+/// Runs all registered actions, the last registered first, because the process is about to end.
 pub fn run_all() {
+    ENDING.store(true, Ordering::SeqCst);
     run_all_in(&PROCESS);
+}
+
+/// Does not return once the process is about to end: what fails from then on fails because of the cleanup, and is not
+/// worth a message.
+pub fn wait_if_ending() {
+    while ENDING.load(Ordering::SeqCst) {
+        thread::park();
+    }
 }
 
 impl Guard {
@@ -76,7 +90,7 @@ fn lock(registry: &Mutex<Registry>) -> MutexGuard<'_, Registry> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     static REGISTRY: Mutex<Registry> = Mutex::new(Registry { actions: BTreeMap::new(), next: 0 });
     static COUNT: AtomicU32 = AtomicU32::new(0);

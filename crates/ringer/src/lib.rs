@@ -34,6 +34,7 @@ pub fn main() -> ExitCode {
         signals::install().map_err(run::Error::Signals)?;
         run::run(args)
     });
+    cleanup::wait_if_ending();
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {

@@ -118,19 +118,19 @@ fn serial_output(serial: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Erro
 
 /// Makes stdin the input of the first serial port. Its threads are left behind in blocking calls when the machine ends.
 fn attach_stdin(machine: Handle) -> Result<Option<crate::cleanup::Guard>, Error> {
-    let Some(port) = machine.serial_input(0) else { return Ok(None) };
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
         thread::Builder::new().name(name.into()).spawn(work).map_err(Error::Input)
     };
     if !isatty(stdin()) {
-        spawn("stdin", Box::new(move || console::read_input(None, |data| port.send(data))))?;
+        spawn("stdin", Box::new(move || console::read_input(None, |data| machine.serial_input(0, data))))?;
         return Ok(None);
     }
     let raw = terminal::make_raw().map_err(Error::Terminal)?;
     // A queue between them, because the escape key must work while the guest takes no input.
     let (sender, typed) = mpsc::channel::<Vec<u8>>();
-    spawn("serial-input", Box::new(move || typed.iter().for_each(|data| port.send(&data))))?;
-    let end: Box<dyn FnOnce() + Send> = Box::new(move || machine.end());
+    let user = machine.clone();
+    spawn("serial-input", Box::new(move || typed.iter().for_each(|data| machine.serial_input(0, &data))))?;
+    let end: Box<dyn FnOnce() + Send> = Box::new(move || user.end());
     spawn("stdin", Box::new(move || console::read_input(Some(end), |data| _ = sender.send(data.to_vec()))))?;
     Ok(raw)
 }

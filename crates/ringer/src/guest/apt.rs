@@ -34,9 +34,10 @@ impl<'a> Apt<'a> {
         fs::write(directory.join("status"), "").map_err(io_error)?;
         fs::write(directory.join("config"), configuration(directory, architecture)).map_err(io_error)?;
         let mut apt = Apt { directory: directory.into(), progress, update_error: None };
+        // Where only some sources fail, apt-get succeeds and warns.
         apt.update_error = match apt.run("apt-get", &["update"]) {
             Err(Error::Apt { why }) => Some(why),
-            other => other.map(|_| None)?,
+            other => other.map(|_| apt.complaints("W: "))?,
         };
         Ok(apt)
     }
@@ -108,10 +109,15 @@ impl<'a> Apt<'a> {
         if status.map_err(io_error)?.success() {
             return Ok(output);
         }
-        let mut text = String::new();
-        File::open(&errors).and_then(|mut file| file.read_to_string(&mut text)).map_err(io_error)?;
-        let complaints: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("E: ")).collect();
-        Err(failed(format!("{program} {}: {}", arguments.join(" "), complaints.join("; "))))
+        let complaint = self.complaints("E: ").unwrap_or_else(|| "it failed".into());
+        Err(failed(format!("{program} {}: {complaint}", arguments.join(" "))))
+    }
+
+    /// The first lines of this kind on the stderr of the last run.
+    fn complaints(&self, kind: &str) -> Option<String> {
+        let text = fs::read_to_string(self.directory.join("errors")).ok()?;
+        let lines: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(kind)).take(2).collect();
+        (!lines.is_empty()).then(|| lines.join("; "))
     }
 
     /// Reads a program's output and reports the progress lines in it (`APT::Status-Fd`).
