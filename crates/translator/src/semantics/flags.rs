@@ -22,10 +22,11 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
     let (exec, ends_block): (Exec, bool) = match insn.mnemonic() {
         Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq => (pushf, false),
         Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => (popf, true),
-        Mnemonic::Cli => (cli, true),
+        // Fewer events can be taken, not more.
+        Mnemonic::Cli => (cli, false),
         Mnemonic::Sti => (sti, true),
-        Mnemonic::Cld => (|cpu, _| set(cpu, rflags::DF, false), true),
-        Mnemonic::Std => (|cpu, _| set(cpu, rflags::DF, true), true),
+        Mnemonic::Cld => (|cpu, _| set(cpu, rflags::DF, false), false),
+        Mnemonic::Std => (|cpu, _| set(cpu, rflags::DF, true), false),
         Mnemonic::Clac => (|cpu, _| smap(cpu, false), true),
         Mnemonic::Stac => (|cpu, _| smap(cpu, true), true),
         _ => return None,

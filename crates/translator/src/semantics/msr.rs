@@ -27,13 +27,14 @@ const MISC_ENABLE_WRITABLE: u64 = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 9 | 1 << 16 | 
 const DEBUGCTL: u32 = 0x1d9;
 
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
-    let (exec, ends_block): (super::Exec, bool) = match insn.mnemonic() {
-        Mnemonic::Rdmsr => (rdmsr, false),
-        // Most of them change nothing that translated code depends on, but EFER, APIC_BASE and TPR do.
-        Mnemonic::Wrmsr => (wrmsr, true),
+    let exec: super::Exec = match insn.mnemonic() {
+        Mnemonic::Rdmsr => rdmsr,
+        // Nothing that blocks are translated for depends on an MSR: EFER.LME can't change under paging. Interrupts that
+        // become pending set the poll word.
+        Mnemonic::Wrmsr => wrmsr,
         _ => return None,
     };
-    Some(Sensitive { exec, ends_block, fp: false })
+    Some(Sensitive { exec, ends_block: false, fp: false })
 }
 
 fn fault() -> Exception {

@@ -51,15 +51,9 @@ fn unknown_and_read_only_msrs_fault() {
 #[test]
 fn addresses_must_be_canonical_and_upper_halves_clear() {
     let mut cpu = kernel_vcpu();
-    for index in [
-        msr::LSTAR,
-        msr::CSTAR,
-        msr::FS_BASE,
-        msr::GS_BASE,
-        msr::KERNEL_GS_BASE,
-        msr::SYSENTER_ESP,
-        msr::SYSENTER_EIP,
-    ] {
+    for index in
+        [msr::LSTAR, msr::CSTAR, msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE, msr::SYSENTER_ESP, msr::SYSENTER_EIP]
+    {
         good(&mut cpu, index, 0xffff_8000_0000_1000);
         bad(&mut cpu, index, 0x0000_8000_0000_0000);
     }

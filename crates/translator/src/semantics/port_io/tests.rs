@@ -61,9 +61,9 @@ fn the_permission_bitmap_decides_for_programs() {
     with_ports(&cpu);
     cpu.gpr[RDX] = 0x3f;
     let denied = Exception::general_protection(0);
+    poke(&mut cpu, TSS + 96, 104 << 48);
     assert_eq!(fault_of(&mut cpu, IN_AL_DX), denied); // the TSS ends before it
     cpu.tr.limit = 104 + 16;
-    poke(&mut cpu, TSS + 96, 104 << 48);
     poke(&mut cpu, TSS + 104, 0);
     execute(&mut cpu, IN_AL_DX).unwrap();
     poke(&mut cpu, TSS + 104, 1 << 63);
@@ -84,7 +84,8 @@ fn rep_ins_fills_memory_and_counts() {
     cpu.rflags |= rflags::IOPL;
     (cpu.gpr[RDI], cpu.gpr[RCX]) = (USER + 0xffc, 8);
     execute(&mut cpu, REP_INSB).unwrap();
-    assert_eq!(peek(&cpu, USER + 0xffc), 0x0807_0605_0403_0201);
+    assert_eq!(peek(&cpu, USER + 0xff8) >> 32, 0x0403_0201);
+    assert_eq!(peek(&cpu, USER + 0x1000), 0x0807_0605);
     assert_eq!((cpu.gpr[RDI], cpu.gpr[RCX]), (USER + 0x1004, 0));
     execute(&mut cpu, REP_INSB).unwrap();
     assert_eq!(cpu.gpr[RDI], USER + 0x1004);
