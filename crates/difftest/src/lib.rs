@@ -4,8 +4,12 @@
 //! [`guest`] runs the same batch in a vCPU; [`case::differences`] says where they disagree. `tests/` drives this over every instruction form, over
 //! sequences, and runs guests that exercise system behaviour.
 
+pub mod bare;
 pub mod case;
+pub mod compare;
 pub mod generate;
+pub mod guest;
 pub mod layout;
 pub mod native;
 pub mod rng;
+pub mod sequence;

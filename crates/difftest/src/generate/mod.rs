@@ -10,6 +10,8 @@ mod features;
 pub mod state;
 pub mod values;
 
+pub use encode::encode as encode_form;
+
 use arch::registers::rflags;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
@@ -61,6 +63,11 @@ impl Generator {
         &self.forms
     }
 
+    /// Whether an instruction is one that is compared.
+    pub fn admits(&self, insn: &Instruction) -> bool {
+        exclude::reason(insn).is_none() && self.host.supports(insn.cpuid_features())
+    }
+
     pub fn coverage(&self) -> Coverage {
         let (forms, unsupported, excluded) = forms(&self.host, self.bits);
         Coverage { forms: forms.len(), unsupported, excluded }
@@ -92,7 +99,7 @@ impl Generator {
                 if !rng.one_in(16) || undecodable_but_dangerous(&code) {
                     continue;
                 }
-            } else if exclude::reason(&insn).is_some() || !self.host.supports(insn.cpuid_features()) {
+            } else if !self.admits(&insn) {
                 continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one
@@ -150,7 +157,7 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         (B::PF, rflags::PF),
     ];
     let flags = pairs.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, flag)| flag).sum();
-    Ignore { flags, present_bit: false }
+    Ignore { flags }
 }
 
 /// The forms of `bits`-bit code that are compared; how many the host lacks; those excluded.

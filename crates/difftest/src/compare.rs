@@ -1,0 +1,153 @@
+//! Runs cases on both sides and reports where they disagree.
+//!
+//! Environment: `DIFF_SEED` (default fixed, so that CI runs the same cases every time), `DIFF_CASES` (how many), `DIFF_FIRST`
+//! (number of the first), `DIFF_ONLY` (a mnemonic or iced form name), `DIFF_SHOW` (most mismatches shown in full).
+
+use std::collections::BTreeMap;
+
+use crate::case::{self, Outcome, Status, describe, describe_vectors, differences, template};
+use crate::generate::{Case, Generator};
+use crate::guest::Guest;
+use crate::layout::SLOTS;
+use crate::native::Native;
+use crate::sequence::Sequences;
+
+/// The seed of CI.
+pub const SEED: u64 = 20_241_122;
+
+/// What to run.
+pub struct Plan {
+    pub seed: u64,
+    pub first: u64,
+    pub cases: u64,
+    pub only: Option<String>,
+    pub show: usize,
+}
+
+impl Plan {
+    /// From the environment, with a default number of cases.
+    pub fn from_env(cases: u64) -> Self {
+        let number = |name: &str, default: u64| match std::env::var(name) {
+            Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {text:?}")),
+            Err(_) => default,
+        };
+        Plan {
+            seed: number("DIFF_SEED", SEED),
+            first: number("DIFF_FIRST", 0),
+            cases: number("DIFF_CASES", cases),
+            only: std::env::var("DIFF_ONLY").ok(),
+            show: number("DIFF_SHOW", 40) as usize,
+        }
+    }
+}
+
+/// What came out.
+#[derive(Default)]
+pub struct Report {
+    pub cases: u64,
+    pub mismatches: u64,
+    /// By exception vector, how many cases ended in it natively.
+    pub vectors: BTreeMap<u8, u64>,
+    /// By first instruction form, how many cases disagreed.
+    pub forms: BTreeMap<String, u64>,
+    /// Full reports of the first ones.
+    pub shown: Vec<String>,
+    /// Cases that the native side could not finish.
+    pub died: u64,
+}
+
+impl Report {
+    /// A text with everything found.
+    pub fn text(&self) -> String {
+        let mut text = self.shown.join("\n");
+        text += &format!("{} mismatches in {} cases ({} died natively)\n", self.mismatches, self.cases, self.died);
+        text += &format!("ended in vectors: {:?}\n", self.vectors);
+        let mut forms: Vec<_> = self.forms.iter().collect();
+        forms.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        for (form, n) in forms {
+            text += &format!("{n:6} {form}\n");
+        }
+        text
+    }
+}
+
+/// Single instructions of `bits`-bit code.
+pub fn instructions(plan: &Plan, bits: u32) -> Report {
+    let generator = Generator::new(plan.seed, bits, plan.only.clone());
+    let coverage = generator.coverage();
+    println!(
+        "{bits}-bit code: {} forms compared, {} not supported by this host, {} excluded",
+        coverage.forms,
+        coverage.unsupported,
+        coverage.excluded.len()
+    );
+    run(plan, |index| generator.case(index))
+}
+
+/// Sequences of `bits`-bit code.
+pub fn sequences(plan: &Plan, bits: u32) -> Report {
+    let sequences = Sequences::new(plan.seed, bits);
+    run(plan, |index| sequences.case(index))
+}
+
+fn run(plan: &Plan, make: impl Fn(u64) -> Case) -> Report {
+    let template = template(plan.seed);
+    let mut native = Native::new(template.clone()).expect("a native child process");
+    let mut guest = Guest::new(template);
+    let mut report = Report::default();
+    let end = plan.first + plan.cases;
+    let mut next = plan.first;
+    while next < end {
+        let count = (end - next).min(SLOTS as u64 - next % SLOTS as u64);
+        let cases: Vec<Case> = (next..next + count).map(&make).collect();
+        let inputs: Vec<_> = cases.iter().map(|c| (*c.input).clone()).collect();
+        let natives = native.run(&inputs).expect("a native child process");
+        guest.load(&inputs);
+        for (case, native) in cases.iter().zip(natives) {
+            report.cases += 1;
+            if native.status != Status::Exception {
+                report.died += 1;
+                report.shown.push(format!("case {}: the native process died\n{}", case.index, case.disassemble()));
+                continue;
+            }
+            *report.vectors.entry(native.vector).or_default() += 1;
+            let outcome = guest.run(&case.input);
+            let found = differences(native, outcome, case.ignore);
+            if !found.is_empty() {
+                report.mismatches += 1;
+                *report.forms.entry(format!("{:?}", case.instruction().code())).or_default() += 1;
+                if report.shown.len() < plan.show {
+                    let text = full_report(plan.seed, case, native, &found);
+                    report.shown.push(format!("{text}{}\n", guest.note));
+                }
+            }
+            if outcome_is_fatal(guest.last()) {
+                guest = Guest::new(case::template(plan.seed));
+                guest.load(&inputs);
+            }
+        }
+        next += count;
+    }
+    report
+}
+
+/// After a case that the guest did not end, the vCPU is made anew.
+fn outcome_is_fatal(outcome: &Outcome) -> bool {
+    outcome.status != Status::Exception
+}
+
+fn full_report(seed: u64, case: &Case, native: &Outcome, found: &str) -> String {
+    format!(
+        "case {} (DIFF_SEED={seed} DIFF_FIRST={} DIFF_CASES=1), {}-bit\n{}{}{}native: vector {} error {:x} rip {:x} rflags {:x}\n{found}",
+        case.index,
+        case.index,
+        case.bits,
+        case.disassemble(),
+        describe(&case.input),
+        if std::env::var("DIFF_VECTORS").is_ok() { describe_vectors(&case.input) } else { String::new() },
+        native.vector,
+        native.error,
+        native.rip,
+        native.rflags,
+    )
+}

@@ -1,0 +1,23 @@
+//! Every instruction form that iced can encode and the host supports, with edge-case operands: the translator against the real
+//! processor. See `difftest::compare` for the environment variables, `difftest::generate::exclude` for what is left out.
+
+use difftest::compare::{Plan, Report, instructions};
+
+/// Of 64-bit and 32-bit code together: what CI promises.
+const CASES_64: u64 = 240_000;
+const CASES_32: u64 = 80_000;
+
+fn check(report: Report) {
+    print!("{}", report.text());
+    assert_eq!((report.mismatches, report.died), (0, 0), "the translator disagrees with the processor");
+}
+
+#[test]
+fn instructions_of_64_bit_code_do_what_the_processor_does() {
+    check(instructions(&Plan::from_env(CASES_64), 64));
+}
+
+#[test]
+fn instructions_of_32_bit_code_do_what_the_processor_does() {
+    check(instructions(&Plan::from_env(CASES_32), 32));
+}
