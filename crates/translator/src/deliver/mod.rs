@@ -165,6 +165,10 @@ fn escalate(cpu: &mut Vcpu, first: &Event, second: Exception) -> Result<Exceptio
 /// Delivers an event, or says what was raised on the way.
 fn attempt(cpu: &mut Vcpu, event: &Event) -> Result<(), Exception> {
     let delivery = Delivery::of(cpu, event);
+    if matches!(event, Event::Exception(e) if e.vector != Vector::Debug) {
+        // The instruction will run again: what it hit before it faulted is not a completed access.
+        cpu.pending_debug = 0;
+    }
     match event {
         Event::Exception(e) if e.vector == Vector::PageFault => cpu.cr2 = e.fault_address,
         Event::Exception(e) if e.vector == Vector::Debug => {

@@ -153,6 +153,15 @@ fn a_debug_exception_sets_dr6_and_lifts_general_detect() {
 }
 
 #[test]
+fn a_fault_drops_the_breakpoints_its_instruction_hit() {
+    let mut cpu = kernel_vcpu();
+    set_gate(&mut cpu, 14, HANDLER, INTERRUPT, 0, 0);
+    cpu.pending_debug = 1;
+    deliver(&mut cpu, Event::Exception(Exception::page_fault(0, 0))).unwrap();
+    assert_eq!(cpu.pending_debug, 0);
+}
+
+#[test]
 fn system_accesses_ignore_ac_under_smap() {
     let mut cpu = kernel_vcpu();
     set_gate(&mut cpu, 3, HANDLER, INTERRUPT, 0, 1);

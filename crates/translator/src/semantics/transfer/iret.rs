@@ -3,7 +3,9 @@
 use arch::registers::{gpr, rflags};
 use arch::{Exception, SegmentRegister};
 
-use super::{check_target, drop_privileged_segments, iopl, load_stack, real_code_segment, return_code, return_stack};
+use super::{
+    check_target, drop_privileged_segments, iopl, load_stack, real_code_segment, return_code, return_stack, v8086,
+};
 use crate::cpu::{Stop, Vcpu};
 use crate::descriptor::v8086_segment;
 use crate::mmu::Stack;
@@ -24,7 +26,7 @@ pub fn iret(cpu: &mut Vcpu, size: usize) -> Result<(), Stop> {
 
 fn iret_real(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     if cpu.v8086() && iopl(cpu) < 3 {
-        return Err(Exception::general_protection(0));
+        return v8086::iret(cpu, size);
     }
     cpu.nmi_blocked = false;
     let mut stack = Stack::current(cpu);

@@ -1,11 +1,12 @@
 //! Transfers of control that change more than RIP: software interrupts, system calls, far branches and returns.
 //!
-//! [`far`] has JMP, CALL and RET between segments, [`iret`] the returns from handlers, [`fast`] SYSCALL, SYSENTER and their returns. What
-//! they share is here: checking a code segment that control enters or returns to, and the changes a new privilege level brings.
+//! [`far`] has JMP, CALL and RET between segments, [`iret`] the returns from handlers, [`fast`] SYSCALL, SYSENTER and
+//! their returns, [`v8086`] what is special in virtual-8086 mode. What they share is here: checking a code segment that control enters or returns to, and the changes a new privilege level brings.
 
 mod far;
 mod fast;
 mod iret;
+mod v8086;
 
 use arch::registers::{gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};
@@ -45,8 +46,8 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
 }
 
 fn int_n(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
-    if cpu.v8086() && iopl(cpu) < 3 {
-        return Err(Exception::general_protection(0).into());
+    if cpu.v8086() {
+        return v8086::int_n(cpu, insn.immediate8());
     }
     deliver(cpu, Event::SoftwareInterrupt(insn.immediate8()))
 }

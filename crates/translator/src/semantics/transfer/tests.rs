@@ -1,12 +1,14 @@
 //! Transfers of control as the instruction that comes next sees them.
 
-use arch::registers::{efer, gpr, pte, rflags};
+use arch::registers::{cr0, cr4, debug, efer, gpr, pte, rflags};
+use arch::state::DescriptorTable;
 use arch::{Exception, Segment, SegmentRegister, Vector};
 
 use crate::cpu::Vcpu;
+use crate::descriptor::v8086_segment;
 use crate::testing::{
-    CODE32, CODE64, DPL3, GDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, USER, USER_CS, USER_CS32, USER_PT,
-    USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
+    CODE32, CODE64, DATA, DPL3, GDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, TSS, TSS_SELECTOR, USER,
+    USER_CS, USER_CS32, USER_PT, USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
 };
 
 const IRETQ: &[u8] = &[0x48, 0xcf];
@@ -279,11 +281,121 @@ fn real_mode_far_transfers_set_the_base() {
     assert_eq!((cpu.rip, selectors(&cpu).0, cpu.gpr[gpr::RSP]), (RIP + 5, 0x700, 0x8004));
 }
 
-#[test]
-fn int_n_in_virtual_8086_mode_needs_iopl_3() {
+/// Virtual-8086 mode without paging; the TSS lies at 9000H, its I/O bitmap at its offset 88H.
+fn v8086_vcpu(iopl: u64) -> Box<Vcpu> {
     let mut cpu = test_vcpu(4 << 20);
-    cpu.cr0 |= 1;
-    cpu.rflags |= rflags::VM;
-    assert_eq!(fault_of(&mut cpu, &[0xcd, 0x21]), Exception::general_protection(0));
-    assert_eq!(fault_of(&mut cpu, &[0xcf]), Exception::general_protection(0));
+    cpu.cr0 |= cr0::PE;
+    cpu.rflags |= rflags::VM | iopl << rflags::IOPL_SHIFT;
+    cpu.segments = [v8086_segment(0x100); 6];
+    cpu.gpr[gpr::RSP] = 0x800;
+    cpu.tr = Segment { base: 0x9000, limit: 0x1ff, attributes: 0x8b, selector: 8 };
+    poke(&mut cpu, 0x9060, 0x88 << 48);
+    poke(&mut cpu, 0x80, 0x1234_5678 << 32);
+    cpu
+}
+
+const INT_21: &[u8] = &[0xcd, 0x21];
+
+#[test]
+fn int_n_and_iret_in_virtual_8086_mode_need_iopl_3() {
+    let mut cpu = v8086_vcpu(0);
+    assert_eq!(fault_of(&mut cpu, INT_21), Exception::general_protection(0));
+    assert_eq!(fault_of(&mut cpu, IRETD), Exception::general_protection(0));
+    let mut cpu = v8086_vcpu(3);
+    poke(&mut cpu, 0x1800, 0x3202_0200_0042);
+    execute(&mut cpu, IRETD).unwrap();
+    assert_eq!((cpu.rip, selectors(&cpu).0, cpu.gpr[gpr::RSP]), (0x42, 0x200, 0x806));
+    assert_eq!(cpu.rflags, rflags::FIXED | rflags::VM | rflags::IOPL | rflags::IF);
+}
+
+#[test]
+fn vme_redirects_software_interrupts_into_the_8086_program() {
+    let mut cpu = v8086_vcpu(0);
+    cpu.cr4 |= cr4::VME;
+    cpu.rflags |= rflags::VIF | rflags::CF;
+    execute(&mut cpu, INT_21).unwrap();
+    assert_eq!((cpu.rip, selectors(&cpu).0, cpu.gpr[gpr::RSP]), (0x5678, 0x1234, 0x7fa));
+    assert_eq!(peek(&cpu, 0x17f8) >> 16, (0x3203 << 32) | (0x100 << 16) | (RIP + 2));
+    assert_eq!(cpu.rflags & (rflags::VIF | rflags::VM), rflags::VM);
+    execute(&mut cpu, IRETD).unwrap();
+    assert_eq!((cpu.rip, selectors(&cpu).0, cpu.gpr[gpr::RSP]), (RIP + 2, 0x100, 0x800));
+    assert_eq!(cpu.rflags, rflags::FIXED | rflags::VM | rflags::VIF | rflags::CF);
+    poke(&mut cpu, 0x9000 + 0x88 - 32, 1 << 0x21);
+    poke(&mut cpu, 0x9000 + 0x88 - 32 + 4, 1 << 1);
+    assert_eq!(fault_of(&mut cpu, INT_21), Exception::general_protection(0), "the monitor's");
+}
+
+/// Flat 32-bit protected mode at level 0, without paging.
+fn protected_vcpu() -> Box<Vcpu> {
+    let mut cpu = test_vcpu(4 << 20);
+    cpu.cr0 |= cr0::PE;
+    cpu.gdtr = DescriptorTable { base: GDT, limit: 0x7f };
+    for (i, descriptor) in [CODE32, DATA, CODE32 | DPL3, DATA | DPL3].into_iter().enumerate() {
+        poke(&mut cpu, GDT + 8 + 8 * i as u64, descriptor);
+    }
+    cpu.tr = Segment { base: TSS, limit: 0x67, attributes: 0x8b, selector: TSS_SELECTOR };
+    poke(&mut cpu, TSS + 4, KERNEL_STACK | u64::from(KERNEL_SS) << 32);
+    cpu.segments = [Segment::flat_data(KERNEL_SS, 0); 6];
+    cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(KERNEL_CS, false, 0);
+    cpu.gpr[gpr::RSP] = 0x1_f000;
+    cpu
+}
+
+fn put32(cpu: &mut Vcpu, values: &[u32]) {
+    let rsp = cpu.gpr[gpr::RSP];
+    for (i, value) in values.iter().enumerate() {
+        cpu.phys_write(rsp + 4 * i as u64, &value.to_le_bytes());
+    }
+}
+
+#[test]
+fn iret_enters_virtual_8086_mode_from_level_0() {
+    let mut cpu = protected_vcpu();
+    put32(&mut cpu, &[0x42, 0x1000, (rflags::VM | rflags::IF) as u32, 0xfffe, 1, 2, 3, 4, 5]);
+    execute(&mut cpu, IRETD).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], cpu.cpl(), cpu.code_bits()), (0x42, 0xfffe, 3, 16));
+    let selectors: Vec<u16> = cpu.segments.iter().map(|s| s.selector).collect();
+    assert_eq!(selectors, [2, 0x1000, 1, 3, 4, 5]);
+    assert_eq!(cpu.seg(SegmentRegister::Cs).base, 0x1_0000);
+}
+
+#[test]
+fn a_32_bit_call_gate_copies_parameters_and_ret_releases_both_stacks() {
+    let mut cpu = protected_vcpu();
+    put32(&mut cpu, &[0x3000, 0x1b, 0x2_8000, 0x23]);
+    execute(&mut cpu, &[0xcb]).unwrap();
+    assert_eq!((cpu.rip, cpu.cpl(), selectors(&cpu), cpu.gpr[gpr::RSP]), (0x3000, 3, (0x1b, 0x23), 0x2_8000));
+    assert!(!cpu.seg(SegmentRegister::Ds).present(), "level 0's data segments");
+    put32(&mut cpu, &[0xaaaa, 0xbbbb]);
+    // A gate with two parameters, offset 8000_4444H.
+    poke(&mut cpu, GDT + 0x28, 0x8000_ec02_0000_4444 | u64::from(KERNEL_CS) << 16);
+    // CALL FAR 2b:0
+    execute(&mut cpu, &[0x9a, 0, 0, 0, 0, 0x2b, 0]).unwrap();
+    assert_eq!((cpu.rip, cpu.cpl(), cpu.gpr[gpr::RSP]), (0x8000_4444, 0, KERNEL_STACK - 24));
+    assert_eq!(selectors(&cpu), (KERNEL_CS, KERNEL_SS));
+    let frame: Vec<u64> = (0..3).map(|i| peek(&cpu, KERNEL_STACK - 24 + 8 * i)).collect();
+    assert_eq!(frame, [0x1b << 32 | (RIP + 7), 0xbbbb << 32 | 0xaaaa, 0x23 << 32 | 0x2_8000]);
+    execute(&mut cpu, &[0xca, 8, 0]).unwrap();
+    assert_eq!((cpu.rip, cpu.cpl(), cpu.gpr[gpr::RSP]), (RIP + 7, 3, 0x2_8008));
+}
+
+#[test]
+fn a_jump_to_a_tss_switches_tasks_without_nesting() {
+    let mut cpu = protected_vcpu();
+    let tss = 0x1_3000;
+    poke(&mut cpu, GDT + u64::from(TSS_SELECTOR), 0x0000_8b00_0000_0067 | TSS << 16);
+    poke(&mut cpu, GDT + 0x28, 0x0000_8900_0000_0067 | tss << 16);
+    poke(&mut cpu, tss + 0x20, 0x4000 | (rflags::FIXED | rflags::CF) << 32);
+    poke(&mut cpu, tss + 0x38, 0x3_8000);
+    poke(&mut cpu, tss + 0x48, 0x10 | 8 << 32);
+    poke(&mut cpu, tss + 0x50, 0x10);
+    poke(&mut cpu, tss + 0x60, 1 << 32);
+    cpu.dr7 |= 1;
+    // JMP FAR 28:0
+    execute(&mut cpu, &[0xea, 0, 0, 0, 0, 0x28, 0]).unwrap();
+    assert_eq!((cpu.rip, cpu.gpr[gpr::RSP], cpu.tr.selector), (0x4000, 0x3_8000, 0x28));
+    assert_eq!(cpu.rflags, rflags::FIXED | rflags::CF);
+    assert_eq!(peek(&cpu, GDT + u64::from(TSS_SELECTOR)) >> 40 & 15, 9, "the old task is available");
+    assert_eq!((cpu.pending_debug, cpu.dr7 & 1), (debug::DR6_BT, 0), "the T flag; local breakpoints go");
+    assert_eq!(fault_of(&mut cpu, &[0xea, 0, 0, 0, 0, 0x28, 0]), Exception::general_protection(0x28), "busy");
 }
