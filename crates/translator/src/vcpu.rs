@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use arch::CpuState;
 use arch::state::Activity;
-use arch::{CpuState, msr};
 use engine::{Error, Exit, VcpuControl};
 
 use crate::cache::CodeMemory;
@@ -109,47 +109,8 @@ impl engine::Vcpu for Handle {
     }
 }
 
-/// MSRs that `CpuState` carries by number and that are plain fields here.
-type Field = (u32, fn(&mut Msrs) -> &mut u64);
-
-const FIELDS: &[Field] = &[
-    (msr::EFER, |m| &mut m.efer),
-    (msr::STAR, |m| &mut m.star),
-    (msr::LSTAR, |m| &mut m.lstar),
-    (msr::CSTAR, |m| &mut m.cstar),
-    (msr::SFMASK, |m| &mut m.sfmask),
-    (msr::KERNEL_GS_BASE, |m| &mut m.kernel_gs_base),
-    (msr::SYSENTER_CS, |m| &mut m.sysenter_cs),
-    (msr::SYSENTER_ESP, |m| &mut m.sysenter_esp),
-    (msr::SYSENTER_EIP, |m| &mut m.sysenter_eip),
-    (msr::TSC_AUX, |m| &mut m.tsc_aux),
-    (msr::TSC_ADJUST, |m| &mut m.tsc_adjust),
-    (msr::PAT, |m| &mut m.pat),
-    (msr::MISC_ENABLE, |m| &mut m.misc_enable),
-    (msr::MTRR_DEF_TYPE, |m| &mut m.mtrr_def_type),
-    (msr::MCG_STATUS, |m| &mut m.mcg_status),
-    (msr::XSS, |m| &mut m.xss),
-    (msr::SPEC_CTRL, |m| &mut m.spec_ctrl),
-    (msr::KVM_SYSTEM_TIME_NEW, |m| &mut m.kvm_system_time),
-    (msr::KVM_WALL_CLOCK_NEW, |m| &mut m.kvm_wall_clock),
-];
-
 impl Vcpu {
     fn export(&self) -> CpuState {
-        let mut msrs = Vec::new();
-        // The table gives mutable access, so copies serve reading.
-        let (mut fields, mut reset) = (self.msrs.clone(), Msrs::default());
-        for (number, field) in FIELDS {
-            if field(&mut fields) != field(&mut reset) {
-                msrs.push((*number, *field(&mut fields)));
-            }
-        }
-        for (i, &value) in self.msrs.mtrr_variable.iter().enumerate().filter(|(_, v)| **v != 0) {
-            msrs.push((msr::MTRR_PHYS_BASE0 + i as u32, value));
-        }
-        for (&number, &value) in MTRR_FIXED.iter().zip(&self.msrs.mtrr_fixed).filter(|(_, v)| **v != 0) {
-            msrs.push((number, value));
-        }
         CpuState {
             gpr: self.gpr,
             rip: self.rip,
@@ -167,7 +128,7 @@ impl Vcpu {
             dr: [self.dr[0], self.dr[1], self.dr[2], self.dr[3], self.dr6, self.dr7],
             xcr0: self.xcr0,
             pkru: self.pkru,
-            msrs,
+            msrs: self.saved_msrs(),
             xsave: self.xsave.0.to_vec(),
             apic: self.shared.apic.save(),
             activity: self.activity,
@@ -183,21 +144,15 @@ impl Vcpu {
         if !s.xsave.is_empty() && (s.xsave.len() < 576 || s.xsave.len() > XSAVE_SIZE) {
             return invalid(format!("the XSAVE area has {} bytes instead of 576 to {XSAVE_SIZE}", s.xsave.len()));
         }
-        let mut msrs = Msrs::default();
-        for &(number, value) in &s.msrs {
-            if let Some((_, field)) = FIELDS.iter().find(|f| f.0 == number) {
-                *field(&mut msrs) = value;
-            } else if let Some(slot) =
-                number.checked_sub(msr::MTRR_PHYS_BASE0).and_then(|i| msrs.mtrr_variable.get_mut(i as usize))
-            {
-                *slot = value;
-            } else if let Some(i) = MTRR_FIXED.iter().position(|&n| n == number) {
-                msrs.mtrr_fixed[i] = value;
-            } else {
-                return invalid(format!("MSR {number:#x} is not one that this engine keeps"));
-            }
+        // What was asked of the vCPU in its former life is over.
+        let own = request::STOP | request::INVALIDATE;
+        self.shared.requests.fetch_and(own, std::sync::atomic::Ordering::SeqCst);
+        if !self.shared.apic.load(&s.apic) {
+            return invalid(format!("the local APIC state has {} bytes, which is not its size", s.apic.len()));
         }
-        self.msrs = msrs;
+        if let Err((number, value)) = self.restore_msrs(&s.msrs) {
+            return invalid(format!("MSR {number:#x} can't be {value:#x}"));
+        }
         self.gpr = s.gpr;
         self.rip = s.rip;
         self.rflags = s.rflags | arch::registers::rflags::FIXED;
@@ -221,9 +176,6 @@ impl Vcpu {
             let mxcsr = self.xsave.mxcsr() & xstate::layout().mxcsr_mask;
             self.xsave.put(xstate::legacy::MXCSR, &mxcsr.to_le_bytes());
         }
-        if !s.apic.is_empty() && !self.shared.apic.load(&s.apic) {
-            return invalid(format!("the local APIC state has {} bytes, which is not its size", s.apic.len()));
-        }
         self.set_task_priority((s.cr8 as u8) << 4);
         self.activity = s.activity;
         self.nmi_blocked = s.nmi_blocked;
@@ -233,21 +185,8 @@ impl Vcpu {
         if s.nmi_pending {
             self.shared.flag(request::NMI);
         }
+        self.shared.flag(request::TIMER | request::INTERRUPT);
         self.mmu_changed();
         Ok(())
     }
 }
-
-const MTRR_FIXED: [u32; 11] = [
-    msr::MTRR_FIX_64K,
-    msr::MTRR_FIX_16K_80000,
-    msr::MTRR_FIX_16K_A0000,
-    msr::MTRR_FIX_4K_C0000,
-    msr::MTRR_FIX_4K_C0000 + 1,
-    msr::MTRR_FIX_4K_C0000 + 2,
-    msr::MTRR_FIX_4K_C0000 + 3,
-    msr::MTRR_FIX_4K_C0000 + 4,
-    msr::MTRR_FIX_4K_C0000 + 5,
-    msr::MTRR_FIX_4K_C0000 + 6,
-    msr::MTRR_FIX_4K_C0000 + 7,
-];

@@ -21,6 +21,7 @@ pub mod base {
     pub const BSP: u64 = 1 << 8;
     pub const X2APIC: u64 = 1 << 10;
     pub const ENABLE: u64 = 1 << 11;
+    pub const MODE: u64 = ENABLE | X2APIC;
     pub const RESET_ADDRESS: u64 = 0xfee0_0000;
 }
 
@@ -69,17 +70,22 @@ fn place(vectors: Vectors, vector: u8) -> (usize, u32) {
 impl Apic {
     /// The APIC after power-up: enabled by hardware, disabled by software. Id 0 is the bootstrap processor's.
     pub fn new(id: u32) -> Self {
-        let bsp = if id == 0 { base::BSP } else { 0 };
         let apic = Apic {
             id,
-            base: AtomicU64::new(base::RESET_ADDRESS | base::ENABLE | bsp),
+            base: AtomicU64::new(0),
             registers: [const { AtomicU32::new(0) }; 64],
             errors: AtomicU32::new(0),
             extint: AtomicBool::new(false),
             timer: timer::Timer::default(),
         };
+        apic.set_base(apic.reset_base());
         apic.reset();
         apic
+    }
+
+    /// IA32_APIC_BASE after power-up.
+    pub fn reset_base(&self) -> u64 {
+        base::RESET_ADDRESS | base::ENABLE | if self.id == 0 { base::BSP } else { 0 }
     }
 
     /// What INIT does: all registers but the id to their reset values; IA32_APIC_BASE stays (Intel SDM 3A 11.4.7.3).
@@ -115,7 +121,7 @@ impl Apic {
     }
 
     pub fn mode(&self) -> Mode {
-        match self.base() & (base::ENABLE | base::X2APIC) {
+        match self.base() & base::MODE {
             base::ENABLE => Mode::Xapic,
             bits if bits & base::ENABLE != 0 => Mode::X2apic,
             _ => Mode::Disabled,

@@ -259,13 +259,19 @@ impl Vcpu {
         self.shared.apic.base()
     }
 
-    /// WRMSR to IA32_APIC_BASE: reserved bits and illegal transitions (Intel SDM 3A figure 11-27) raise #GP.
-    pub fn set_apic_base(&mut self, value: u64) -> Result<(), Exception> {
-        const MODE: u64 = base::ENABLE | base::X2APIC;
+    /// Whether IA32_APIC_BASE can hold `value`: no reserved bits, no x2APIC mode without the APIC.
+    pub fn check_apic_base(&self, value: u64) -> Result<(), Exception> {
         let address = ((1 << self.machine.cpuid.physical_bits()) - 1) & !0xfff;
-        let (old, new) = (self.shared.apic.base() & MODE, value & MODE);
-        let legal = new == old || matches!((old, new), (0, base::ENABLE) | (base::ENABLE, 0 | MODE) | (MODE, 0));
-        if value & !(address | MODE | base::BSP) != 0 || new == base::X2APIC || !legal {
+        let reserved = value & !(address | base::MODE | base::BSP) != 0;
+        if reserved || value & base::MODE == base::X2APIC { Err(Exception::general_protection(0)) } else { Ok(()) }
+    }
+
+    /// WRMSR to IA32_APIC_BASE: illegal transitions (Intel SDM 3A figure 11-27) raise #GP as well.
+    pub fn set_apic_base(&mut self, value: u64) -> Result<(), Exception> {
+        self.check_apic_base(value)?;
+        let (old, new) = (self.shared.apic.base() & base::MODE, value & base::MODE);
+        let legal = matches!((old, new), (0, base::ENABLE) | (base::ENABLE, 0 | base::MODE) | (base::MODE, 0));
+        if new != old && !legal {
             return Err(Exception::general_protection(0));
         }
         self.shared.apic.set_base(value);

@@ -1,4 +1,4 @@
-//! RDMSR and WRMSR. What an MSR holds lives in [`Msrs`](crate::cpu::Msrs), in the local APIC or in the clocks; one that does
+//! RDMSR and WRMSR. What an MSR holds lives in [`Msrs`], in the local APIC or in the clocks; one that does
 //! not exist, a reserved bit or a non-canonical address raises #GP(0) (Intel SDM volume 4, 2.1).
 
 use arch::cpuid::Feature;
@@ -7,7 +7,7 @@ use arch::{Exception, SegmentRegister, msr};
 use iced_x86::{Instruction, Mnemonic};
 
 use super::Sensitive;
-use crate::cpu::{Stop, Vcpu};
+use crate::cpu::{Msrs, Stop, Vcpu};
 use crate::mmu::is_canonical;
 
 mod clock;
@@ -202,33 +202,26 @@ impl Vcpu {
 
     /// The MSRs that are not at their reset values: for [`arch::CpuState::msrs`].
     pub fn saved_msrs(&self) -> Vec<(u32, u64)> {
-        let fresh = crate::cpu::Msrs::default();
-        let saved: Vec<u32> = SAVED.iter().copied().chain(mtrr::indices()).collect();
-        let mut out: Vec<_> = saved.into_iter().filter_map(|i| self.read_msr(i).ok().map(|v| (i, v))).collect();
-        out.retain(|&(i, v)| match i {
-            msr::PAT => v != fresh.pat,
-            _ => v != 0,
-        });
-        out
+        let saved = SAVED.iter().copied().chain(mtrr::indices());
+        let differs = |&(index, value): &(u32, u64)| match index {
+            msr::PAT => value != Msrs::default().pat,
+            msr::MISC_ENABLE => value != Msrs::default().misc_enable | MISC_ENABLE_FIXED,
+            msr::APIC_BASE => value != self.shared.apic.reset_base(),
+            _ => value != 0,
+        };
+        saved.filter_map(|i| self.read_msr(i).ok().map(|v| (i, v))).filter(differs).collect()
     }
 
-    /// Takes MSRs back that [`Vcpu::saved_msrs`] gave or that a loader chose. The error is the one that does not fit.
+    /// Sets all MSRs: to what [`Vcpu::saved_msrs`] or a loader gave, the others to their reset values. The error is one
+    /// that can't be. The local APIC's registers must be in place already, for the deadline counts only in its mode.
     pub fn restore_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), (u32, u64)> {
-        self.msrs = crate::cpu::Msrs::default();
-        let efer = |index| index == msr::EFER;
-        // EFER first and as it stands, LMA included.
-        for &(index, value) in msrs.iter().filter(|m| efer(m.0)) {
-            if value & !(self.machine.cpuid.efer_mask() | efer::LMA) != 0 {
-                return Err((index, value));
-            }
-            self.msrs.efer = value;
-        }
-        for &(index, value) in msrs.iter().filter(|m| !efer(m.0)) {
+        self.msrs = Msrs::default();
+        self.shared.apic.set_base(self.shared.apic.reset_base());
+        for &(index, value) in msrs {
             let result = match index {
-                msr::APIC_BASE => {
-                    self.shared.apic.set_base(value);
-                    Ok(())
-                }
+                // As they stand, whatever the way there was.
+                msr::EFER => within(value, self.machine.cpuid.efer_mask() | efer::LMA).map(|v| self.msrs.efer = v),
+                msr::APIC_BASE => self.check_apic_base(value).map(|()| self.shared.apic.set_base(value)),
                 _ => self.write_msr(index, value),
             };
             result.map_err(|_| (index, value))?;
