@@ -75,7 +75,7 @@ impl Time {
 
     /// Ticks to nanoseconds, rounded down.
     pub fn ticks_to_ns(&self, ticks: u64) -> u64 {
-        (u128::from(ticks) * u128::from(self.ns_per_tick) >> 32) as u64
+        ((u128::from(ticks) * u128::from(self.ns_per_tick)) >> 32) as u64
     }
 
     /// Nanoseconds to ticks, rounded up.
@@ -161,7 +161,7 @@ mod tests {
             let clock = at(hz).kvm_clock(7);
             let ticks = u128::from(hz) * 3600;
             let shifted = if clock.shift < 0 { ticks >> -clock.shift } else { ticks << clock.shift };
-            let ns = shifted * u128::from(clock.mul) >> 32;
+            let ns = (shifted * u128::from(clock.mul)) >> 32;
             assert!(ns.abs_diff(3_600_000_000_000) < 10_000, "{hz}: {ns}");
             assert_eq!(clock.tsc_timestamp, 7);
         }

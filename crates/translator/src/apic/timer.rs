@@ -198,13 +198,14 @@ impl Vcpu {
     fn expire_apic_timer(&mut self) {
         let apic = &self.shared.apic;
         let (expiry, period) = (apic.timer.expiry(), apic.timer.period.load(Ordering::Relaxed));
-        if period == 0 {
-            apic.timer.stop();
-        } else {
-            // Periods that went by while the host did not run us are one interrupt, not a burst of them.
-            let late = self.machine.time.tsc().saturating_sub(expiry);
-            let next = expiry.saturating_add((late / period).saturating_add(1).saturating_mul(period));
-            apic.timer.expiry.store(next.min(NEVER - 1), Ordering::Relaxed);
+        // Periods that went by while the host did not run us are one interrupt, not a burst of them.
+        let late = self.machine.time.tsc().saturating_sub(expiry);
+        match late.checked_div(period) {
+            None => apic.timer.stop(),
+            Some(missed) => {
+                let next = expiry.saturating_add(missed.saturating_add(1).saturating_mul(period));
+                apic.timer.expiry.store(next.min(NEVER - 1), Ordering::Relaxed);
+            }
         }
         let entry = apic.get(reg::LVT_TIMER);
         if entry & lvt::MASKED == 0 && entry as u8 >= 16 {

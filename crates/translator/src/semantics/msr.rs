@@ -111,7 +111,7 @@ impl Vcpu {
             msr::FEATURE_CONTROL => FEATURE_CONTROL_LOCKED,
             msr::BIOS_SIGN_ID => MICROCODE_REVISION,
             // The ratio of the TSC to 100 MHz, bits 15:8 in both.
-            msr::PLATFORM_INFO | msr::PERF_STATUS => (self.machine.time.tsc_hz() / 100_000_000 & 0xff) << 8,
+            msr::PLATFORM_INFO | msr::PERF_STATUS => ((self.machine.time.tsc_hz() / 100_000_000) & 0xff) << 8,
             msr::MISC_ENABLE => m.misc_enable | MISC_ENABLE_FIXED,
             // No banks, and with them none of the machine-check MSRs from 0x400 on.
             msr::MCG_CAP => 0,

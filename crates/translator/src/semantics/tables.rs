@@ -12,10 +12,8 @@ use crate::mmu::is_canonical;
 
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
     let (exec, ends_block): (Exec, bool) = match insn.mnemonic() {
-        Mnemonic::Lgdt => (|cpu, insn| Ok(cpu.gdtr = load(cpu, insn)?), false),
-        Mnemonic::Lidt => (|cpu, insn| Ok(cpu.idtr = load(cpu, insn)?), false),
-        Mnemonic::Sgdt => (|cpu, insn| Ok(store(cpu, insn, cpu.gdtr)?), false),
-        Mnemonic::Sidt => (|cpu, insn| Ok(store(cpu, insn, cpu.idtr)?), false),
+        Mnemonic::Lgdt | Mnemonic::Lidt => (load, false),
+        Mnemonic::Sgdt | Mnemonic::Sidt => (store, false),
         Mnemonic::Invlpg => (invlpg, true),
         Mnemonic::Invpcid => (invpcid, true),
         _ => return None,
@@ -24,7 +22,7 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
 }
 
 /// Limit, then base: 8 bytes of it in 64-bit mode, else 4, of which a 16-bit operand size uses 3.
-fn load(cpu: &mut Vcpu, insn: &Instruction) -> Result<DescriptorTable, Exception> {
+fn load(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     privileged(cpu)?;
     let size = if cpu.code64() { 10 } else { 6 };
     let address = cpu.operand_address(insn, 0, size, false)?;
@@ -36,19 +34,25 @@ fn load(cpu: &mut Vcpu, insn: &Instruction) -> Result<DescriptorTable, Exception
         base &= 0xff_ffff;
     }
     if !is_canonical(base) {
-        return Err(Exception::general_protection(0));
+        return Err(Exception::general_protection(0).into());
     }
-    Ok(DescriptorTable { base, limit })
+    let table = DescriptorTable { base, limit };
+    match insn.mnemonic() {
+        Mnemonic::Lgdt => cpu.gdtr = table,
+        _ => cpu.idtr = table,
+    }
+    Ok(())
 }
 
-fn store(cpu: &mut Vcpu, insn: &Instruction, table: DescriptorTable) -> Result<(), Exception> {
+fn store(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     user_mode_prevention(cpu)?;
+    let table = if insn.mnemonic() == Mnemonic::Sgdt { cpu.gdtr } else { cpu.idtr };
     let size = if cpu.code64() { 10 } else { 6 };
     let mut data = [0; 10];
     data[..2].copy_from_slice(&table.limit.to_le_bytes());
     data[2..].copy_from_slice(&table.base.to_le_bytes());
     let address = cpu.operand_address(insn, 0, size, true)?;
-    cpu.write_linear(address, &data[..size], cpu.context())
+    Ok(cpu.write_linear(address, &data[..size], cpu.context())?)
 }
 
 /// A non-canonical address is no error and invalidates nothing.

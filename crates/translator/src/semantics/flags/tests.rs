@@ -39,7 +39,7 @@ fn pushf_hides_rf_and_vm() {
 fn the_kernel_pops_everything_but_vm_and_virtual_interrupts() {
     let mut cpu = kernel_vcpu();
     cpu.rflags = FIXED | VIF | RF;
-    pop(&mut cpu, POPFQ, u64::MAX & !TF);
+    pop(&mut cpu, POPFQ, !TF);
     assert_eq!(cpu.rflags, FIXED | ARITHMETIC | IF | DF | IOPL | NT | AC | ID);
     pop(&mut cpu, POPFQ, 0);
     assert_eq!(cpu.rflags, FIXED);

@@ -96,7 +96,7 @@ fn writing_the_tsc_adjusts_it() {
     let mut cpu = kernel_vcpu();
     cpu.write_msr(msr::TSC, 1 << 60).unwrap();
     let tsc = cpu.read_msr(msr::TSC).unwrap();
-    assert!(tsc >= 1 << 60 && tsc < (1 << 60) + (1 << 40));
+    assert!((1 << 60..(1 << 60) + (1 << 40)).contains(&tsc));
     assert_ne!(cpu.read_msr(msr::TSC_ADJUST), Ok(0));
     cpu.write_msr(msr::TSC_ADJUST, 0).unwrap();
     assert!(cpu.read_msr(msr::TSC).unwrap() < 1 << 59);
@@ -113,7 +113,7 @@ fn the_kvm_clock_gives_the_time_since_the_machine_was_made() {
     assert_eq!(flags, 1);
     let ticks = u128::from(cpu.guest_tsc() - word(&cpu, 0x9008));
     let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
-    let ns = (shifted * u128::from(mul) >> 32) as u64 + word(&cpu, 0x9010);
+    let ns = ((shifted * u128::from(mul)) >> 32) as u64 + word(&cpu, 0x9010);
     let real = cpu.machine.time.ticks_to_ns(cpu.machine.time.tsc());
     assert!(real.abs_diff(ns) < 10_000_000, "{ns} {real}");
     cpu.write_msr(msr::TSC_ADJUST, 12345).unwrap();

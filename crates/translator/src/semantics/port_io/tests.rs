@@ -1,5 +1,6 @@
 //! Ports, who may use them, and strings of them.
 
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::*;
@@ -12,22 +13,21 @@ const OUT_DX_AX: &[u8] = &[0x66, 0xef];
 const REP_INSB: &[u8] = &[0xf3, 0x6c];
 const REP_OUTSW: &[u8] = &[0xf3, 0x66, 0x6f];
 
-/// Counts reads and remembers writes.
+/// Counts the bytes read and remembers writes.
 #[derive(Default)]
-struct Ports(Mutex<(u8, Vec<(u16, Vec<u8>)>)>);
+struct Ports {
+    read: AtomicU8,
+    written: Mutex<Vec<(u16, Vec<u8>)>>,
+}
 
 impl engine::Bus for Ports {
     fn mmio_read(&self, _: u64, _: &mut [u8]) {}
     fn mmio_write(&self, _: u64, _: &[u8]) {}
     fn pio_read(&self, _: u16, data: &mut [u8]) {
-        let mut inner = self.0.lock().unwrap();
-        data.fill_with(|| {
-            inner.0 = inner.0.wrapping_add(1);
-            inner.0
-        });
+        data.fill_with(|| self.read.fetch_add(1, Ordering::SeqCst) + 1);
     }
     fn pio_write(&self, port: u16, data: &[u8]) {
-        self.0.lock().unwrap().1.push((port, data.to_vec()));
+        self.written.lock().unwrap().push((port, data.to_vec()));
     }
     fn acknowledge_pic(&self) -> u8 {
         0
@@ -52,7 +52,7 @@ fn reads_and_writes_have_their_operands_width() {
     assert_eq!(cpu.gpr[RAX], 0x0504_0302);
     cpu.gpr[RDX] = 0xffff_0070;
     execute(&mut cpu, OUT_DX_AX).unwrap();
-    assert_eq!(ports.0.lock().unwrap().1, [(0x70, vec![2, 3])]);
+    assert_eq!(*ports.written.lock().unwrap(), [(0x70, vec![2, 3])]);
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn long_repetitions_come_back_for_more() {
     execute(&mut cpu, REP_OUTSW).unwrap();
     assert_ne!(cpu.rip, cpu.insn_rip);
     assert_eq!((cpu.gpr[RSI], cpu.gpr[RCX]), (0x8000 + 200, 0));
-    assert_eq!(ports.0.lock().unwrap().1.len(), 100);
+    assert_eq!(ports.written.lock().unwrap().len(), 100);
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn ins_does_not_read_the_port_when_it_can_not_store() {
     (cpu.gpr[RDI], cpu.gpr[RCX]) = (1 << 40, 1);
     let fault = fault_of(&mut cpu, REP_INSB);
     assert_eq!((fault.vector, fault.fault_address), (arch::Vector::PageFault, 1 << 40));
-    assert_eq!(ports.0.lock().unwrap().0, 0);
+    assert_eq!(ports.read.load(Ordering::SeqCst), 0);
     assert_eq!(cpu.gpr[RCX], 1);
 }
 
