@@ -14,6 +14,8 @@ use memory::vm_memory::{Bytes, GuestAddress};
 use crate::*;
 
 const KERNELS: u64 = 10_000;
+/// The environment variable that has the number of the only kernel to run.
+const ONE_KERNEL: &str = "RINGER_KERNEL";
 /// What a kernel may run before it is ended: long enough for thousands of blocks.
 const RUN_TIME: Duration = Duration::from_millis(3);
 /// By when a machine that was ended must be.
@@ -152,7 +154,11 @@ fn entry_state(random: &mut Random) -> CpuState {
 
 #[test]
 fn random_kernels_neither_break_nor_hang_the_machine() {
-    let number = Arc::new(AtomicU64::new(0));
+    let (first, kernels) = match std::env::var(ONE_KERNEL) {
+        Ok(number) => (number.parse().unwrap(), 1),
+        Err(_) => (0, KERNELS),
+    };
+    let number = Arc::new(AtomicU64::new(first));
     let current = number.clone();
     let ram = Ram::new(16 << 20).unwrap();
     let selection = select_engine(Accel::Auto, &ram, 1, Model::Host).unwrap();
@@ -182,12 +188,20 @@ fn random_kernels_neither_break_nor_hang_the_machine() {
             control.request(Request::End);
         }
     });
-    for kernel in 0..KERNELS {
-        let outcome = machine.run();
-        assert!(outcome.is_ok(), "kernel {kernel}: {outcome:?}");
+    let mut failures = Vec::new();
+    for kernel in first..first + kernels {
+        if let Err(error) = machine.run() {
+            failures.push(format!("kernel {kernel}: {error}"));
+        }
         number.store(kernel + 1, Ordering::SeqCst);
         machine.control.take_request();
         machine.chipset.reset();
         machine.load().unwrap();
     }
+    assert!(
+        failures.is_empty(),
+        "{} failures, the first of them: {:#?}",
+        failures.len(),
+        &failures[..failures.len().min(20)]
+    );
 }
