@@ -344,7 +344,8 @@ impl Cache {
             return None;
         }
         self.memory.write(offset, code);
-        self.next = (offset + code.len()).next_multiple_of(16);
+        // At least a byte lies between blocks, so that a return address at a block's very end is still its own.
+        self.next = (offset + code.len() + 1).next_multiple_of(16);
         Some(offset)
     }
 
