@@ -165,7 +165,7 @@ impl Vcpu {
         match *place {
             // SAFETY: a TLB hit: the bytes lie in one page of RAM, which is mapped as long as the machine lives; there are no
             // Rust references into it.
-            Place::Host(p) => unsafe { std::ptr::copy_nonoverlapping(p, data.as_mut_ptr(), data.len()) },
+            Place::Host(p) => unsafe { copy(p, data.as_mut_ptr(), data.len()) },
             Place::Physical(gpa) => self.phys_read(gpa, data),
         }
     }
@@ -173,8 +173,27 @@ impl Vcpu {
     fn store(&mut self, place: &Place, data: &[u8]) {
         match *place {
             // SAFETY: as in `load`; pages with a write tag are marked dirty and hold no translated code.
-            Place::Host(p) => unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) },
+            Place::Host(p) => unsafe { copy(data.as_ptr(), p, data.len()) },
             Place::Physical(gpa) => self.phys_write(gpa, data),
+        }
+    }
+}
+
+/// Copies bytes; numbers in one access, as other vCPUs and devices expect of aligned ones.
+///
+/// # Safety
+/// As for [`std::ptr::copy_nonoverlapping`].
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
+    // SAFETY: the caller's; a constant length makes it a move.
+    unsafe {
+        match length {
+            8 => std::ptr::copy_nonoverlapping(from, to, 8),
+            4 => std::ptr::copy_nonoverlapping(from, to, 4),
+            2 => std::ptr::copy_nonoverlapping(from, to, 2),
+            1 => std::ptr::copy_nonoverlapping(from, to, 1),
+            16 => std::ptr::copy_nonoverlapping(from, to, 16),
+            _ => std::ptr::copy_nonoverlapping(from, to, length),
         }
     }
 }

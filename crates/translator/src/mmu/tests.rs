@@ -172,7 +172,7 @@ fn stores_through_the_tlb_have_marked_their_page_dirty() {
 #[test]
 fn pages_with_code_or_breakpoints_have_no_write_tag() {
     let mut cpu = kernel_vcpu();
-    cpu.machine.tracker.mark_code(9);
+    cpu.machine.tracker.mark_code(9, 1);
     cpu.write_sized(0x9000, 8, 1, Context::SupervisorUser).unwrap();
     assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).write, crate::tlb::INVALID);
     cpu.dr[1] = 0xa004;

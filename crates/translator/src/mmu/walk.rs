@@ -78,7 +78,14 @@ pub fn walk(cpu: &mut Vcpu, va: u64, access: Access, context: Context) -> Result
     }
     loop {
         let mut steps = [Step::default(); 4];
-        let (mapping, used) = walk_once(cpu, va, access, context, &mut steps)?;
+        // One copy of the loop for each format: this is what a TLB miss costs.
+        let (mapping, used) = if cpu.long_mode() {
+            walk_once(cpu, va, access, context, Format::FourLevel, &mut steps)?
+        } else if cpu.cr4 & cr4::PAE != 0 {
+            walk_once(cpu, va, access, context, Format::Pae, &mut steps)?
+        } else {
+            walk_once(cpu, va, access, context, Format::Legacy, &mut steps)?
+        };
         if steps.iter().take(used).all(|step| step.missing == 0 || set_bits(cpu, step)) {
             return Ok(mapping);
         }
@@ -98,20 +105,15 @@ fn set_bits(cpu: &mut Vcpu, step: &Step) -> bool {
     true
 }
 
+#[inline(always)]
 fn walk_once(
     cpu: &Vcpu,
     va: u64,
     access: Access,
     context: Context,
+    format: Format,
     steps: &mut [Step; 4],
 ) -> Result<(Mapping, usize), Exception> {
-    let format = if cpu.long_mode() {
-        Format::FourLevel
-    } else if cpu.cr4 & cr4::PAE != 0 {
-        Format::Pae
-    } else {
-        Format::Legacy
-    };
     let (top, index_bits, root) = match format {
         Format::FourLevel => (4, 9, cpu.cr3 & ADDRESS),
         Format::Pae => (3, 9, cpu.cr3 & 0xffff_ffe0),
@@ -167,6 +169,7 @@ fn walk_once(
     unreachable!("level 1 is always a leaf")
 }
 
+#[inline(always)]
 fn read_entry(cpu: &Vcpu, table: u64, index: u64, format: Format) -> (Step, u64) {
     let (gpa, shift) = match format {
         Format::Legacy => (table + index * 4, (index as u32 & 1) * 32),
@@ -179,6 +182,7 @@ fn read_entry(cpu: &Vcpu, table: u64, index: u64, format: Format) -> (Step, u64)
 }
 
 /// Whether PS at this level means a large page.
+#[inline(always)]
 fn may_be_large(cpu: &Vcpu, format: Format, level: u32) -> bool {
     match format {
         Format::FourLevel => level == 2 || level == 3,
@@ -188,6 +192,7 @@ fn may_be_large(cpu: &Vcpu, format: Format, level: u32) -> bool {
 }
 
 /// Bits that must be zero (Intel SDM 3A tables 4-4 to 4-19).
+#[inline(always)]
 fn reserved_bits(cpu: &Vcpu, format: Format, level: u32, leaf: bool) -> u64 {
     let no_execute = if cpu.msrs.efer & efer::NXE == 0 { pte::NX } else { 0 };
     // Address bits above MAXPHYADDR, which CPUID leaf 8000_0008H reports.
@@ -230,6 +235,7 @@ struct Rights {
 }
 
 impl Rights {
+    #[inline(always)]
     fn of(cpu: &Vcpu, context: Context, user_page: bool, w: bool, nx: bool, leaf: u64) -> Self {
         let user_mode = context == Context::User;
         let write_protect = user_mode || cpu.cr0 & cr0::WP != 0;
@@ -270,6 +276,7 @@ impl Rights {
 }
 
 /// #PF with `cause` and the bits that describe the access (Intel SDM 3A 4.7).
+#[cold]
 fn page_fault(cpu: &Vcpu, va: u64, access: Access, context: Context, cause: u32) -> Exception {
     let mut code = cause;
     if context == Context::User {
