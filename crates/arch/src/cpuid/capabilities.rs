@@ -19,7 +19,8 @@
 //!   runs natively and helps, and no bit turns it off.
 //!
 //! Linux takes retpolines unless enhanced IBRS is there (`spectre_v2_select_mitigation`), so IBRS_ALL is set, and with
-//! it SPEC_CTRL must exist: a register that stores IBRS once at boot. IBPB comes with it in CPUID.
+//! it SPEC_CTRL must exist: a register that stores IBRS once at boot. IBPB comes with it in CPUID. Newer Linux clears branch
+//! history on each system call whatever BHI_NO says, unless SPEC_CTRL has BHI_DIS_S: so it is offered, and stored.
 
 /// Meltdown.
 pub const RDCL_NO: u64 = 1 << 0;

@@ -203,6 +203,8 @@ features! {
     AvxVnniInt8 7/1 Edx 4 Native Host needs Avx2;
     AvxNeConvert 7/1 Edx 5 Native Host needs Avx2;
     AvxVnniInt16 7/1 Edx 10 Native Host needs Avx2;
+    // Leaf 7, sub-leaf 2: BHI_DIS_S in SPEC_CTRL, also stored only; without it kernels clear branch history by a loop.
+    BhiCtrl 7/2 Edx 4 System V1 needs SpecCtrl;
     // Leaf 0xd, sub-leaf 1
     Xsaveopt 0xd/1 Eax 0 Native Host needs Xsave;
     Xsavec 0xd/1 Eax 1 Native Host needs Xsave;

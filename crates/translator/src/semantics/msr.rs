@@ -152,10 +152,11 @@ impl Vcpu {
                 self.require(Feature::Xsaves)?;
                 self.msrs.xss = within(value, 0)?;
             }
-            // IBRS and STIBP: stored, see `arch::cpuid::capabilities`.
+            // IBRS, STIBP and BHI_DIS_S: stored, see `arch::cpuid::capabilities`.
             msr::SPEC_CTRL => {
                 self.require(Feature::SpecCtrl)?;
-                self.msrs.spec_ctrl = within(value, 3)?;
+                let bhi_dis_s = if self.machine.cpuid.has(Feature::BhiCtrl) { 1 << 10 } else { 0 };
+                self.msrs.spec_ctrl = within(value, 3 | bhi_dis_s)?;
             }
             // IBPB: translated branches do not leave the guest's targets in the predictors for it to flush.
             msr::PRED_CMD => {
