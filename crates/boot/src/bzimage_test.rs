@@ -15,7 +15,7 @@ fn the_kernel_is_entered_in_64_bit_mode_with_the_zero_page_in_rsi() {
     assert_eq!(state.gpr[gpr::RSI], layout::BOOT_PARAMS);
     assert_eq!(state.cr0 & (cr0::PE | cr0::PG), cr0::PE | cr0::PG);
     assert_eq!(state.cr4, cr4::PAE);
-    assert_eq!(state.msrs, [(arch::msr::EFER, 0x500)]);
+    assert_eq!(state.msrs, [(arch::msr::MTRR_DEF_TYPE, 0x806), (arch::msr::EFER, 0x500)]);
     assert!(state.segments[1].long() && state.segments[1].selector == 0x10);
     assert_eq!(state.rflags, 2, "interrupts are off");
     assert_eq!(read::<4>(&ram, (16 << 20) + 0x200), 0x80u32.to_le_bytes());

@@ -25,7 +25,7 @@ pub fn long_mode(view: &View, rip: u64, boot_params: u64) -> Result<CpuState, Er
     state.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
     state.cr3 = layout::PAGE_TABLES;
     state.cr4 = cr4::PAE;
-    state.msrs = vec![(msr::EFER, efer::LME | efer::LMA)];
+    state.msrs.push((msr::EFER, efer::LME | efer::LMA));
     state.rip = rip;
     state.gpr[gpr::RSI] = boot_params;
     state.gpr[gpr::RSP] = layout::STACK_TOP;
@@ -56,7 +56,16 @@ fn flat(view: &View, code: Segment) -> Result<CpuState, Error> {
     state.segments = [data, code, data, data, data, data];
     state.gdtr = DescriptorTable { base: layout::GDT, limit: bytes.len() as u16 - 1 };
     state.idtr = DescriptorTable::default();
+    state.msrs = firmware_msrs();
     Ok(state)
+}
+
+/// What firmware leaves in the MSRs of every processor: memory type range registers on, write-back by default. Kernels
+/// take ones that are off for a sign that PAT can't be used, and ones that differ between processors for a fault.
+pub fn firmware_msrs() -> Vec<(u32, u64)> {
+    const ENABLE: u64 = 1 << 11;
+    const WRITE_BACK: u64 = 6;
+    vec![(msr::MTRR_DEF_TYPE, ENABLE | WRITE_BACK)]
 }
 
 /// The descriptor that loads as this flat segment (Intel SDM 3A 3.4.5).

@@ -33,6 +33,7 @@ use arch::CpuState;
 use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use memory::{Ram, View};
 
+pub use entry::firmware_msrs;
 use file::Image;
 
 /// What to boot.

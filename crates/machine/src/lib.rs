@@ -22,6 +22,7 @@ use engine::{Engine, Vcpu};
 use memory::Ram;
 use run_control::{Request, RunControl};
 
+pub use translator::Config as TranslatorConfig;
 pub use engines::{Accel, Selection, select_engine};
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
@@ -139,7 +140,11 @@ impl Machine {
     fn load(&mut self) -> Result<(), Error> {
         let entry = (self.loader)(&self.ram)?;
         for (id, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let waiting = CpuState { activity: arch::state::Activity::WaitForSipi, ..CpuState::reset() };
+            let waiting = CpuState {
+                activity: arch::state::Activity::WaitForSipi,
+                msrs: boot::firmware_msrs(),
+                ..CpuState::reset()
+            };
             vcpu.set_state(if id == 0 { &entry } else { &waiting })?;
         }
         Ok(())
