@@ -215,6 +215,11 @@ impl CpuModel {
         self.arch_capabilities
     }
 
+    /// An AMD processor (or Hygon's), which differs from Intel's where the manuals do.
+    pub fn is_amd(&self) -> bool {
+        self.amd
+    }
+
     /// Width of guest-physical addresses.
     pub fn physical_bits(&self) -> u8 {
         self.physical_bits

@@ -1,4 +1,6 @@
-//! SYSCALL, SYSRET, SYSENTER, SYSEXIT as Intel processors have them: SYSCALL in 64-bit mode only, SYSENTER in every protected mode.
+//! SYSCALL, SYSRET, SYSENTER, SYSEXIT. Where compatibility mode is concerned, vendors differ: Intel has SYSCALL in 64-bit
+//! mode only and SYSENTER in every protected mode, AMD has SYSCALL in both and no SYSENTER in long mode (AMD APM 3,
+//! SYSCALL and SYSENTER).
 
 use arch::registers::{efer, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister};
@@ -11,12 +13,14 @@ use crate::mmu::is_canonical;
 const SYSRET_FLAGS: u64 = 0x3c_7fd7;
 
 pub fn syscall(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
-    if !cpu.code64() || cpu.msrs.efer & efer::SCE == 0 {
+    let from_64 = cpu.code64();
+    let exists = from_64 || cpu.long_mode() && cpu.machine.cpuid.is_amd();
+    if !exists || cpu.msrs.efer & efer::SCE == 0 {
         return Err(Exception::invalid_opcode().into());
     }
     cpu.gpr[gpr::RCX] = cpu.rip;
     cpu.gpr[gpr::R11] = cpu.rflags & !rflags::RF;
-    cpu.rip = cpu.msrs.lstar;
+    cpu.rip = if from_64 { cpu.msrs.lstar } else { cpu.msrs.cstar };
     cpu.rflags = cpu.rflags & !(cpu.msrs.sfmask | rflags::RF) | rflags::FIXED;
     let selector = (cpu.msrs.star >> 32) as u16 & !3;
     load_flat(cpu, selector, selector.wrapping_add(8), true, 0);
@@ -40,7 +44,13 @@ pub fn sysret(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
     Ok(())
 }
 
+/// SYSENTER and SYSEXIT are invalid in an AMD processor's long mode.
+fn require_sysenter(cpu: &Vcpu) -> Result<(), Exception> {
+    if cpu.long_mode() && cpu.machine.cpuid.is_amd() { Err(Exception::invalid_opcode()) } else { Ok(()) }
+}
+
 pub fn sysenter(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    require_sysenter(cpu)?;
     let selector = cpu.msrs.sysenter_cs as u16 & !3;
     if !cpu.protected_mode() || selector == 0 {
         return Err(Exception::general_protection(0).into());
@@ -56,6 +66,7 @@ pub fn sysenter(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
 
 /// `wide`: with REX.W, to 64-bit code.
 pub fn sysexit(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
+    require_sysenter(cpu)?;
     let selector = cpu.msrs.sysenter_cs as u16 & !3;
     if !cpu.protected_mode() || selector == 0 || cpu.cpl() != 0 {
         return Err(Exception::general_protection(0).into());

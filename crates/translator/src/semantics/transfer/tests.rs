@@ -143,7 +143,13 @@ fn syscall_and_sysret_exchange_program_and_kernel() {
     cpu.gpr[gpr::RCX] = 0x5_0000_1234;
     execute(&mut cpu, SYSRETD).unwrap();
     assert_eq!((cpu.rip, cpu.code_bits(), selectors(&cpu)), (0x1234, 32, (0x1b, 0x23)));
-    assert_eq!(fault_of(&mut cpu, SYSCALL), Exception::invalid_opcode(), "Intel: 64-bit mode only");
+    cpu.msrs.cstar = 0xffff_8000_0000_0200;
+    if cpu.machine.cpuid.is_amd() {
+        execute(&mut cpu, SYSCALL).unwrap();
+        assert_eq!((cpu.rip, cpu.code_bits()), (cpu.msrs.cstar, 64));
+    } else {
+        assert_eq!(fault_of(&mut cpu, SYSCALL), Exception::invalid_opcode(), "64-bit mode only");
+    }
 }
 
 #[test]
@@ -158,9 +164,13 @@ fn sysret_is_privileged_and_wants_a_canonical_address() {
 }
 
 #[test]
-fn sysenter_works_from_compatibility_mode() {
+fn sysenter_works_from_compatibility_mode_except_on_amd() {
     let mut cpu = user_vcpu();
     cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(USER_CS32, false, 3);
+    if cpu.machine.cpuid.is_amd() {
+        assert_eq!(fault_of(&mut cpu, SYSENTER), Exception::invalid_opcode());
+        return;
+    }
     assert_eq!(fault_of(&mut cpu, SYSENTER), Exception::general_protection(0));
     cpu.msrs.sysenter_cs = KERNEL_CS.into();
     cpu.msrs.sysenter_esp = 0xffff_8000_0000_2000;
