@@ -325,10 +325,27 @@ impl Vcpu {
         if !self.xsave.has(component::X87) {
             return;
         }
+        let instruction = self.xsave.u64_at(legacy::FIP);
+        if let Some(guest) = self.guest_code_address(instruction) {
+            self.xsave.put(legacy::FIP, &guest.to_le_bytes());
+        }
         let data = self.xsave.u64_at(legacy::FDP);
         if let Some(guest) = self.guest_data_address(data) {
             self.xsave.put(legacy::FDP, &guest.to_le_bytes());
         }
+    }
+
+    /// The RIP of the guest instruction whose translation holds a host address; zero if the translation is gone. `None`:
+    /// not an address in translated code, so the guest's own.
+    fn guest_code_address(&self, host: u64) -> Option<u64> {
+        let cache = &self.engine.cache;
+        let offset = cache.offset_of(host)? as u32;
+        let guest = cache.find_by_host(host).and_then(|(_, block)| {
+            let after = block.points.partition_point(|p| p.host_offset <= offset);
+            let point = block.points.get(after.checked_sub(1)?)?;
+            Some(block.key.rip.wrapping_add(u64::from(point.guest_offset)))
+        });
+        Some(guest.unwrap_or(0))
     }
 
     /// The guest's address of RAM at a host address, as the TLB maps it now; zero if it is RAM that the TLB does not

@@ -5,10 +5,12 @@
 //! function is called. It returns `Ok` after it changed the state (a branch sets `rip`), or a [`Stop`]; with
 //! [`Stop::Fault`] no guest state may have changed, except as the architecture says (REP strings keep their progress).
 
+pub mod bits;
 pub mod control;
 pub mod cpuid;
 pub mod debug_registers;
 pub mod flags;
+pub mod legacy;
 pub mod misc;
 pub mod msr;
 pub mod port_io;
@@ -21,6 +23,7 @@ pub mod tables;
 mod testing;
 pub mod transfer;
 pub mod vector;
+pub mod x87;
 pub mod xsave;
 
 use iced_x86::Instruction;
@@ -43,7 +46,10 @@ pub struct Sensitive {
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
     string::lookup(insn)
         .or_else(|| xsave::lookup(insn))
+        .or_else(|| bits::lookup(insn))
         .or_else(|| vector::lookup(insn))
+        .or_else(|| x87::lookup(insn))
+        .or_else(|| legacy::lookup(insn))
         .or_else(|| transfer::lookup(insn))
         .or_else(|| segments::lookup(insn))
         .or_else(|| control::lookup(insn))

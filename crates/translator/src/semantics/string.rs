@@ -9,7 +9,6 @@
 //! the state that the architecture promises between iterations (Intel SDM 2B, REP).
 
 use std::arch::asm;
-use std::sync::atomic::Ordering;
 
 use arch::Exception;
 use arch::registers::{gpr, rflags};
@@ -24,8 +23,8 @@ use crate::mmu::operand::segment_register;
 
 /// The entry for a string instruction. Repeated ones may leave with RIP at themselves.
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
-    let form = Form::of(insn)?;
-    Some(Sensitive { exec, ends_block: form.repeat != Repeat::Once, fp: false })
+    Form::of(insn)?;
+    Some(Sensitive { exec, ends_block: false, fp: false })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -192,7 +191,7 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
             finish(cpu, &form, &done);
             return Ok(());
         }
-        if stepping || cpu.pending_debug != 0 || cpu.shared.requests.load(Ordering::Relaxed) != 0 {
+        if stepping || cpu.pending_debug != 0 || cpu.shared.poll.is_set() {
             // An event between iterations pushes RF set, so that the resumed instruction meets no breakpoint on itself
             // (Intel SDM 3B 17.3.1.1).
             finish(cpu, &form, &done);

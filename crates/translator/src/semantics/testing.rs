@@ -1,7 +1,6 @@
 //! For the unit tests of instructions on user memory: a program's vCPU with all vector state enabled.
 
 use arch::registers::cr4;
-use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 use crate::cpu::{Stop, Vcpu};
 pub use crate::testing::RIP;
@@ -17,6 +16,7 @@ pub fn vcpu() -> Box<Vcpu> {
     cpu.cr4 |= cr4::OSFXSR | cr4::OSXSAVE | cr4::OSXMMEXCPT;
     cpu.xcr0 = layout().native;
     cpu.xsave.reset();
+    cpu.shared.poll.clear();
     cpu
 }
 
@@ -29,22 +29,21 @@ pub fn revoke(cpu: &mut Vcpu, va: u64, bits: u64) {
 }
 
 pub fn write(cpu: &mut Vcpu, va: u64, data: &[u8]) {
-    for (i, byte) in data.iter().enumerate() {
-        cpu.phys_write(va + i as u64, &[*byte]);
+    let (head, rest) = data.split_at(data.len().min(4096 - va as usize % 4096));
+    cpu.phys_write(va, head);
+    for (i, page) in rest.chunks(4096).enumerate() {
+        cpu.phys_write(va + (head.len() + i * 4096) as u64, page);
     }
 }
 
 pub fn read(cpu: &Vcpu, va: u64, size: usize) -> Vec<u8> {
     let mut data = vec![0; size];
-    for (i, byte) in data.iter_mut().enumerate() {
-        cpu.phys_read(va + i as u64, std::slice::from_mut(byte));
+    let (head, rest) = data.split_at_mut(size.min(4096 - va as usize % 4096));
+    cpu.phys_read(va, head);
+    for (i, page) in rest.chunks_mut(4096).enumerate() {
+        cpu.phys_read(va + (head.len() + i * 4096) as u64, page);
     }
     data
-}
-
-/// Decodes `bytes` in the vCPU's mode.
-pub fn decode(cpu: &Vcpu, bytes: &[u8]) -> Instruction {
-    Decoder::with_ip(cpu.code_bits(), bytes, RIP, DecoderOptions::NONE).decode()
 }
 
 /// Executes one sensitive instruction as the dispatcher would, except for delivery.

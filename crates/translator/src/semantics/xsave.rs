@@ -487,15 +487,17 @@ fn load_x87(cpu: &mut Vcpu, image: &Image, wide: bool) {
     state.set_x87_words(words as u16, (words >> 16) as u16);
     state.put(legacy::FTW, &[image.bytes[legacy::FTW], 0]);
     state.put(legacy::FOP, &((words >> 48) as u16 & 0x7ff).to_le_bytes());
-    for pointer in [legacy::FIP, legacy::FDP] {
-        let value = image.u64_at(pointer);
-        // They hold linear addresses of up to 57 bits, sign-extended.
-        let value = if wide { ((value << 7) as i64 >> 7) as u64 } else { value & 0xffff_ffff };
-        state.put(pointer, &value.to_le_bytes());
-    }
+    let pointer = |at: usize| if wide { image.u64_at(at) } else { image.u64_at(at) & 0xffff_ffff };
+    // FIP holds a linear address of up to 57 bits, sign-extended; FDP all of its bits.
+    let fip = ((pointer(legacy::FIP) << 7) as i64 >> 7) as u64;
+    state.put(legacy::FIP, &fip.to_le_bytes());
+    state.put(legacy::FDP, &pointer(legacy::FDP).to_le_bytes());
     for i in 0..8 {
         let start = legacy::ST + i * 16;
         state.put(start, &image.bytes[start..start + 10]);
         state.put(start + 10, &[0; 6]);
     }
 }
+
+#[cfg(test)]
+mod tests;
