@@ -22,7 +22,10 @@ const REGISTERS: usize = 12;
 const TIMER_CARRY: u16 = 1 << 0;
 const GLOBAL_LOCK: u16 = 1 << 5;
 const POWER_BUTTON: u16 = 1 << 8;
-const EVENTS: u16 = TIMER_CARRY | GLOBAL_LOCK | POWER_BUTTON;
+/// Can be enabled but never happens: the FADT's FIX_RTC says that alarms are told elsewhere. Linux enables it all the
+/// same, and logs an error where that does not stay.
+const REAL_TIME_CLOCK: u16 = 1 << 10;
+const EVENTS: u16 = TIMER_CARRY | GLOBAL_LOCK | POWER_BUTTON | REAL_TIME_CLOCK;
 /// Control bits (ACPI 6.5, table 4.15).
 const SCI_ENABLE: u16 = 1 << 0;
 const BUS_MASTER_RELOAD: u16 = 1 << 1;
