@@ -63,7 +63,7 @@ pub struct Ram {
 impl Ram {
     /// RAM of `size` bytes, all zero, of which the host gives a page when it is first touched.
     pub fn new(size: u64) -> Result<Self, Error> {
-        if !(MIN_SIZE..=MAX_SIZE).contains(&size) || size % PAGE_SIZE != 0 {
+        if !(MIN_SIZE..=MAX_SIZE).contains(&size) || !size.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Size { size });
         }
         let file = memfd(size).map_err(|source| Error::Host { size, source })?;

@@ -1,0 +1,165 @@
+//! A split virtqueue as a device uses it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use memory::View;
+use memory::vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{QueueOwnedT, QueueT};
+
+use crate::{Chain, Event, Signals, feature};
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
+const NO_INTERRUPT: u16 = 1;
+
+/// What a driver says about a queue before it enables it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Layout {
+    pub size: u16,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+/// A queue that the driver has enabled. It belongs to one thread of the device.
+pub struct Queue {
+    index: u16,
+    ring: virtio_queue::Queue,
+    memory: Arc<View>,
+    signals: Arc<dyn Signals>,
+    kick: Arc<Event>,
+    /// Buffers were given back since the driver was last asked whether it wants an interrupt.
+    used: bool,
+    /// The driver has broken the ring: nothing more comes from it until reset.
+    broken: bool,
+}
+
+impl Queue {
+    /// `None`: the layout is not possible, or not in RAM.
+    pub(crate) fn new(
+        index: u16,
+        layout: Layout,
+        features: u64,
+        memory: Arc<View>,
+        signals: Arc<dyn Signals>,
+        kick: Arc<Event>,
+    ) -> Option<Self> {
+        let mut ring = virtio_queue::Queue::new(layout.size).ok()?;
+        ring.try_set_desc_table_address(GuestAddress(layout.descriptors)).ok()?;
+        ring.try_set_avail_ring_address(GuestAddress(layout.available)).ok()?;
+        ring.try_set_used_ring_address(GuestAddress(layout.used)).ok()?;
+        ring.set_event_idx(features & feature::EVENT_IDX != 0);
+        ring.set_ready(true);
+        // A ring at address 0 is a driver that has not set it.
+        let set = layout.available != 0 && layout.used != 0;
+        (set && ring.is_valid(&*memory)).then_some(Queue {
+            index,
+            ring,
+            memory,
+            signals,
+            kick,
+            used: false,
+            broken: false,
+        })
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Set when the driver has made buffers available. [`Event::clear`] it before looking for them.
+    pub fn kick(&self) -> &Arc<Event> {
+        &self.kick
+    }
+
+    /// Takes the next request, if there is one.
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.broken {
+            return None;
+        }
+        let next = match self.ring.iter(self.memory.clone()) {
+            Ok(mut available) => available.next(),
+            Err(error) => {
+                self.fail(&error.to_string());
+                return None;
+            }
+        };
+        let chain = Chain::collect(self.memory.clone(), next?);
+        if chain.is_none() {
+            self.fail("a descriptor chain is malformed");
+        }
+        chain
+    }
+
+    /// Lets the last popped request be the next one again.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives a request back, after `written` bytes from the start of its device-writable part were written.
+    pub fn push(&mut self, chain: Chain, written: u32) {
+        self.push_head(chain.head(), written);
+    }
+
+    /// The same by [`Chain::head`], for requests whose chain is gone.
+    pub fn push_head(&mut self, head: u16, written: u32) {
+        match self.ring.add_used(&*self.memory, head, written) {
+            Ok(()) => self.used = true,
+            Err(error) => self.fail(&error.to_string()),
+        }
+    }
+
+    /// Interrupts if buffers were given back since the last call and the driver wants to know.
+    pub fn notify(&mut self) {
+        if !std::mem::take(&mut self.used) {
+            return;
+        }
+        let wanted = match self.ring.needs_notification(&*self.memory) {
+            Ok(needed) => needed && (self.ring.event_idx_enabled() || !self.interrupts_suppressed()),
+            Err(_) => true,
+        };
+        if wanted {
+            self.signals.queue_used(self.index);
+        }
+    }
+
+    fn interrupts_suppressed(&self) -> bool {
+        let flags = self.memory.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
+        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
+    }
+
+    /// Tells the driver that it need not notify: the device looks for buffers by itself.
+    pub fn disable_kicks(&mut self) {
+        if self.ring.disable_notification(&*self.memory).is_err() {
+            self.fail("the used ring can't be written");
+        }
+    }
+
+    /// Asks the driver to notify from now on. True: buffers have come meanwhile, look again before waiting.
+    pub fn enable_kicks(&mut self) -> bool {
+        match self.ring.enable_notification(&*self.memory) {
+            Ok(more) => more && !self.broken,
+            Err(_) => {
+                self.fail("the used ring can't be written");
+                false
+            }
+        }
+    }
+
+    /// Whether buffers are available.
+    pub fn has_available(&self) -> bool {
+        let index = self.ring.avail_idx(&*self.memory, Ordering::Acquire);
+        !self.broken && index.is_ok_and(|index| index.0 != self.ring.next_avail())
+    }
+
+    /// The driver has done what the specification forbids: the queue is dead, and the driver is told.
+    pub fn fail(&mut self, why: &str) {
+        tracing::warn!("virtio queue {}: {why}: the device needs a reset", self.index);
+        self.broken = true;
+        self.signals.needs_reset();
+    }
+}
