@@ -1,8 +1,8 @@
 //! Segment descriptors (Intel SDM 3A 3.4.5, 5.8): reading them from the GDT and LDT, and the loads that need no more
 //! than a selector.
 //!
-//! A selector leads to a [`Descriptor`] by [`Vcpu::descriptor`]; what a user of it must check differs from instruction to
-//! instruction and stands there. [`Vcpu::load_data_segment`] is the one for DS, ES, FS, GS and SS.
+//! A selector leads to a [`Descriptor`] by [`Vcpu::descriptor`]; what a user of it must check differs from
+//! instruction to instruction and stands there. [`Vcpu::load_data_segment`] is the one for DS, ES, FS, GS and SS.
 
 use arch::exception::Vector;
 use arch::{Exception, Segment, SegmentRegister};
@@ -212,7 +212,8 @@ impl Vcpu {
         self.checked_stack_segment(selector, cpl, Vector::GeneralProtection, 0)
     }
 
-    /// Reads the descriptor of a stack segment for `cpl`. What is wrong with the selector or the type raises `vector`, absence #SS.
+    /// Reads the descriptor of a stack segment for `cpl`. What is wrong with the selector or the type raises
+    /// `vector`, absence #SS.
     pub fn checked_stack_segment(
         &mut self,
         selector: u16,

@@ -85,8 +85,9 @@ fn layout(wide: bool) -> &'static Layout {
     if wide { &WIDE } else { &NARROW }
 }
 
-/// Switches to the task of `tss`, whose descriptor was found valid for the purpose (Intel SDM 3A 7.3). The flags that are
-/// saved are `cpu.rflags`, the RIP is `cpu.rip`. Faults after the new task's state is loaded are raised in its context.
+/// Switches to the task of `tss`, whose descriptor was found valid for the purpose (Intel SDM 3A 7.3). The flags that
+/// are saved are `cpu.rflags`, the RIP is `cpu.rip`. Faults after the new task's state is loaded are raised in its
+/// context.
 pub fn switch(cpu: &mut Vcpu, selector: u16, tss: &Descriptor, reason: Reason) -> Result<(), Exception> {
     let context = cpu.system_context();
     let wide = is_wide(tss);

@@ -1,7 +1,8 @@
 //! A vCPU with a small operating system's tables, for unit tests of what belongs to the system.
 //!
-//! Guest-physical memory: page tables at 1000H, GDT at [`GDT`], IDT at [`IDT`], TSS at [`TSS`]. The first 2 MiB are mapped one to one
-//! for the supervisor, the second for users, by 4 KiB pages; the third by one large supervisor page.
+//! Guest-physical memory: page tables at 1000H, GDT at [`GDT`], IDT at [`IDT`], TSS at [`TSS`]. The first 2 MiB are
+//! mapped one to one for the supervisor, the second for users, by 4 KiB pages; the third by one large supervisor
+//! page.
 
 use std::sync::Arc;
 
@@ -64,7 +65,7 @@ pub fn kernel_vcpu() -> Box<Vcpu> {
     poke(&mut cpu, PD + 16, 0x40_0000 | pte::P | pte::W | pte::PS);
     for page in 0..512 {
         poke(&mut cpu, PT + page * 8, page << 12 | pte::P | pte::W);
-        poke(&mut cpu, USER_PT + page * 8, USER + (page << 12) | table);
+        poke(&mut cpu, USER_PT + page * 8, (USER + (page << 12)) | table);
     }
     let descriptors = [0, CODE64, DATA, CODE32 | DPL3, DATA | DPL3, CODE64 | DPL3, CODE32, 0];
     for (i, descriptor) in descriptors.into_iter().enumerate() {

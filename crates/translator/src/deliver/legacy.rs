@@ -1,5 +1,5 @@
-//! Delivery in protected mode outside IA-32e (Intel SDM 3A 6.12): 16- and 32-bit interrupt and trap gates, task gates, and
-//! the way out of virtual-8086 mode.
+//! Delivery in protected mode outside IA-32e (Intel SDM 3A 6.12): 16- and 32-bit interrupt and trap gates, task
+//! gates, and the way out of virtual-8086 mode.
 
 use arch::registers::{gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};

@@ -1,5 +1,5 @@
-//! Delivery in IA-32e mode (Intel SDM 3A 6.14): 16-byte gates, stacks from the 64-bit TSS, an aligned frame of five quadwords and
-//! an error code.
+//! Delivery in IA-32e mode (Intel SDM 3A 6.14): 16-byte gates, stacks from the 64-bit TSS, an aligned frame of five
+//! quadwords and an error code.
 
 use arch::registers::{gpr, rflags};
 use arch::{Exception, SegmentRegister, Vector};

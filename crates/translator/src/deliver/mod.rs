@@ -2,8 +2,8 @@
 //! handler.
 //!
 //! [`deliver`] tries the event; a fault on the way becomes the next event, a double fault or a triple fault
-//! ([`escalate`], table 6-5). An attempt takes the way of the mode: [`long`] (IA-32e), [`legacy`] (protected and virtual-8086),
-//! or the vector table of real mode. It changes registers only after everything that may fault.
+//! ([`escalate`], table 6-5). An attempt takes the way of the mode: [`long`] (IA-32e), [`legacy`] (protected and
+//! virtual-8086), or the vector table of real mode. It changes registers only after everything that may fault.
 
 mod legacy;
 mod long;
@@ -90,8 +90,8 @@ impl Delivery {
     }
 }
 
-/// RF in the pushed image is set for faults, so that their instruction breakpoint does not hit again, and clear for what an
-/// instruction asked for (Intel SDM 3B 17.3.1.1).
+/// RF in the pushed image is set for faults, so that their instruction breakpoint does not hit again, and clear for
+/// what an instruction asked for (Intel SDM 3B 17.3.1.1).
 fn pushed_flags(cpu: &Vcpu, event: &Event) -> u64 {
     let breakpoint_or_trap = |e: &Exception| e.vector == Vector::Debug && e.dr6 & debug::DR6_BD == 0;
     match event {

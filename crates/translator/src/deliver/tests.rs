@@ -192,7 +192,7 @@ fn real_mode_uses_the_vector_table() {
     cpu.segments[SegmentRegister::Ss as usize] = Segment::real_mode(0x2000, false);
     (cpu.rip, cpu.gpr[gpr::RSP]) = (0x55, 0);
     cpu.rflags |= rflags::IF | rflags::ZF;
-    poke(&mut cpu, 0x21 * 4 & !7, 0x1234_5678_0000_0000);
+    poke(&mut cpu, (0x21 * 4) & !7, 0x1234_5678_0000_0000);
     deliver(&mut cpu, Event::SoftwareInterrupt(0x21)).unwrap();
     assert_eq!((cs(&cpu), cpu.rip, cpu.gpr[gpr::RSP]), (0x1234, 0x5678, 0xfffa));
     assert_eq!(peek(&cpu, 0x2_fff8) >> 16, 0x0242_1000_0055);

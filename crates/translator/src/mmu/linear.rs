@@ -1,4 +1,5 @@
-//! Reads and writes at linear addresses: through the software TLB where it hits, through the page walk where it doesn't.
+//! Reads and writes at linear addresses: through the software TLB where it hits, through the page walk where it
+//! doesn't.
 
 use arch::Exception;
 use arch::registers::cr4;
@@ -22,8 +23,8 @@ impl Vcpu {
         if self.cr4 & cr4::SMAP != 0 { Context::Supervisor } else { Context::SupervisorUser }
     }
 
-    /// Walks the page tables and caches what they say. Pages that hold translated code, have a data breakpoint or are not RAM get no tag
-    /// for the accesses that the slow path has to see.
+    /// Walks the page tables and caches what they say. Pages that hold translated code, have a data breakpoint or are
+    /// not RAM get no tag for the accesses that the slow path has to see.
     pub fn fill_tlb(&mut self, va: u64, access: Access, context: Context) -> Result<Mapping, Exception> {
         let mapping = walk(self, va, access, context)?;
         let Some(page) = self.machine.page_index(mapping.gpa) else {
@@ -163,8 +164,8 @@ impl Vcpu {
 
     fn load(&self, place: &Place, data: &mut [u8]) {
         match *place {
-            // SAFETY: a TLB hit: the bytes lie in one page of RAM, which is mapped as long as the machine lives; there are no
-            // Rust references into it.
+            // SAFETY: a TLB hit: the bytes lie in one page of RAM, which is mapped as long as the machine lives;
+            // there are no Rust references into it.
             Place::Host(p) => unsafe { copy(p, data.as_mut_ptr(), data.len()) },
             Place::Physical(gpa) => self.phys_read(gpa, data),
         }

@@ -2,7 +2,8 @@
 //!
 //! An access goes from an operand ([`operand`]: which segment, which offset) through segmentation ([`segmentation`]:
 //! limits and canonical addresses, [`Vcpu::linear`]) to [`linear`] ([`Vcpu::read_linear`], [`Vcpu::write_linear`]),
-//! which asks the software TLB and, where that has no answer, [`walk`]. Nothing is written before every page of an access is known to allow it.
+//! which asks the software TLB and, where that has no answer, [`walk`]. Nothing is written before every page of an
+//! access is known to allow it.
 //!
 //! [`Vcpu::linear`]: crate::Vcpu::linear
 //! [`Vcpu::read_linear`]: crate::Vcpu::read_linear

@@ -87,7 +87,8 @@ impl Vcpu {
         self.linear(segment, offset, size, write)
     }
 
-    /// Reads a register, immediate or memory operand of up to 8 bytes, zero-extended (immediates as encoded for their operand size).
+    /// Reads a register, immediate or memory operand of up to 8 bytes, zero-extended (immediates as encoded for their
+    /// operand size).
     pub fn read_operand(&mut self, insn: &Instruction, operand: u32) -> Result<u64, Exception> {
         match insn.op_kind(operand) {
             OpKind::Register => Ok(self.read_register(insn.op_register(operand))),

@@ -12,8 +12,9 @@ pub const fn is_canonical(address: u64) -> bool {
 }
 
 impl Vcpu {
-    /// The linear address of `size` bytes at `offset` of a segment, if an access there is allowed: else #SS(0) for the
-    /// stack segment and #GP(0) for others, or #AC(0) where alignment is checked. `offset` is already truncated to the address size.
+    /// The linear address of `size` bytes at `offset` of a segment, if an access there is allowed: else #SS(0) for
+    /// the stack segment and #GP(0) for others, or #AC(0) where alignment is checked. `offset` is already truncated
+    /// to the address size.
     pub fn linear(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
         let address = if self.code64() {
             let base = match seg {

@@ -1,5 +1,5 @@
-//! A stack in use by an instruction or a delivery that may still fault: the stack pointer moves here, and the vCPU's only when
-//! everything went well.
+//! A stack in use by an instruction or a delivery that may still fault: the stack pointer moves here, and the vCPU's
+//! only when everything went well.
 
 use arch::registers::gpr;
 use arch::{Exception, Segment, SegmentRegister, Vector};

@@ -1,8 +1,8 @@
 //! The page walk (Intel SDM 3A chapter 4): what a linear address maps to, and whether an access may use it.
 //!
-//! One loop serves the three formats: 4-level (long mode), PAE and 32-bit. Entries are read as aligned 64-bit words and their
-//! accessed and dirty bits set by compare-and-swap on the same word, as a processor does: an entry that changed meanwhile makes the walk
-//! start again. Those bits are set only once the access is known to be allowed.
+//! One loop serves the three formats: 4-level (long mode), PAE and 32-bit. Entries are read as aligned 64-bit words
+//! and their accessed and dirty bits set by compare-and-swap on the same word, as a processor does: an entry that
+//! changed meanwhile makes the walk start again. Those bits are set only once the access is known to be allowed.
 
 use std::sync::atomic::Ordering;
 

@@ -1,5 +1,5 @@
-//! Instructions on segment registers, descriptors and segment bases: MOV, PUSH and POP of segment registers, LDS and its
-//! like, LAR, LSL, VERR, VERW, LLDT, LTR, SLDT, STR, SWAPGS and the FSGSBASE four (Intel SDM 2A, 2B).
+//! Instructions on segment registers, descriptors and segment bases: MOV, PUSH and POP of segment registers, LDS and
+//! its like, LAR, LSL, VERR, VERW, LLDT, LTR, SLDT, STR, SWAPGS and the FSGSBASE four (Intel SDM 2A, 2B).
 
 use arch::registers::{cr4, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};
@@ -43,7 +43,8 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
     Some(Sensitive { exec, ends_block: loads_segment(insn), fp: false })
 }
 
-/// Whether the block ends: outside 64-bit mode segments are part of what code was translated for, and SS inhibits interrupts.
+/// Whether the block ends: outside 64-bit mode segments are part of what code was translated for, and SS inhibits
+/// interrupts.
 fn loads_segment(insn: &Instruction) -> bool {
     let target = match insn.mnemonic() {
         Mnemonic::Mov | Mnemonic::Pop => insn.op0_register(),
@@ -57,8 +58,8 @@ fn loads_segment(insn: &Instruction) -> bool {
     target == Register::SS || target.is_segment_register() && insn.code_size() != iced_x86::CodeSize::Code64
 }
 
-/// After MOV SS and POP SS interrupts and debug traps wait for one instruction (Intel SDM 3A 6.8.3). A second such load in a row does not
-/// extend the wait.
+/// After MOV SS and POP SS interrupts and debug traps wait for one instruction (Intel SDM 3A 6.8.3). A second such
+/// load in a row does not extend the wait.
 fn inhibit_events(cpu: &mut Vcpu, register: SegmentRegister) {
     if register == SegmentRegister::Ss {
         cpu.interrupt_shadow = true;
@@ -88,7 +89,8 @@ fn stack_operand_size(insn: &Instruction) -> usize {
     insn.stack_pointer_increment().unsigned_abs() as usize
 }
 
-/// The stack pointer moves by the operand size; outside 64-bit mode only the selector's 16 bits are written (Intel SDM 2B, PUSH).
+/// The stack pointer moves by the operand size; outside 64-bit mode only the selector's 16 bits are written (Intel
+/// SDM 2B, PUSH).
 fn push(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let selector = cpu.read_register(insn.op0_register());
     let mut stack = Stack::current(cpu);

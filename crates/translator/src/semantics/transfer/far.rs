@@ -183,7 +183,8 @@ fn check_gate(cpu: &Vcpu, selector: u16, gate: &Descriptor) -> Result<(), Except
     if gate.present() { Ok(()) } else { Err(not_present(selector)) }
 }
 
-/// Switches to the stack of a more privileged level, with the old stack pointer, the gate's parameters and the return address on it.
+/// Switches to the stack of a more privileged level, with the old stack pointer, the gate's parameters and the return
+/// address on it.
 fn push_inner(cpu: &mut Vcpu, gate: &Descriptor, new_cpl: u8) -> Result<(), Exception> {
     let old_stack = [u64::from(cpu.seg(SegmentRegister::Ss).selector), cpu.gpr[gpr::RSP]];
     let return_address = [u64::from(cpu.seg(SegmentRegister::Cs).selector), cpu.rip];

@@ -1,6 +1,6 @@
-//! SYSCALL, SYSRET, SYSENTER, SYSEXIT. Where compatibility mode is concerned, vendors differ: Intel has SYSCALL in 64-bit
-//! mode only and SYSENTER in every protected mode, AMD has SYSCALL in both and no SYSENTER in long mode (AMD APM 3,
-//! SYSCALL and SYSENTER).
+//! SYSCALL, SYSRET, SYSENTER, SYSEXIT. Where compatibility mode is concerned, vendors differ: Intel has SYSCALL in
+//! 64-bit mode only and SYSENTER in every protected mode, AMD has SYSCALL in both and no SYSENTER in long mode (AMD
+//! APM 3, SYSCALL and SYSENTER).
 
 use arch::registers::{efer, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister};

@@ -1,7 +1,8 @@
 //! Transfers of control that change more than RIP: software interrupts, system calls, far branches and returns.
 //!
 //! [`far`] has JMP, CALL and RET between segments, [`iret`] the returns from handlers, [`fast`] SYSCALL, SYSENTER and
-//! their returns, [`v8086`] what is special in virtual-8086 mode. What they share is here: checking a code segment that control enters or returns to, and the changes a new privilege level brings.
+//! their returns, [`v8086`] what is special in virtual-8086 mode. What they share is here: checking a code segment
+//! that control enters or returns to, and the changes a new privilege level brings.
 
 mod far;
 mod fast;

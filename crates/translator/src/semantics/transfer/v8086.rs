@@ -1,5 +1,5 @@
-//! INT n and IRET in virtual-8086 mode (Intel SDM 3A 20.3): to the monitor, or with CR4.VME within the 8086 program, which
-//! then has a virtual interrupt flag of its own.
+//! INT n and IRET in virtual-8086 mode (Intel SDM 3A 20.3): to the monitor, or with CR4.VME within the 8086 program,
+//! which then has a virtual interrupt flag of its own.
 
 use arch::registers::{cr4, gpr, rflags};
 use arch::{Exception, SegmentRegister};
@@ -52,7 +52,8 @@ fn to_8086_handler(cpu: &mut Vcpu, vector: u8) -> Result<(), Exception> {
     Ok(())
 }
 
-/// IRET with IOPL below 3: only with VME and 16-bit operands, and never to where an interrupt that the monitor holds back would be due.
+/// IRET with IOPL below 3: only with VME and 16-bit operands, and never to where an interrupt that the monitor holds
+/// back would be due.
 pub fn iret(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     let refused = Exception::general_protection(0);
     if cpu.cr4 & cr4::VME == 0 || size != 2 {
