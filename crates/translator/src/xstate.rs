@@ -74,11 +74,11 @@ impl Layout {
     fn of_host() -> Self {
         let native = host::xcr0() & (xcr0::X87 | xcr0::SSE | xcr0::AVX | xcr0::AVX512) | xcr0::X87 | xcr0::SSE;
         let mut components = [Component::default(); 10];
-        for i in 2..10 {
+        for (i, component) in components.iter_mut().enumerate().skip(2) {
             let leaf = host::cpuid(0xd, i as u32);
             let (offset, size) = (leaf.ebx as usize, leaf.eax as usize);
             if native & 1 << i != 0 && offset + size <= XSAVE_SIZE {
-                components[i] = Component { offset, size, aligned: leaf.ecx & 2 != 0 };
+                *component = Component { offset, size, aligned: leaf.ecx & 2 != 0 };
             }
         }
         Layout { native, mxcsr_mask: mxcsr_mask(), components }
@@ -351,8 +351,7 @@ impl Vcpu {
     /// The guest's address of RAM at a host address, as the TLB maps it now; zero if it is RAM that the TLB does not
     /// map. `None`: not a host address, so the guest's own.
     fn guest_data_address(&self, host: u64) -> Option<u64> {
-        let ram = self.machine.ram.regions().iter();
-        let inside = ram.map(|r| host.wrapping_sub(r.host as u64) < r.size).any(|b| b);
+        let inside = self.machine.ram.regions().iter().any(|r| host.wrapping_sub(r.host as u64) < r.size);
         inside.then(|| self.tlb.guest_address(host).unwrap_or(0))
     }
 }

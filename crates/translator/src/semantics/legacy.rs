@@ -50,7 +50,9 @@ fn flag(on: bool, bit: u64) -> u64 {
 
 /// SF, ZF and PF of a byte.
 fn byte_flags(value: u8) -> u64 {
-    flag(value & 0x80 != 0, rflags::SF) | flag(value == 0, rflags::ZF) | flag(value.count_ones() % 2 == 0, rflags::PF)
+    flag(value & 0x80 != 0, rflags::SF)
+        | flag(value == 0, rflags::ZF)
+        | flag(value.count_ones().is_multiple_of(2), rflags::PF)
 }
 
 /// AAA and AAS (Intel SDM 2A).
@@ -187,11 +189,11 @@ fn enter(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         stack.push(cpu, size, frame)?;
     }
     stack.release(u64::from(locals).wrapping_neg());
-    // It faults where a write at the new stack pointer would.
+    // It faults where a push to the new stack pointer's place would.
     let width = cpu.stack_width();
     let offset = if width == 2 { stack.pointer & 0xffff } else { stack.pointer };
-    let va = cpu.linear(SegmentRegister::Ss, offset, 1, true)?;
-    cpu.probe_write(va, 1, cpu.context())?;
+    let va = cpu.linear(SegmentRegister::Ss, offset, size, true)?;
+    cpu.probe_write(va, size, cpu.context())?;
     cpu.gpr[gpr::RBP] = match size {
         2 => rbp & !0xffff | frame & 0xffff,
         4 => frame & 0xffff_ffff,

@@ -215,12 +215,15 @@ fn chunk(cpu: &mut Vcpu, form: &Form, count: u64, backward: bool, context: Conte
     let mut room = count;
     let mut spans = [None; 2];
     let mut addresses = [0; 2];
-    // The operand at rSI is checked and touched before the one at rDI.
-    let operands = [
-        (form.kind.has_source(), form.segment, gpr::RSI, Access::Read),
-        (form.kind.has_destination(), SegmentRegister::Es, gpr::RDI, form.kind.destination_access()),
+    let mut operands = [
+        (0, form.kind.has_source(), form.segment, gpr::RSI, Access::Read),
+        (1, form.kind.has_destination(), SegmentRegister::Es, gpr::RDI, form.kind.destination_access()),
     ];
-    for (i, (_, segment, register, access)) in operands.into_iter().enumerate().filter(|(_, o)| o.0) {
+    // Which operand faults first, if both would: in MOVS the one at rSI, in CMPS the one at rDI, as processors have it.
+    if form.kind == Kind::Cmps {
+        operands.reverse();
+    }
+    for (i, _, segment, register, access) in operands.into_iter().filter(|o| o.1) {
         let offset = cpu.gpr[register] & form.mask;
         let va = cpu.linear(segment, offset, form.size, access == Access::Write)?;
         addresses[i] = va;
@@ -309,6 +312,9 @@ fn element(cpu: &mut Vcpu, form: &Form, [source, destination]: [u64; 2], context
     let mut a = cpu.gpr[gpr::RAX].to_le_bytes();
     let mut b = [0; 8];
     let size = form.size;
+    if matches!(form.kind, Kind::Cmps | Kind::Scas) {
+        cpu.read_linear(destination, &mut b[..size], context)?;
+    }
     if form.kind.has_source() {
         cpu.read_linear(source, &mut a[..size], context)?;
     }
@@ -317,7 +323,6 @@ fn element(cpu: &mut Vcpu, form: &Form, [source, destination]: [u64; 2], context
         Kind::Movs | Kind::Stos => cpu.write_linear(destination, &a[..size], context)?,
         Kind::Lods => load(cpu, size, u64::from_le_bytes(a)),
         Kind::Cmps | Kind::Scas => {
-            cpu.read_linear(destination, &mut b[..size], context)?;
             // SAFETY: two local buffers of eight bytes.
             flags = unsafe { native::cmps(size, false, false, a.as_mut_ptr(), b.as_mut_ptr(), 1) }.1;
         }
@@ -551,6 +556,18 @@ mod tests {
         assert!(matches!(step(&mut cpu, REPE_CMPSB), Err(Stop::Fault(_))));
         assert_registers(&cpu, 6, BASE + 0x1000, BASE + 0x5004);
         assert_eq!(cpu.rflags, 2 | rflags::ARITHMETIC);
+    }
+
+    #[test]
+    fn of_two_faults_movs_takes_that_of_its_source_and_cmps_that_of_its_destination() {
+        let mut cpu = vcpu();
+        revoke(&mut cpu, BASE + 0x1000, pte::P);
+        revoke(&mut cpu, BASE + 0x3000, pte::P);
+        for (bytes, at) in [(REP_MOVSB, 0x1000), (REPE_CMPSB, 0x3000), (&[0xa4], 0x1000), (&[0xa6], 0x3000)] {
+            registers(&mut cpu, 1, BASE + 0x1000, BASE + 0x3000);
+            let Err(Stop::Fault(e)) = step(&mut cpu, bytes) else { panic!("no fault") };
+            assert_eq!(e.fault_address, BASE + at);
+        }
     }
 
     #[test]

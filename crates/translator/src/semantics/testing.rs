@@ -22,7 +22,7 @@ pub fn vcpu() -> Box<Vcpu> {
 
 /// Takes away rights to the page at `va`: clears bits of its entry.
 pub fn revoke(cpu: &mut Vcpu, va: u64, bits: u64) {
-    let at = USER_PT + (va - BASE >> 12) * 8;
+    let at = USER_PT + (va - BASE) / 4096 * 8;
     let entry = cpu.phys_read_u64(at);
     cpu.phys_write(at, &(entry & !bits).to_le_bytes());
     cpu.tlb.flush_all();

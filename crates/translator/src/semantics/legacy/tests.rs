@@ -42,7 +42,7 @@ fn decimal_adjustments_follow_the_manual_s_examples() {
 fn every_daa_and_das_makes_decimal_sums_and_differences() {
     let mut cpu = vcpu32();
     for (a, b) in (0..100u64).flat_map(|a| (0..100u64).map(move |b| (a, b))) {
-        let bcd = |v: u64| v / 10 << 4 | v % 10;
+        let bcd = |v: u64| ((v / 10) << 4) | (v % 10);
         let (x, y) = (bcd(a), bcd(b));
         let half = |carry: bool| if carry { rflags::AF } else { 0 };
         let carry = |carry: bool| if carry { rflags::CF } else { 0 };
