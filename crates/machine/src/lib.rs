@@ -21,12 +21,17 @@ use chipset::{Chipset, ChipsetConfig, HostClock};
 use engine::{Engine, Vcpu};
 use memory::Ram;
 use run_control::{Request, RunControl};
+use virtio::VirtioDevice;
+use virtio::pci::VirtioPci;
 
 pub use translator::Config as TranslatorConfig;
 pub use engines::{Accel, Selection, select_engine};
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
 pub const MAX_CPUS: u32 = 128;
+
+/// PCI devices that a machine has room for, besides the bridges: numbers 1 to 30.
+pub const MAX_DEVICES: usize = 30;
 
 /// Why a machine could not be made, started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +44,10 @@ pub enum Error {
     Chipset(#[from] chipset::Error),
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    #[error(transparent)]
+    Virtio(#[from] virtio::Error),
+    #[error("{devices} devices are too many: PCI bus 0 has room for {MAX_DEVICES}")]
+    TooManyDevices { devices: usize },
     #[error("can't start the thread of vCPU {id}: {source}")]
     Thread { id: u32, source: std::io::Error },
     #[error("{0}")]
@@ -51,6 +60,8 @@ pub struct Config {
     pub boot: BootConfig,
     /// Where the serial ports COM1 to COM4 send what the guest writes.
     pub serial: [SerialOutput; 4],
+    /// Paravirtual devices, in the order of their PCI device numbers, from 1 on.
+    pub devices: Vec<Arc<dyn VirtioDevice>>,
     /// A guest reset ends [`Machine::run`] instead of starting the machine again.
     pub no_reboot: bool,
 }
@@ -80,6 +91,7 @@ pub struct Machine {
     control: Arc<RunControl>,
     loader: Loader,
     no_reboot: bool,
+    devices: Vec<Arc<dyn VirtioDevice>>,
 }
 
 impl Machine {
@@ -87,7 +99,22 @@ impl Machine {
     pub fn new(config: Config, ram: Ram, engine: &dyn Engine) -> Result<Self, Error> {
         let (cpus, boot) = (config.boot.cpus, config.boot);
         let loader = Box::new(move |ram: &Ram| boot::load(ram, &boot));
-        Self::assemble(cpus, config.serial, config.no_reboot, ram, engine, loader)
+        let mut machine = Self::assemble(cpus, config.serial, config.no_reboot, ram, engine, loader)?;
+        machine.plug_in(config.devices, engine)?;
+        Ok(machine)
+    }
+
+    fn plug_in(&mut self, devices: Vec<Arc<dyn VirtioDevice>>, engine: &dyn Engine) -> Result<(), Error> {
+        if devices.len() > MAX_DEVICES {
+            return Err(Error::TooManyDevices { devices: devices.len() });
+        }
+        for (number, device) in (1..).zip(&devices) {
+            let line = self.chipset.connect_pci(number, 0);
+            let function = VirtioPci::new(device.clone(), self.ram.view(), engine.interrupts(), line)?;
+            self.chipset.insert_pci(number, 0, function)?;
+        }
+        self.devices = devices;
+        Ok(())
     }
 
     fn assemble(
@@ -106,7 +133,7 @@ impl Machine {
         )?;
         let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
         control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());
-        let mut machine = Machine { ram, vcpus, chipset, control, loader, no_reboot };
+        let mut machine = Machine { ram, vcpus, chipset, control, loader, no_reboot, devices: Vec::new() };
         // At once, so that what can't be booted is known before anything is said or done.
         machine.load()?;
         Ok(machine)
@@ -119,6 +146,13 @@ impl Machine {
 
     /// Runs until the guest or the user ends it, over as many resets as the guest asks for. To be called once.
     pub fn run(&mut self) -> Result<Outcome, Error> {
+        let result = self.run_until_end();
+        // Whoever still has a handle keeps the devices: what they hold back is to be on disk all the same.
+        self.devices.iter().for_each(|device| device.reset());
+        result
+    }
+
+    fn run_until_end(&mut self) -> Result<Outcome, Error> {
         loop {
             self.execute()?;
             // What the guest wrote last is to be seen before the machine is gone.
