@@ -189,6 +189,7 @@ fn attempt(cpu: &mut Vcpu, event: &Event) -> Result<(), Exception> {
     cpu.interrupt_shadow = false;
     cpu.debug_shadow = false;
     cpu.activity = Activity::Running;
+    cpu.engine.delivered = true;
     Ok(())
 }
 

@@ -62,11 +62,23 @@ impl Vcpu {
         };
     }
 
+    /// The segment of the memory operand. In 64-bit mode only FS and GS prefixes count, and whether a fault is #SS or #GP is the base
+    /// register's affair.
+    pub fn operand_segment(&self, insn: &Instruction) -> SegmentRegister {
+        use Register::*;
+        match (insn.memory_segment(), insn.memory_base()) {
+            (segment @ (FS | GS), _) => segment_register(segment),
+            (_, RSP | RBP | ESP | EBP) if self.code64() => SegmentRegister::Ss,
+            _ if self.code64() => SegmentRegister::Ds,
+            (segment, _) => segment_register(segment),
+        }
+    }
+
     /// Segment and offset (truncated to the address size) of a memory operand.
     pub fn effective_address(&self, insn: &Instruction, operand: u32) -> (SegmentRegister, u64) {
         let segment = match insn.op_kind(operand) {
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => SegmentRegister::Es,
-            _ => segment_register(insn.memory_segment()),
+            _ => self.operand_segment(insn),
         };
         // Segments count as zero here: the offset is wanted.
         let offset = insn.virtual_address(operand, 0, |register, _, _| {
@@ -104,6 +116,8 @@ impl Vcpu {
     /// Reads a far pointer in memory: its offset of `size` bytes, then its selector.
     pub fn read_far_pointer(&mut self, insn: &Instruction, operand: u32, size: usize) -> Result<(u64, u16), Exception> {
         let address = self.operand_address(insn, operand, size + 2, false)?;
+        // Alignment is that of the offset.
+        self.check_alignment(address, if size == 2 { 1 } else { size })?;
         let mut data = [0; 10];
         self.read_linear(address, &mut data[..size + 2], self.context())?;
         let value = data.iter().take(size + 2).rev().fold(0u128, |value, &byte| value << 8 | u128::from(byte));

@@ -16,7 +16,14 @@ impl Vcpu {
     /// the stack segment and #GP(0) for others, or #AC(0) where alignment is checked. `offset` is already truncated
     /// to the address size.
     pub fn linear(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
-        let address = if self.code64() {
+        let address = self.linear_unaligned(seg, offset, size, write)?;
+        self.check_alignment(address, size)?;
+        Ok(address)
+    }
+
+    /// The same without the check of alignment.
+    pub fn linear_unaligned(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
+        Ok(if self.code64() {
             let base = match seg {
                 SegmentRegister::Fs | SegmentRegister::Gs => self.seg(seg).base,
                 _ => 0,
@@ -34,13 +41,11 @@ impl Vcpu {
                 return Err(segment_fault(seg));
             }
             segment.base.wrapping_add(offset) & 0xffff_ffff
-        };
-        self.check_alignment(address, size)?;
-        Ok(address)
+        })
     }
 
     /// #AC(0) for an unaligned access of a program with alignment checks on (Intel SDM 3A 6.15, interrupt 17).
-    fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
+    pub(super) fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
         let checked = self.rflags & rflags::AC != 0 && self.cr0 & cr0::AM != 0 && matches!(size, 2 | 4 | 8);
         if checked && address & (size as u64 - 1) != 0 && self.cpl() == 3 {
             return Err(Exception::new(Vector::AlignmentCheck));

@@ -58,8 +58,7 @@ fn loads_segment(insn: &Instruction) -> bool {
     target == Register::SS || target.is_segment_register() && insn.code_size() != iced_x86::CodeSize::Code64
 }
 
-/// After MOV SS and POP SS interrupts and debug traps wait for one instruction (Intel SDM 3A 6.8.3). A second such
-/// load in a row does not extend the wait.
+/// After MOV SS and POP SS interrupts and debug traps wait for one instruction (Intel SDM 3A 6.8.3).
 fn inhibit_events(cpu: &mut Vcpu, register: SegmentRegister) {
     if register == SegmentRegister::Ss {
         cpu.interrupt_shadow = true;

@@ -4,11 +4,12 @@ use arch::registers::{cr0, cr4, debug, efer, gpr, pte, rflags};
 use arch::state::DescriptorTable;
 use arch::{Exception, Segment, SegmentRegister, Vector};
 
-use crate::cpu::Vcpu;
+use crate::cpu::{Stop, Vcpu};
+use crate::deliver::{Event, deliver};
 use crate::descriptor::v8086_segment;
 use crate::testing::{
-    CODE32, CODE64, DATA, DPL3, GDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, TSS, TSS_SELECTOR, USER,
-    USER_CS, USER_CS32, USER_PT, USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
+    CODE32, CODE64, DATA, DPL3, GDT, IDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, TSS, TSS_SELECTOR,
+    USER, USER_CS, USER_CS32, USER_PT, USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
 };
 
 const IRETQ: &[u8] = &[0x48, 0xcf];
@@ -408,4 +409,112 @@ fn a_jump_to_a_tss_switches_tasks_without_nesting() {
     assert_eq!(peek(&cpu, GDT + u64::from(TSS_SELECTOR)) >> 40 & 15, 9, "the old task is available");
     assert_eq!((cpu.pending_debug, cpu.dr7 & 1), (debug::DR6_BT, 0), "the T flag; local breakpoints go");
     assert_eq!(fault_of(&mut cpu, &[0xea, 0, 0, 0, 0, 0x28, 0]), Exception::general_protection(0x28), "busy");
+}
+
+/// Xorshift: the same numbers in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// An address or offset of a kind that guests have, or anything.
+    fn address(&mut self) -> u64 {
+        let n = self.next();
+        match n % 5 {
+            0 => n >> 40,
+            1 => n | 0xffff_ffff_ffff_f000,
+            2 => n >> 32,
+            3 => 0x7fff_ffff_ff00 | n & 0xff,
+            _ => n,
+        }
+    }
+}
+
+/// A processor in any mode whose tables and registers hold anything.
+fn arbitrary_vcpu(numbers: &mut Numbers) -> Box<Vcpu> {
+    let mut cpu = match numbers.next() % 4 {
+        0 => user_vcpu(),
+        1 => kernel_vcpu(),
+        2 => protected_vcpu(),
+        _ => v8086_vcpu(numbers.next() & 3),
+    };
+    for table in [GDT, IDT, TSS] {
+        for i in 1..64 {
+            let likely_kind = numbers.next() & 0xf << 40 | 0x80 << 40 | numbers.next() & 0x70 << 40;
+            let value = numbers.next() & !(0xff << 40) | likely_kind;
+            poke(&mut cpu, table + 8 * i, value & !0xffff_0000 | numbers.next() & 0xff << 16);
+        }
+    }
+    for register in &mut cpu.gpr {
+        *register = if numbers.next().is_multiple_of(2) { 0x7000 | numbers.next() & 0xff8 } else { numbers.address() };
+    }
+    for i in 0..512 {
+        let value = if i % 2 == 0 { numbers.address() } else { numbers.next() & 0x7b };
+        poke(&mut cpu, 0x7000 + 8 * i, value);
+    }
+    for segment in &mut cpu.segments {
+        if numbers.next().is_multiple_of(4) {
+            segment.base = numbers.address();
+            segment.limit = numbers.next() as u32 & 0xffff;
+        }
+    }
+    cpu.idtr = DescriptorTable { base: IDT, limit: numbers.next() as u16 };
+    cpu.rflags ^= numbers.next() & (rflags::NT | rflags::IOPL | rflags::AC | rflags::IF);
+    cpu.cr0 |= numbers.next() & (cr0::AM | cr0::WP);
+    cpu.cr4 ^= numbers.next() & (cr4::SMAP | cr4::SMEP | cr4::VME | cr4::UMIP);
+    cpu.dr7 = if numbers.next().is_multiple_of(8) { numbers.next() } else { 0x400 };
+    cpu.msrs.sysenter_cs = numbers.next();
+    cpu.mmu_changed();
+    cpu
+}
+
+/// The worst that may come of it is a shutdown.
+#[test]
+fn nothing_a_guest_holds_in_its_tables_harms_the_monitor() {
+    const INSTRUCTIONS: &[&[u8]] = &[
+        &[0xcf],
+        &[0x48, 0xcf],
+        &[0x66, 0xcf],
+        &[0xcb],
+        &[0x48, 0xca, 0xff, 0x7f],
+        &[0xcd, 0x21],
+        &[0xcc],
+        &[0xf1],
+        &[0xff, 0x2b],
+        &[0x48, 0xff, 0x1b],
+        &[0xff, 0x1b],
+        &[0x66, 0xff, 0x1b],
+        &[0x8e, 0xd8],
+        &[0x8e, 0xd0],
+        &[0x0f, 0xa1],
+        &[0x0f, 0xb2, 0x23],
+        &[0x0f, 0x00, 0xd8],
+        &[0x0f, 0x00, 0xd0],
+        &[0x0f, 0x02, 0xc8],
+        &[0x0f, 0x03, 0xc8],
+        &[0x0f, 0x34],
+        &[0x0f, 0x35],
+        &[0x0f, 0x05],
+    ];
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    for round in 0..400 {
+        let mut cpu = arbitrary_vcpu(&mut numbers);
+        for _ in 0..16 {
+            let bytes = INSTRUCTIONS[numbers.next() as usize % INSTRUCTIONS.len()];
+            let insn = iced_x86::Decoder::with_ip(cpu.code_bits(), bytes, RIP, 0).decode();
+            let Some(sensitive) = crate::semantics::lookup(&insn) else { continue };
+            (cpu.insn_rip, cpu.rip) = (insn.ip(), insn.next_ip());
+            if let Err(Stop::Fault(e)) = (sensitive.exec)(&mut cpu, &insn)
+                && deliver(&mut cpu, Event::Exception(e)).is_err()
+            {
+                break;
+            }
+            assert!(cpu.cpl() <= 3 && cpu.rflags & rflags::FIXED != 0, "round {round}, {insn}");
+        }
+    }
 }
