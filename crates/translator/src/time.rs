@@ -122,16 +122,17 @@ pub struct KvmClock {
 
 impl KvmClock {
     /// The structure `pvclock_vcpu_time_info` without its version.
-    pub fn encode(&self) -> [u8; 28] {
+    pub fn encode(&self, paused: bool) -> [u8; 28] {
         /// All vCPUs' counters agree, so that readings on different vCPUs may be compared.
         const TSC_STABLE: u8 = 1 << 0;
+        const GUEST_STOPPED: u8 = 1 << 1;
         let mut out = [0; 28];
         let (timestamp, mul) = (self.tsc_timestamp.to_le_bytes(), self.mul.to_le_bytes());
         out[4..12].copy_from_slice(&timestamp);
         // 12..20: system_time, the reading at `tsc_timestamp`: 0
         out[20..24].copy_from_slice(&mul);
         out[24] = self.shift as u8;
-        out[25] = TSC_STABLE;
+        out[25] = TSC_STABLE | if paused { GUEST_STOPPED } else { 0 };
         out
     }
 }

@@ -306,3 +306,20 @@ fn registers_survive_a_save_and_a_load() {
     assert_eq!(other.shared.apic.deliverable(), Some(0x55));
     assert!(!other.shared.apic.load(&[1, 2, 3]));
 }
+
+#[test]
+fn a_guest_learns_that_it_was_paused_when_its_timer_is_seconds_late() {
+    let mut cpu = vcpu();
+    cpu.write_msr(msr::KVM_SYSTEM_TIME_NEW, 0x9001).unwrap();
+    let flags = |cpu: &Vcpu| crate::testing::peek(cpu, 0x9018) >> 40 & 0xff;
+    write(&mut cpu, reg::LVT_TIMER, 2 << 17 | 0xec);
+    // A deadline that was past when it was written is no sign of a pause.
+    cpu.set_tsc_deadline(1);
+    assert_eq!(flags(&cpu), 1);
+    let second = cpu.machine.time.ns_to_ticks(1_000_000_000);
+    cpu.set_tsc_deadline(cpu.guest_tsc() + second);
+    cpu.machine.time.set_tsc(cpu.machine.time.tsc() + 3 * second);
+    cpu.poll_apic_timer();
+    assert_eq!(flags(&cpu), 3);
+    assert_eq!(cpu.shared.apic.deliverable(), Some(0xec));
+}

@@ -20,6 +20,8 @@ use crate::shared::request;
 const NEVER: u64 = u64::MAX;
 /// The least period in nanoseconds: a guest that asks for less gets this much, so that it still gets to run.
 const MIN_PERIOD_NS: u64 = 20_000;
+/// A timer that is later than this, in nanoseconds, was held up by a host that paused or starved us.
+const PAUSE_NS: u64 = 1_000_000_000;
 
 /// LVT timer mode bits.
 const MODE: u32 = 3 << 17;
@@ -180,7 +182,13 @@ impl Vcpu {
         if expiry == NEVER {
             return;
         }
-        if self.machine.time.tsc() >= expiry { self.expire_apic_timer() } else { self.arm_host_timer() }
+        let Some(late) = self.machine.time.tsc().checked_sub(expiry) else {
+            return self.arm_host_timer();
+        };
+        if self.machine.time.ticks_to_ns(late) > PAUSE_NS {
+            self.tell_pause();
+        }
+        self.expire_apic_timer();
     }
 
     /// [`request::TIMER`] was set: the host's timer is no longer running (if it is, setting it again does no harm).

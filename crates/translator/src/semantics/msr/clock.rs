@@ -28,11 +28,21 @@ impl Vcpu {
     /// Fills this vCPU's clock structure, if the guest has named one. To be called again when the machine's counter was
     /// set ([`crate::time::Time::set_tsc`]).
     pub fn write_kvm_clock(&mut self) {
+        self.fill_kvm_clock(false);
+    }
+
+    /// Tells the guest that its clock went on while the host did not run it, so that its watchdogs don't take that for a
+    /// hang. The guest clears the flag.
+    pub(crate) fn tell_pause(&mut self) {
+        self.fill_kvm_clock(true);
+    }
+
+    fn fill_kvm_clock(&mut self, paused: bool) {
         let msr = self.msrs.kvm_system_time;
         if msr & ENABLE == 0 {
             return;
         }
-        let contents = self.machine.time.kvm_clock(self.msrs.tsc_adjust).encode();
+        let contents = self.machine.time.kvm_clock(self.msrs.tsc_adjust).encode(paused);
         self.write_versioned(msr & !ENABLE, &contents);
     }
 
