@@ -10,6 +10,7 @@ use super::Sensitive;
 use crate::cpu::{Msrs, Stop, Vcpu};
 use crate::mmu::is_canonical;
 
+mod amd;
 mod clock;
 mod mtrr;
 #[cfg(test)]
@@ -121,7 +122,7 @@ impl Vcpu {
             msr::PAT => m.pat,
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => m.kvm_system_time,
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => m.kvm_wall_clock,
-            _ => return self.read_mtrr(index).ok_or_else(fault),
+            _ => return self.read_mtrr(index).or_else(|| self.read_amd_msr(index)).ok_or_else(fault),
         })
     }
 
@@ -182,7 +183,10 @@ impl Vcpu {
             }
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => self.set_kvm_clock(value),
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => self.write_kvm_wall_clock(value),
-            _ => self.write_mtrr(index, value)?,
+            _ => match self.write_amd_msr(index, value) {
+                Some(result) => result?,
+                None => self.write_mtrr(index, value)?,
+            },
         }
         Ok(())
     }

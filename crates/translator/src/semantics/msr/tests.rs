@@ -141,6 +141,33 @@ fn a_clock_outside_of_ram_is_ignored() {
 }
 
 #[test]
+fn an_amd_kernel_finds_what_it_reads_without_asking() {
+    use arch::cpuid::{CpuModel, EngineFeatures, FeatureSet, Leaf, Model};
+    let vendor = |leaf: u32, subleaf: u32| match leaf {
+        0 => Leaf { eax: 0x10, ebx: 0x6874_7541, edx: 0x6974_6e65, ecx: 0x444d_4163 },
+        _ => crate::host::cpuid(leaf, subleaf),
+    };
+    let engine = EngineFeatures {
+        implements: FeatureSet::system(),
+        declines: FeatureSet::EMPTY,
+        host_xcr0: 7,
+        physical_bits: 46,
+        arch_capabilities: 0,
+    };
+    let cpuid = CpuModel::new(Model::Host, &vendor, &engine, 1, 2_000_000).unwrap();
+    let ram = memory::Ram::new(4 << 20).unwrap();
+    let machine = crate::shared::Machine::new(ram, Default::default(), cpuid, Default::default());
+    let mut cpu = Vcpu::new(0, std::sync::Arc::new(machine)).unwrap();
+    for index in [0xc001_0010, 0xc001_0015, 0xc001_001a, 0xc001_001d, 0xc001_1029] {
+        let value = cpu.read_msr(index).unwrap();
+        cpu.write_msr(index, value).unwrap();
+    }
+    assert_eq!(cpu.read_msr(0xc001_0015), Ok(1 << 24));
+    bad(&mut cpu, 0xc001_001a, 5);
+    assert_eq!(cpu.read_msr(0xc001_0020), Err(fault()));
+}
+
+#[test]
 fn saved_msrs_restore_to_the_same() {
     let mut cpu = kernel_vcpu();
     for (index, value) in [
