@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use arch::cpuid::Model;
 use engine::Engine;
 use memory::Ram;
 
@@ -21,9 +20,8 @@ pub struct Selection {
     pub reason: &'static str,
 }
 
-/// Makes the engine that fits `accel` and this host, for `cpus` processors of one model.
-pub fn select_engine(accel: Accel, ram: &Ram, cpus: u32, model: Model) -> Result<Selection, Error> {
-    let config = translator::Config { cpus, model, ..Default::default() };
+/// Makes the engine that fits `accel` and this host, for the processors that `config` describes.
+pub fn select_engine(accel: Accel, ram: &Ram, config: translator::Config) -> Result<Selection, Error> {
     let engine = Arc::new(translator::Translator::new(ram.clone(), config)?);
     let reason = match accel {
         Accel::Translate => "--accel translate asks for it",

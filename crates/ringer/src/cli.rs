@@ -7,6 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
+use crate::image::ImageCommand;
 use crate::units::{parse_size, show_size};
 
 const EXAMPLES: &str = "\
@@ -25,6 +26,9 @@ Exit status: 0 the guest powered off, was reset under --no-reboot, or was ended 
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+    /// Tell on stderr what happens; twice for more
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
@@ -32,6 +36,9 @@ pub enum Command {
     /// Boot a machine, with this terminal as its first serial port (Ctrl-a h lists keys)
     #[command(after_help = EXAMPLES)]
     Run(RunArgs),
+    /// Make disk images
+    #[command(subcommand)]
+    Image(ImageCommand),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -63,9 +70,15 @@ pub struct RunArgs {
     /// End when the guest resets the machine, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,
-    /// Tell on stderr what happens; twice for more
-    #[arg(long, short, action = clap::ArgAction::Count)]
-    pub verbose: u8,
+    /// Host memory for translated code, for each processor
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = translation_cache)]
+    pub translation_cache: u64,
+    /// Print what the engine did on stderr when the machine stops
+    #[arg(long)]
+    pub stats: bool,
+    /// Name translated code for Linux perf, in /tmp/perf-PID.map
+    #[arg(long)]
+    pub perf_map: bool,
 }
 
 /// Where a serial port leads.
@@ -108,6 +121,14 @@ fn memory(text: &str) -> Result<u64, String> {
     if !allowed.contains(&size) || !size.is_multiple_of(memory::PAGE_SIZE) {
         let (least, most) = (show_size(*allowed.start()), show_size(*allowed.end()));
         return Err(format!("allowed are {least} to {most}, in steps of 4K"));
+    }
+    Ok(size)
+}
+
+fn translation_cache(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if !(1 << 20..=1 << 30).contains(&size) || !size.is_multiple_of(memory::PAGE_SIZE) {
+        return Err("allowed are 1M to 1G, in steps of 4K".into());
     }
     Ok(size)
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
 use boot::BootConfig;
-use machine::{Config, Handle, Machine, Outcome, SerialOutput, select_engine};
+use machine::{Config, Handle, Machine, Outcome, SerialOutput, TranslatorConfig, select_engine};
 use memory::Ram;
 use rustix::stdio::stdin;
 use rustix::termios::isatty;
@@ -44,10 +44,17 @@ pub enum Error {
 pub fn run(args: RunArgs) -> Result<(), Error> {
     let boot = boot_config(&args)?;
     let ram = Ram::new(args.memory)?;
-    let selection = select_engine(args.accel, &ram, args.cpus, args.cpu)?;
+    let translator = TranslatorConfig {
+        cpus: args.cpus,
+        model: args.cpu,
+        translation_cache: args.translation_cache as usize,
+        perf_map: args.perf_map,
+        stats: args.stats,
+    };
+    let selection = select_engine(args.accel, &ram, translator)?;
     let link = Arc::new(Link::default());
     let config =
-        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], no_reboot: args.no_reboot };
+        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], devices: Vec::new(), no_reboot: args.no_reboot };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     let _ = link.machine.set(machine.handle());

@@ -6,11 +6,12 @@
 //! written back ([`access_bounced`]). So MMIO needs no emulator of instructions. A write to a page that holds translated
 //! code runs the same way but directly on RAM, which keeps LOCKed instructions atomic, and drops the code afterwards.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
 use memory::PAGE_SIZE;
 
-use arch::{Exception, Vector};
+use arch::{Exception, SegmentRegister, Vector};
 
+use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::asm::{Asm, Mem, RSP};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, context_offset};
@@ -134,11 +135,16 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
         return lost(cpu, "operand");
     };
     let (segment, offset) = cpu.effective_address(&insn, operand);
-    let va = match cpu.linear(segment, offset, kind.size(), kind.write()) {
+    let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
+        // The general path knows which bytes are touched, and whether another fault comes first.
+        Err(_) if cpu.code64() => {
+            let base = if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
+            return access(cpu, base.wrapping_add(offset), kind, &site);
+        }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };
-    if cpu.alignment_checked() && misaligned(&insn, va) {
+    if cpu.alignment_checked() && misaligned(&insn, va) && !masked_out(cpu, &insn) {
         return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
     }
     let host = fill_light(cpu, va, kind.bits());
@@ -150,7 +156,10 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
 
 fn lost(cpu: &mut Vcpu, what: &str) -> Accessed {
     let at = cpu.hot.return_address;
-    stop(cpu, Stop::Exit(engine::Exit::Failed(format!("a {what} at host address {at:#x} belongs to no translated block"))))
+    stop(
+        cpu,
+        Stop::Exit(engine::Exit::Failed(format!("a {what} at host address {at:#x} belongs to no translated block"))),
+    )
 }
 
 fn stop(cpu: &mut Vcpu, stop: Stop) -> Accessed {
@@ -196,13 +205,48 @@ impl Vcpu {
     }
 }
 
+/// No byte of the operand is accessed.
+fn masked_out(cpu: &Vcpu, insn: &Instruction) -> bool {
+    crate::semantics::vector::masked_bytes(cpu, insn) == Some(0)
+}
+
+/// Whether #AC follows where alignment is checked. Operands of 2, 4 and 8 bytes are checked as a whole, even if they are vectors
+/// of smaller elements; longer vectors never are (those that must be aligned raise #GP). Of far pointers and of x87
+/// images it is the width of the parts that counts.
 fn misaligned(insn: &Instruction, va: u64) -> bool {
-    let size = insn.memory_size().element_type().size().clamp(1, 16) as u64;
-    let size = if size == 10 { 8 } else { size };
-    insn.code() != Code::Lea_r64_m && size.is_power_of_two() && va % size != 0
+    if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
+        return false; // checked by no processor known
+    }
+    let width = match insn.memory_size().size() {
+        size @ (2 | 4 | 8) => size as u64,
+        6 | 28 | 108 => 4,
+        10 => 8,
+        14 | 94 => 2,
+        _ => return false,
+    };
+    va % width != 0
+}
+
+/// x87 and MMX instructions report what is pending from earlier ones before they access memory.
+fn waits_for_fpu(insn: &Instruction) -> bool {
+    matches!(facts(insn.code()).fp, FpClass::X87 | FpClass::Mmx) && !matches!(insn.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw)
+}
+
+/// Whether the operand must be aligned to its size, or #GP comes before any fault of its pages: SSE's, but for those that
+/// say otherwise, and the aligned and non-temporal moves of AVX and later (Intel SDM 2A 2.4.1, 2.6.11).
+fn must_be_aligned(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    let size = insn.memory_size().size();
+    match insn.mnemonic() {
+        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri
+        | Pcmpistrm | Cmpxchg16b => insn.mnemonic() == Cmpxchg16b,
+        Vmovaps | Vmovapd | Vmovdqa | Vmovdqa32 | Vmovdqa64 | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => size >= 16,
+        _ => size == 16 && insn.encoding() == iced_x86::EncodingKind::Legacy,
+    }
 }
 
 fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accessed {
+    cpu.engine.counts.bounced += 1;
     let size = kind.size();
     if crate::codegen::block::runs_whole_in_rust(&site.insn) {
         return match crate::semantics::stack::exec(cpu, &site.insn) {
@@ -210,13 +254,21 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
             Err(s) => stop(cpu, s),
         };
     }
-    let last = va.wrapping_add(size as u64 - 1);
-    if cpu.code64() && (!canonical(va) || !canonical(last)) {
-        let stack = matches!(site.insn.memory_segment(), Register::SS);
+    if waits_for_fpu(&site.insn) && cpu.xsave.x87_pending() {
+        return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
+    }
+    let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
+    if must_be_aligned(&site.insn) && mask != Some(0) && va % size as u64 != 0 {
+        return stop(cpu, Stop::Fault(Exception::general_protection(0)));
+    }
+    let touched = mask.unwrap_or(u64::MAX) & low_bits(size);
+    let byte = |i: u32| va.wrapping_add(i.into());
+    let outside = !canonical(byte(touched.trailing_zeros())) || !canonical(byte(63 - touched.leading_zeros().min(63)));
+    if cpu.code64() && touched != 0 && outside {
+        let stack = cpu.operand_segment(&site.insn) == SegmentRegister::Ss;
         let vector = if stack { Vector::StackFault } else { Vector::GeneralProtection };
         return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
     }
-    let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
     let bytes = mask.unwrap_or(u64::MAX);
     let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
     let mut pieces: [Piece; 2] = [(0, 0); 2];

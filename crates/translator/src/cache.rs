@@ -19,6 +19,7 @@ use rustc_hash::FxHashMap;
 use crate::Vcpu;
 use crate::codegen::block::{SensitiveInsn, Translated};
 use crate::mode::Mode;
+use crate::perf_map::PerfMap;
 use crate::shared::request;
 
 /// Offsets in code memory: the word that backward branches poll, the base of the jump table, and the first block.
@@ -290,6 +291,8 @@ pub struct Cache {
     slots: Vec<Mode>,
     filled_jumps: Vec<u32>,
     pub stats: Stats,
+    /// Where `perf` looks for the names of emitted code, if asked for.
+    perf_map: Option<PerfMap>,
 }
 
 /// Counts since the start.
@@ -304,7 +307,7 @@ pub struct Stats {
 }
 
 impl Cache {
-    pub fn new(memory: Arc<CodeMemory>) -> Self {
+    pub fn new(memory: Arc<CodeMemory>, perf_map: Option<PerfMap>) -> Self {
         Cache {
             memory,
             next: CODE_START,
@@ -315,6 +318,7 @@ impl Cache {
             slots: Vec::new(),
             filled_jumps: Vec::new(),
             stats: Stats::default(),
+            perf_map,
         }
     }
 
@@ -369,6 +373,9 @@ impl Cache {
         let id = BlockId(self.blocks.len() as u32);
         let offset = self.append(&t.code)?;
         self.stats.blocks += 1;
+        if let Some(map) = &mut self.perf_map {
+            map.add(self.memory.executable.address() + offset as u64, t.code.len(), key.rip);
+        }
         self.stats.guest_instructions += t.points.len() as u64;
         self.sensitive.extend(t.sensitive);
         self.blocks.push(Block {
@@ -603,7 +610,8 @@ impl Vcpu {
 
     fn code_written(&mut self, gpa: u64, bytes: Range<usize>) {
         // With more vCPUs than bits a bit may stand for another one as well.
-        if self.engine.cache.invalidate(gpa, bytes) && self.machine.vcpus().len() <= 8
+        if self.engine.cache.invalidate(gpa, bytes)
+            && self.machine.vcpus().len() <= 8
             && let Some(page) = self.machine.page_index(gpa)
         {
             self.machine.tracker.clear_code(page, holder_bit(self.id));

@@ -28,11 +28,13 @@ pub mod host;
 pub mod interrupts;
 pub mod mmu;
 pub mod mode;
+pub mod perf_map;
 pub mod phys;
 pub mod run;
 pub mod semantics;
 pub mod shared;
 mod signals;
+pub mod stats;
 pub mod task;
 #[cfg(test)]
 mod testing;
@@ -60,11 +62,21 @@ pub struct Config {
     pub model: arch::cpuid::Model,
     /// Bytes of host code that each vCPU may keep.
     pub translation_cache: usize,
+    /// Name emitted code for `perf` in `/tmp/perf-PID.map`.
+    pub perf_map: bool,
+    /// Print counts on stderr when a vCPU stops.
+    pub stats: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { cpus: 1, model: arch::cpuid::Model::default(), translation_cache: cache::DEFAULT_SIZE }
+        Config {
+            cpus: 1,
+            model: arch::cpuid::Model::default(),
+            translation_cache: cache::DEFAULT_SIZE,
+            perf_map: false,
+            stats: false,
+        }
     }
 }
 

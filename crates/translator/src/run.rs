@@ -18,6 +18,7 @@ use crate::deliver::{Event, deliver};
 use crate::entry::{Left, enter};
 use crate::mmu::{Access, walk};
 use crate::mode::Mode;
+use crate::perf_map::PerfMap;
 use crate::shared::request;
 
 /// Entries of the fetch cache; a power of two.
@@ -38,24 +39,29 @@ pub struct EngineState {
     pub snippets: FxHashMap<u64, u64>,
     /// Why emitted code was left with [`Left::Stop`].
     pub stop: Option<Stop>,
+    pub counts: crate::stats::Counts,
     pub bounce: Bounce,
     /// Where in the bounce buffer the operand is.
     pub bounce_at: usize,
     fetches: Box<[Fetch; FETCH_ENTRIES]>,
     /// The mode of the block that runs.
     mode: Option<Mode>,
+    /// An event was delivered since a block was last entered.
+    pub delivered: bool,
 }
 
 impl EngineState {
-    pub fn new(memory: Arc<CodeMemory>) -> Self {
+    pub fn new(memory: Arc<CodeMemory>, perf_map: Option<PerfMap>) -> Self {
         EngineState {
-            cache: Cache::new(memory),
+            cache: Cache::new(memory, perf_map),
             snippets: FxHashMap::default(),
             stop: None,
+            counts: Default::default(),
             bounce: Bounce::default(),
             bounce_at: 0,
             fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
             mode: None,
+            delivered: false,
         }
     }
 
@@ -69,9 +75,11 @@ impl EngineState {
 /// Executes a sensitive instruction for emitted code. -1: back to the block; else the [`Left`] to leave with.
 pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     let Some(s) = cpu.engine.cache.sensitive.get(index as usize).copied() else {
-        cpu.engine.stop = Some(Stop::Exit(Exit::Failed(format!("a block names sensitive instruction {index}, which there isn't"))));
+        cpu.engine.stop =
+            Some(Stop::Exit(Exit::Failed(format!("a block names sensitive instruction {index}, which there isn't"))));
         return Left::Stop as i32;
     };
+    cpu.engine.counts.sensitive += 1;
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
     match (s.exec)(cpu, &s.insn) {
@@ -174,12 +182,15 @@ impl Vcpu {
             self.debug_shadow = false;
         }
         self.rflags &= !rflags::RF;
+        self.engine.delivered = false;
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
-        if stepping && left != Left::Stop && left != Left::Signal {
+        // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
+        if stepping && left != Left::Stop && left != Left::Signal && !self.engine.delivered {
             self.pending_debug |= debug::DR6_BS;
         }
+        self.engine.counts.left[left as usize] += 1;
         match left {
             Left::Link => {
                 self.set_link_target(link);
@@ -231,11 +242,7 @@ impl Vcpu {
     }
 
     fn linear_rip(&self) -> u64 {
-        if self.code64() {
-            self.rip
-        } else {
-            self.seg(SegmentRegister::Cs).base.wrapping_add(self.rip) & 0xffff_ffff
-        }
+        if self.code64() { self.rip } else { self.seg(SegmentRegister::Cs).base.wrapping_add(self.rip) & 0xffff_ffff }
     }
 
     /// The block at RIP, translated if need be.
@@ -351,7 +358,9 @@ impl Vcpu {
     fn signal_stop(&mut self) -> Stop {
         let (pc, trap) = (self.hot.signal_pc, self.hot.signal_code);
         let Some((insn, parked)) = self.instruction_at(pc) else {
-            return Stop::Exit(Exit::Failed(format!("host trap {trap} at {pc:#x} in emitted code of no known instruction")));
+            return Stop::Exit(Exit::Failed(format!(
+                "host trap {trap} at {pc:#x} in emitted code of no known instruction"
+            )));
         };
         if parked {
             self.unpark();
@@ -363,7 +372,7 @@ impl Vcpu {
             6 => Exception::invalid_opcode(),
             12 => Exception::with_code(Vector::StackFault, 0),
             13 => {
-                let stack = insn.memory_segment() == iced_x86::Register::SS && !canonical(self.hot.signal_address);
+                let stack = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
             }
             16 => Exception::new(Vector::X87FloatingPoint),

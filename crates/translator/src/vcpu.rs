@@ -10,6 +10,7 @@ use engine::{Error, Exit, VcpuControl};
 use crate::cache::CodeMemory;
 use crate::cpu::{Msrs, STACK_WORDS, Vcpu, XSAVE_SIZE, XsaveArea};
 use crate::entry::Hot;
+use crate::perf_map::PerfMap;
 use crate::run::EngineState;
 use crate::shared::{Machine, VcpuShared, request};
 use crate::signals::Attached;
@@ -21,6 +22,7 @@ impl Vcpu {
     /// for their start-up IPI.
     pub fn new(id: u32, machine: Arc<Machine>) -> io::Result<Box<Vcpu>> {
         let memory = Arc::new(CodeMemory::new(machine.config.translation_cache)?);
+        let perf_map = if machine.config.perf_map { Some(PerfMap::open()?) } else { None };
         let shared = Arc::new(VcpuShared::new(id));
         machine.add_vcpu(shared.clone());
         shared.poll.attach(memory.clone());
@@ -56,7 +58,7 @@ impl Vcpu {
             insn_rip: 0,
             id,
             tlb: Tlb::default(),
-            engine: EngineState::new(memory),
+            engine: EngineState::new(memory, perf_map),
             shared,
             machine,
             timer: Default::default(),
@@ -91,6 +93,9 @@ impl engine::Vcpu for Handle {
             return Exit::Failed(format!("can't make a timer for vCPU {}: {e}", vcpu.id));
         }
         let exit = vcpu.run_loop();
+        if vcpu.machine.config.stats {
+            eprintln!("{}", crate::stats::report(vcpu));
+        }
         vcpu.leave_thread();
         drop(attached);
         exit
