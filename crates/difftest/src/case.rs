@@ -124,11 +124,42 @@ pub fn template(seed: u64) -> Vec<u8> {
 /// Bytes of the template: a case's memory and as much choice of where it begins.
 pub const TEMPLATE: usize = 4 * MEMORY;
 
+/// Where Linux's user addresses end (TASK_SIZE_MAX).
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+
 /// What to leave out of a comparison.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ignore {
-    /// RFLAGS bits.
+    /// RFLAGS bits that the instruction leaves undefined.
     pub flags: u64,
+    /// RFLAGS bits that the instruction overwrites: the translator does not keep them across the address translation of an
+    /// instruction that will set them, so the handler of a memory operand's fault may see others. They are set again when it
+    /// returns.
+    pub flags_at_fault: u64,
+    /// Of an area of several hundred bytes (XSAVE and the like) and of MASKMOV, it is the implementation's choice which byte
+    /// a page fault names, and how much has been written before it.
+    pub large_area: bool,
+    /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU).
+    pub may_fault_in_vain: bool,
+    /// Where the XSAVE area of a guest ends. The host's is longer by AMX's components, and all of it is probed. Zero: no such area.
+    pub guest_area_end: u64,
+    /// An x87 store that raises an unmasked exception does not store; the translator has the operand's page checked before.
+    pub x87_store: bool,
+    /// String instructions with 32-bit addresses clear the upper halves of their registers even before the first element, on
+    /// some processors in some cases.
+    pub narrow_pointers: bool,
+    /// Sticky bits of MXCSR or the x87 status (MMX state) may be set although the store that follows faults.
+    pub sticky_at_fault: bool,
+}
+
+impl Ignore {
+    /// Whether the native side may take a fault that the guest doesn't, or the other way round.
+    fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
+        let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
+        self.may_fault_in_vain && native.vector == 14 && !memory_fault(guest)
+            || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2000 && self.guest_area_end != 0
+            || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
+    }
 }
 
 /// All that differs, one line each; empty if nothing does.
@@ -141,29 +172,39 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
     if native.status != Status::Exception {
         return out;
     }
+    if ignore.other_fault(native, guest) {
+        return out;
+    }
     let mut word = |name: &str, a: u64, b: u64| {
         if a != b {
             let _ = writeln!(out, "  {name}: native {a:#x}, guest {b:#x} (xor {:#x})", a ^ b);
         }
     };
     word("vector", native.vector.into(), guest.vector.into());
-    if native.vector == guest.vector && matches!(native.vector, 8 | 10..=14 | 17) {
-        // Linux hides from user code whether a kernel address is mapped (X86_PF_PROT in set_signal_archinfo).
-        let mask = if native.vector == 14 && native.cr2 >> 63 != 0 { !1 } else { !0 };
+    if native.vector == guest.vector && matches!(native.vector, 8 | 10..=14 | 17) && !(native.vector == 14 && ignore.large_area) {
+        // Linux hides from user code whether an address beyond its own is mapped (X86_PF_PROT in set_signal_archinfo).
+        let mask = if native.vector == 14 && native.cr2 >= TASK_SIZE { !1 } else { !0 };
         word("error code", u64::from(native.error & mask), u64::from(guest.error & mask));
     }
-    if native.vector == 14 && guest.vector == 14 {
+    if native.vector == 14 && guest.vector == 14 && !ignore.large_area {
         word("cr2", native.cr2, guest.cr2);
     }
     word("rip", native.rip, guest.rip);
-    word("rflags", native.rflags & !ignore.flags, guest.rflags & !ignore.flags);
+    let fault = matches!(native.vector, 12 | 13 | 14 | 17);
+    let flags = ignore.flags | if fault { ignore.flags_at_fault } else { 0 };
+    word("rflags", native.rflags & !flags, guest.rflags & !flags);
+    let registers = if ignore.narrow_pointers && fault { 0xffff_ffff } else { u64::MAX };
     for (i, name) in GPR_NAMES.iter().enumerate() {
-        word(name, native.gpr[i], guest.gpr[i]);
+        word(name, native.gpr[i] & registers, guest.gpr[i] & registers);
     }
     word("fs base", native.fs_base, guest.fs_base);
     word("gs base", native.gs_base, guest.gs_base);
     for (i, name) in ["cs", "ss", "ds", "es", "fs", "gs"].iter().enumerate() {
-        word(name, native.selectors[i].into(), guest.selectors[i].into());
+        // IRET to an outer level, on which the native process came back, makes every null selector zero.
+        let (a, b) = (native.selectors[i], guest.selectors[i]);
+        if a > 3 || b > 3 {
+            word(name, a.into(), b.into());
+        }
     }
     word("steps", native.steps.into(), guest.steps.into());
     for i in 0..TRACE.min(native.steps.min(guest.steps) as usize) {
@@ -172,7 +213,11 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
             break;
         }
     }
-    xsave_differences(&native.xsave, &guest.xsave, &mut out);
+    let sticky = ignore.sticky_at_fault && fault;
+    xsave_differences(&native.xsave, &guest.xsave, sticky, &mut out);
+    if ignore.large_area && fault {
+        return out;
+    }
     for (page, base) in WRITABLE.iter().enumerate() {
         byte_differences(
             "memory",
@@ -284,6 +329,11 @@ pub fn set_zmm(xsave: &mut [u8], number: usize, value: &[u8; 64]) {
 
 /// The state components that the host's kernel has enabled.
 pub fn host_xcr0() -> u64 {
+    static XCR0: OnceLock<u64> = OnceLock::new();
+    *XCR0.get_or_init(find_xcr0)
+}
+
+fn find_xcr0() -> u64 {
     let leaf = std::arch::x86_64::__cpuid(1);
     if leaf.ecx & 1 << 27 == 0 {
         return 3;
@@ -306,8 +356,11 @@ fn value<'a>(area: &'a [u8], field: &Field, initial: &'a mut [u8; 64]) -> &'a [u
     }
 }
 
-fn xsave_differences(native: &[u8], guest: &[u8], out: &mut String) {
+fn xsave_differences(native: &[u8], guest: &[u8], sticky: bool, out: &mut String) {
     for field in fields() {
+        if sticky && field.offset < 160 {
+            continue;
+        }
         let (mut a, mut b) = ([0; 64], [0; 64]);
         let (a, b) = (value(native, field, &mut a), value(guest, field, &mut b));
         if a != b {

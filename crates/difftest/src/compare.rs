@@ -138,7 +138,7 @@ fn outcome_is_fatal(outcome: &Outcome) -> bool {
 
 fn full_report(seed: u64, case: &Case, native: &Outcome, found: &str) -> String {
     format!(
-        "case {} (DIFF_SEED={seed} DIFF_FIRST={} DIFF_CASES=1), {}-bit\n{}{}{}native: vector {} error {:x} rip {:x} rflags {:x}\n{found}",
+        "case {} (DIFF_SEED={seed} DIFF_FIRST={} DIFF_CASES=1), {}-bit\n{}{}{}native: vector {} error {:x} cr2 {:x} rip {:x} rflags {:x}\n{found}",
         case.index,
         case.index,
         case.bits,
@@ -147,6 +147,7 @@ fn full_report(seed: u64, case: &Case, native: &Outcome, found: &str) -> String 
         if std::env::var("DIFF_VECTORS").is_ok() { describe_vectors(&case.input) } else { String::new() },
         native.vector,
         native.error,
+        native.cr2,
         native.rip,
         native.rflags,
     )

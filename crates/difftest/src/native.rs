@@ -198,8 +198,9 @@ extern "C" fn handler(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: runs in the child only, on its alternate stack, with every exception signal blocked; the kernel passes a valid frame.
     unsafe {
         let child = &*addr_of_mut!(CHILD);
-        // The kernel leaves AC as it was: a misaligned access of our own would fault.
-        std::arch::asm!("pushfq", "and dword ptr [rsp], {no_ac}", "popfq", no_ac = const !(rflags::AC as i32));
+        // The kernel leaves AC as it was, and a misaligned access of our own would fault; NT and ID it doesn't take from the
+        // frame when the handler returns, and they would live on into the next case.
+        std::arch::asm!("pushfq", "and dword ptr [rsp], {clear}", "popfq", clear = const !((rflags::AC | rflags::NT | rflags::ID) as i32));
         let (fs_base, gs_base): (u64, u64);
         std::arch::asm!("rdfsbase {0}", "rdgsbase {1}", out(reg) fs_base, out(reg) gs_base);
         let mut data_selectors = [0u16; 4];

@@ -13,7 +13,7 @@ pub mod values;
 pub use encode::encode as encode_form;
 
 use arch::registers::rflags;
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use crate::case::{Ignore, Input};
 use crate::layout::*;
@@ -114,7 +114,11 @@ impl Generator {
                 state::solve(&mut rng, &mut input, &insn, constants, &mut code, self.bits);
             }
             input.code[entry..entry + code.len()].copy_from_slice(&code);
-            let ignore = ignore(&insn);
+            let mut ignore = ignore(&insn);
+            if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
+                let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
+                ignore.guest_area_end = address.unwrap_or(0).wrapping_add(2688);
+            }
             return Case { index, input, code, bits: self.bits, ignore };
         }
     }
@@ -143,11 +147,25 @@ impl Case {
     }
 }
 
-/// What the architecture leaves undefined after an instruction.
+/// What need not agree after an instruction.
 pub fn ignore(insn: &Instruction) -> Ignore {
-    // iced's flag bits are numbered its own way.
+    let name = format!("{:?}", insn.mnemonic());
+    Ignore {
+        flags: flags(insn.rflags_undefined()),
+        flags_at_fault: flags(insn.rflags_modified()),
+        large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
+        may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
+        guest_area_end: 0,
+        x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
+        narrow_pointers: (0..insn.op_count()).any(|i| matches!(insn.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI)),
+        sticky_at_fault: name == "Vcvtps2ph"
+            || (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()),
+    }
+}
+
+/// RFLAGS bits for iced's, which are numbered in their own way.
+fn flags(bits: u32) -> u64 {
     use iced_x86::RflagsBits as B;
-    let undefined = insn.rflags_undefined();
     let pairs = [
         (B::OF, rflags::OF),
         (B::SF, rflags::SF),
@@ -156,8 +174,7 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         (B::CF, rflags::CF),
         (B::PF, rflags::PF),
     ];
-    let flags = pairs.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, flag)| flag).sum();
-    Ignore { flags }
+    pairs.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
 /// The forms of `bits`-bit code that are compared; how many the host lacks; those excluded.

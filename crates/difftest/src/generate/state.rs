@@ -148,6 +148,19 @@ fn gpr_index(r: Register) -> Option<usize> {
     (r.is_gpr() && full != Register::None).then(|| full as usize - Register::RAX as usize)
 }
 
+/// The value of a register that addresses are made of.
+pub fn register_value(input: &Input, register: Register) -> Option<u64> {
+    match register {
+        Register::FS => Some(input.fs_base),
+        Register::GS => Some(input.gs_base),
+        r if r.is_segment_register() => Some(0),
+        r => {
+            let value = input.gpr[gpr_index(r)?];
+            Some(if r.is_gpr32() { value & 0xffff_ffff } else { value })
+        }
+    }
+}
+
 /// Chooses register values (and displacements in `code`, where no register is involved) for the instruction's operands.
 pub fn solve(
     rng: &mut Rng,

@@ -74,7 +74,9 @@ impl Builder<'_> {
         let (base, index, scale) = (insn.memory_base(), insn.memory_index(), insn.memory_index_scale() as u8);
         let displacement = insn.memory_displacement64();
         if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
-            let address = if self.mode.long() && base != Register::EIP && insn.memory_displ_size() != 4 || base == Register::RIP {
+            let address = if self.mode.long() && base != Register::EIP && insn.memory_displ_size() != 4
+                || base == Register::RIP
+            {
                 displacement
             } else if self.mode.long() && base == Register::None && !self.address_size_32(insn) {
                 displacement
@@ -96,6 +98,10 @@ impl Builder<'_> {
             }
         });
         let index = number(index).map(|n| match home(n) {
+            Home::Host(reg) if insn.memory_index() == Register::AL => {
+                asm.movzx8(S1, reg); // XLAT
+                S1
+            }
             Home::Host(reg) => reg,
             Home::Memory => {
                 asm.load(S1, context(n));
@@ -126,7 +132,8 @@ impl Builder<'_> {
         let slow = self.asm.label();
         let done = self.asm.label();
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
-        let tag = if kind.write() { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
+        let tag =
+            if kind.write() { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
         let asm = &mut self.asm;
         // An entry is 32 bytes: the page number times 32 is the address shifted right by 7, less its low bits.
         asm.mov32(S1, S0);

@@ -122,6 +122,12 @@ impl Stack {
         Ok(())
     }
 
+    /// The value `slot` places above the lowest, which stays where it is.
+    pub fn peek(&self, cpu: &mut Vcpu, size: usize, slot: usize) -> Result<u64, Exception> {
+        let address = self.address(self.moved((slot * size) as u64), size)?;
+        cpu.read_sized(address, size, self.context)
+    }
+
     /// Takes `bytes` off without reading them.
     pub fn release(&mut self, bytes: u64) {
         self.pointer = self.moved(bytes);

@@ -24,13 +24,15 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
 
 /// Which register DR`number` is now, after the checks that reads and writes share.
 fn select(cpu: &Vcpu, number: usize) -> Result<usize, Exception> {
+    if !matches!(number, 0..=7) {
+        return Err(Exception::invalid_opcode());
+    }
+    privileged(cpu)?;
     let number = match number {
         4 | 5 if cpu.cr4 & cr4::DE != 0 => return Err(Exception::invalid_opcode()),
         4 | 5 => number + 2,
-        0..=7 => number,
-        _ => return Err(Exception::invalid_opcode()),
+        _ => number,
     };
-    privileged(cpu)?;
     // A debugger that protects its registers sees the access before it happens; the handler finds GD cleared.
     if cpu.dr7 & debug::DR7_GD != 0 {
         return Err(Exception::debug(debug::DR6_BD));

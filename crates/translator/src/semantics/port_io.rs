@@ -116,10 +116,11 @@ fn string<const INPUT: bool>(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), S
     let (size, mask) = (insn.memory_size().size(), address_mask(insn.op_kind(operand)));
     let repeated = insn.has_rep_prefix() || insn.has_repne_prefix();
     let port = cpu.gpr[gpr::RDX] as u16;
+    // Even if there is nothing to repeat.
+    cpu.check_ports(port, size)?;
     if repeated && cpu.gpr[gpr::RCX] & mask == 0 {
         return Ok(());
     }
-    cpu.check_ports(port, size)?;
     let step = if cpu.rflags & rflags::DF != 0 { (size as u64).wrapping_neg() } else { size as u64 };
     let pointer = if INPUT { gpr::RDI } else { gpr::RSI };
     // A trap is due after each repetition.

@@ -232,8 +232,10 @@ fn to_task(cpu: &mut Vcpu, selector: u16, target: &Descriptor, kind: Kind) -> Re
 pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> {
     let release = if insn.op_count() > 0 { u64::from(insn.immediate16()) } else { 0 };
     let mut stack = Stack::current(cpu);
+    // CS first, as a page fault shows.
+    let selector = stack.peek(cpu, size, 1)? as u16;
     let rip = stack.pop(cpu, size)?;
-    let selector = stack.pop(cpu, size)? as u16;
+    stack.release(size as u64);
     if !cpu.protected_mode() || cpu.v8086() {
         let code = real_code_segment(cpu, selector, rip)?;
         stack.release(release);

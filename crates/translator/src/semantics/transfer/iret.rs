@@ -62,7 +62,9 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     let from_64 = cpu.code64();
     let mut frame = [0; 5];
     let count = if from_64 { 5 } else { 3 };
-    stack.pop_frame(cpu, size, &mut frame[..count])?;
+    if let Err(e) = stack.pop_frame(cpu, size, &mut frame[..count]) {
+        return Err(frame_fault(cpu, &stack, size).err().unwrap_or(e));
+    }
     let [rip, selector, image, ..] = frame;
     let selector = selector as u16;
     if image & rflags::VM != 0 && size == 4 && cpl == 0 && !cpu.long_mode() {
@@ -90,6 +92,15 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     if outer {
         drop_privileged_segments(cpu);
     }
+    Ok(())
+}
+
+/// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good.
+fn frame_fault(cpu: &mut Vcpu, stack: &Stack, size: usize) -> Result<(), Exception> {
+    stack.peek(cpu, size, 2)?;
+    let selector = stack.peek(cpu, size, 1)? as u16;
+    stack.peek(cpu, size, 0)?;
+    return_code(cpu, selector)?;
     Ok(())
 }
 

@@ -6,11 +6,11 @@
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use arch::Exception;
+use arch::registers::{debug, rflags};
 
 use super::masked::{opmask_index, vector_index};
 use super::require_vector;
 use crate::cpu::{Stop, Vcpu};
-use crate::mmu::operand::segment_register;
 
 /// Index and data element sizes in bytes, and whether memory is written.
 pub fn shape(mnemonic: Mnemonic) -> Option<(usize, usize, bool)> {
@@ -51,7 +51,7 @@ fn element_address(
             Some(cpu.read_register(register))
         }
     });
-    cpu.linear(segment_register(insn.memory_segment()), offset.unwrap_or(0), size, write)
+    cpu.linear_unaligned(cpu.operand_segment(insn), offset.unwrap_or(0), size, write)
 }
 
 /// The mask register as a number with a bit for each element.
@@ -65,19 +65,25 @@ fn mask_of(cpu: &Vcpu, insn: &Instruction, size: usize, count: usize) -> u64 {
     mask & ((1 << count) - 1)
 }
 
-/// Writes what is left of the mask: of a vector register each element's sign bits, as processors do.
+/// Writes what is left of the mask. An opmask register keeps its upper bits until all is done; the elements of a vector register
+/// become all ones or zero, and what is above them zero.
 fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left: u64) {
     if insn.encoding() == EncodingKind::EVEX {
-        cpu.xsave.set_opmask(opmask_index(insn.op_mask()), left);
+        let register = opmask_index(insn.op_mask());
+        let above = if left == 0 { 0 } else { cpu.xsave.opmask(register) >> count << count };
+        cpu.xsave.set_opmask(register, above | left);
         return;
     }
     let register = vector_index(insn.op2_register());
-    let mut value = cpu.xsave.vector(register);
-    if left == 0 {
-        value = [0; 64];
-    }
-    for element in (0..count).filter(|i| left >> i & 1 == 0) {
-        value[element * size..(element + 1) * size].fill(0);
+    let mut value = [0; 64];
+    if left != 0 {
+        // Elements beyond those that are gathered as well, up to the vector length.
+        let old = cpu.xsave.vector(register);
+        let length = insn.memory_index().size().max(insn.op0_register().size());
+        for (element, place) in value[..length].chunks_mut(size).enumerate() {
+            let set = if element < count { left >> element & 1 != 0 } else { old[(element + 1) * size - 1] & 0x80 != 0 };
+            place.fill(if set { 0xff } else { 0 });
+        }
     }
     cpu.xsave.set_vector(register, &value);
 }
@@ -96,7 +102,8 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let count = (insn.memory_index().size() / index_size).min(data.size() / size);
     let context = cpu.context();
     let mut value = cpu.xsave.vector(register);
-    let mut left = mask_of(cpu, insn, size, count);
+    let all = mask_of(cpu, insn, size, count);
+    let mut left = all;
     let mut fault = None;
     while left != 0 {
         let element = left.trailing_zeros() as usize;
@@ -113,10 +120,19 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
     set_mask(cpu, insn, size, count, left);
     if !scatter {
-        if fault.is_none() {
+        if fault.is_none() || left != all {
             value[count * size..].fill(0);
         }
         cpu.xsave.set_vector(register, &value);
     }
-    fault.map_or(Ok(()), |e| Err(e.into()))
+    match fault {
+        None => Ok(()),
+        // A trap that is due after some elements comes instead of the fault of another; RF keeps an instruction breakpoint from
+        // hitting again when the rest is done (Intel SDM 2C, VPGATHER).
+        Some(_) if left != all && cpu.rflags & rflags::TF != 0 => {
+            cpu.rflags |= rflags::RF;
+            Err(Exception::debug(debug::DR6_BS).into())
+        }
+        Some(e) => Err(e.into()),
+    }
 }
