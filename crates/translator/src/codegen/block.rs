@@ -169,7 +169,8 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
             break;
         }
         let insn = decoder.decode();
-        if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && bytes.len() - offset < 15 {
+        if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && bytes.len() - offset < 15
+        {
             if items.is_empty() {
                 return None;
             }
@@ -252,20 +253,59 @@ fn fp_blocked(insn: &Instruction, fp: FpClass, mode: Mode) -> Option<Exec> {
     match fp {
         FpClass::None => None,
         FpClass::X87 if insn.code() == Code::Wait => {
-            if mode.task_switched() && mode.monitor_fpu() { nm } else { None }
+            if mode.task_switched() && mode.monitor_fpu() {
+                nm
+            } else {
+                None
+            }
         }
-        FpClass::X87 => if mode.emulate_fpu() { nm } else { switched },
-        FpClass::Mmx => if mode.emulate_fpu() { ud } else { switched },
-        FpClass::Sse => if mode.emulate_fpu() || !mode.sse() { ud } else { switched },
-        FpClass::Avx => if !mode.avx() { ud } else { switched },
-        FpClass::Avx512 => if !mode.avx512() { ud } else { switched },
+        FpClass::X87 => {
+            if mode.emulate_fpu() {
+                nm
+            } else {
+                switched
+            }
+        }
+        FpClass::Mmx => {
+            if mode.emulate_fpu() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Sse => {
+            if mode.emulate_fpu() || !mode.sse() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Avx => {
+            if !mode.avx() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Avx512 => {
+            if !mode.avx512() {
+                ud
+            } else {
+                switched
+            }
+        }
     }
 }
 
 fn is_near_branch(insn: &Instruction) -> bool {
     use Mnemonic::*;
     match insn.mnemonic() {
-        Jmp | Call => insn.is_jmp_near_indirect() || insn.is_call_near_indirect() || insn.is_jmp_short_or_near() || insn.is_call_near(),
+        Jmp | Call => {
+            insn.is_jmp_near_indirect()
+                || insn.is_call_near_indirect()
+                || insn.is_jmp_short_or_near()
+                || insn.is_call_near()
+        }
         Ret | Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => true,
         _ => insn.is_jcc_short_or_near(),
     }
@@ -285,8 +325,17 @@ fn skips(insn: &Instruction) -> bool {
     use Mnemonic::*;
     matches!(
         insn.mnemonic(),
-        Nop | Reservednop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw
-            | Prefetch | Prefetchwt1 | Cldemote
+        Nop | Reservednop
+            | Endbr32
+            | Endbr64
+            | Prefetchnta
+            | Prefetcht0
+            | Prefetcht1
+            | Prefetcht2
+            | Prefetchw
+            | Prefetch
+            | Prefetchwt1
+            | Cldemote
     )
 }
 
@@ -303,7 +352,11 @@ fn native(insn: &Instruction) -> bool {
             !(r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() || r.is_tmm() || r.is_bnd())
         }
         OpKind::Memory => true,
-        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 | OpKind::FarBranch16 | OpKind::FarBranch32 => false,
+        OpKind::NearBranch16
+        | OpKind::NearBranch32
+        | OpKind::NearBranch64
+        | OpKind::FarBranch16
+        | OpKind::FarBranch32 => false,
         OpKind::MemorySegSI
         | OpKind::MemorySegESI
         | OpKind::MemorySegRSI
@@ -318,17 +371,143 @@ fn native(insn: &Instruction) -> bool {
     operands_ok
         && !matches!(
             insn.mnemonic(),
-            Syscall | Sysenter | Sysexit | Sysret | Int | Int1 | Int3 | Into | Iret | Iretd | Iretq | Cpuid | Rdtsc | Rdtscp
-                | Rdpid | Rdpmc | Xgetbv | Xsetbv | Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Rdpkru | Wrpkru
-                | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cli | Sti | Clac
-                | Stac | Hlt | Monitor | Mwait | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Xbegin | Xend | Xabort | Xtest
-                | Vmcall | Vmmcall | Vmfunc | Encls | Enclu | Enclv | Rdpru | Clzero | Enqcmd | Enqcmds | Senduipi | Uiret
-                | Stui | Clui | Testui | Incsspd | Incsspq | Rdsspd | Rdsspq | Saveprevssp | Rstorssp | Wrssd | Wrssq | Setssbsy
-                | Clrssbsy | Ptwrite | Getsec | Pconfig | Rsm | Ud0 | Ud1 | Ud2 | Enter | Pusha | Pushad | Popa | Popad | Bound
-                | Aaa | Aas | Daa | Das | Aam | Aad | Arpl | Salc | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec
-                | Xsavec64 | Xsaves | Xsaves64 | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor
-                | Fxrstor64 | Fnsave | Fsave | Frstor | Fnstenv | Fstenv | Fldenv | Maskmovq | Maskmovdqu | Vmaskmovdqu
-                | Movdir64b | Std | Cld | Hreset | Ldtilecfg | Sttilecfg | Tilerelease | Lkgs | Erets | Eretu | Wrmsrns
+            Syscall
+                | Sysenter
+                | Sysexit
+                | Sysret
+                | Int
+                | Int1
+                | Int3
+                | Into
+                | Iret
+                | Iretd
+                | Iretq
+                | Cpuid
+                | Rdtsc
+                | Rdtscp
+                | Rdpid
+                | Rdpmc
+                | Xgetbv
+                | Xsetbv
+                | Sgdt
+                | Sidt
+                | Sldt
+                | Str
+                | Smsw
+                | Lar
+                | Lsl
+                | Verr
+                | Verw
+                | Rdpkru
+                | Wrpkru
+                | Rdfsbase
+                | Rdgsbase
+                | Wrfsbase
+                | Wrgsbase
+                | Pushf
+                | Pushfd
+                | Pushfq
+                | Popf
+                | Popfd
+                | Popfq
+                | Cli
+                | Sti
+                | Clac
+                | Stac
+                | Hlt
+                | Monitor
+                | Mwait
+                | Monitorx
+                | Mwaitx
+                | Umonitor
+                | Umwait
+                | Tpause
+                | Xbegin
+                | Xend
+                | Xabort
+                | Xtest
+                | Vmcall
+                | Vmmcall
+                | Vmfunc
+                | Encls
+                | Enclu
+                | Enclv
+                | Rdpru
+                | Clzero
+                | Enqcmd
+                | Enqcmds
+                | Senduipi
+                | Uiret
+                | Stui
+                | Clui
+                | Testui
+                | Incsspd
+                | Incsspq
+                | Rdsspd
+                | Rdsspq
+                | Saveprevssp
+                | Rstorssp
+                | Wrssd
+                | Wrssq
+                | Setssbsy
+                | Clrssbsy
+                | Ptwrite
+                | Getsec
+                | Pconfig
+                | Rsm
+                | Ud0
+                | Ud1
+                | Ud2
+                | Enter
+                | Pusha
+                | Pushad
+                | Popa
+                | Popad
+                | Bound
+                | Aaa
+                | Aas
+                | Daa
+                | Das
+                | Aam
+                | Aad
+                | Arpl
+                | Salc
+                | Xsave
+                | Xsave64
+                | Xsaveopt
+                | Xsaveopt64
+                | Xsavec
+                | Xsavec64
+                | Xsaves
+                | Xsaves64
+                | Xrstor
+                | Xrstor64
+                | Xrstors
+                | Xrstors64
+                | Fxsave
+                | Fxsave64
+                | Fxrstor
+                | Fxrstor64
+                | Fnsave
+                | Fsave
+                | Frstor
+                | Fnstenv
+                | Fstenv
+                | Fldenv
+                | Maskmovq
+                | Maskmovdqu
+                | Vmaskmovdqu
+                | Movdir64b
+                | Std
+                | Cld
+                | Hreset
+                | Ldtilecfg
+                | Sttilecfg
+                | Tilerelease
+                | Lkgs
+                | Erets
+                | Eretu
+                | Wrmsrns
         )
 }
 
@@ -353,7 +532,8 @@ fn operand_size(insn: &Instruction) -> usize {
 fn writes(insn: &Instruction, operand: u32) -> bool {
     use iced_x86::{InstructionInfoFactory, InstructionInfoOptions, OpAccess};
     let mut factory = InstructionInfoFactory::new();
-    let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE);
+    let info =
+        factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE);
     matches!(
         info.op_access(operand),
         OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
@@ -411,7 +591,8 @@ impl Builder<'_> {
 
     /// Loads the vector state if the block needs it and it isn't loaded.
     fn prologue(&mut self) {
-        let used = self.items.iter().any(|i| matches!(i.kind, Kind::Native) && facts(i.insn.code()).fp != FpClass::None);
+        let used =
+            self.items.iter().any(|i| matches!(i.kind, Kind::Native) && facts(i.insn.code()).fp != FpClass::None);
         if !used {
             return;
         }
@@ -532,7 +713,11 @@ impl Builder<'_> {
     fn xlat_address(&mut self, insn: &Instruction) {
         self.asm.movzx8(S0, Reg(0));
         let mem = Mem::Index(Reg(3), S0, 1, 0);
-        if insn.memory_base() == Register::RBX { self.asm.lea(S0, mem) } else { self.asm.lea32(S0, mem) }
+        if insn.memory_base() == Register::RBX {
+            self.asm.lea(S0, mem)
+        } else {
+            self.asm.lea32(S0, mem)
+        }
         match insn.memory_segment() {
             Register::FS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 4 * 16)),
             Register::GS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 5 * 16)),

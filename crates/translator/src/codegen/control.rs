@@ -22,7 +22,11 @@ pub fn emits(insn: &Instruction, mode: Mode) -> bool {
     match insn.mnemonic() {
         Mnemonic::Ret => {
             use iced_x86::Code::*;
-            if mode.long() { matches!(insn.code(), Retnq | Retnq_imm16) } else { matches!(insn.code(), Retnd | Retnd_imm16) }
+            if mode.long() {
+                matches!(insn.code(), Retnq | Retnq_imm16)
+            } else {
+                matches!(insn.code(), Retnd | Retnd_imm16)
+            }
         }
         Mnemonic::Jcxz => false,
         Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => native_target(0) && counter_bits(insn) != 16,
@@ -170,7 +174,8 @@ impl Builder<'_> {
 
     fn lookup_known(&mut self, target: Option<u64>) {
         let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
-            let exit = if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
+            let exit =
+                if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };

@@ -129,7 +129,11 @@ impl<'a> Parts<'a> {
             p.modrm = Some(modrm);
             i += 1;
             if modrm < 0xc0 {
-                i += displacement_length(modrm, bytes.get(i).copied(), bits == 16 && !p.address_size || bits == 32 && p.address_size);
+                i += displacement_length(
+                    modrm,
+                    bytes.get(i).copied(),
+                    bits == 16 && !p.address_size || bits == 32 && p.address_size,
+                );
             }
         }
         p.tail = bytes.get(i..)?;
@@ -270,7 +274,9 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
     match p.encoding {
         Encoding::Legacy => {
             let mut ext = p.rex & 0x08;
-            let byte_rex = p.rex != 0 || renamed_byte(&f_pair(f.reg_byte, reg, new_reg)) || renamed_byte(&f_pair(f.rm_byte, rm, new_rm));
+            let byte_rex = p.rex != 0
+                || renamed_byte(&f_pair(f.reg_byte, reg, new_reg))
+                || renamed_byte(&f_pair(f.rm_byte, rm, new_rm));
             if let Some(n) = new_opcode {
                 ext |= n >> 3;
             } else if p.modrm.is_some() {

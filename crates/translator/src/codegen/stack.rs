@@ -19,7 +19,11 @@ pub fn emits(insn: &Instruction, mode: Mode) -> bool {
     }
     match insn.mnemonic() {
         Mnemonic::Leave => {
-            if mode.long() { insn.code() == iced_x86::Code::Leaveq } else { insn.code() == iced_x86::Code::Leaved }
+            if mode.long() {
+                insn.code() == iced_x86::Code::Leaveq
+            } else {
+                insn.code() == iced_x86::Code::Leaved
+            }
         }
         Mnemonic::Pop => insn.op0_kind() == OpKind::Register,
         _ => true,
@@ -53,11 +57,19 @@ impl Builder<'_> {
         match insn.mnemonic() {
             Mnemonic::Leave => {
                 self.free_flags();
-                if self.mode.long() { self.asm.mov(S0, RBP) } else { self.asm.mov32(S0, RBP) }
+                if self.mode.long() {
+                    self.asm.mov(S0, RBP)
+                } else {
+                    self.asm.mov32(S0, RBP)
+                }
                 self.check(read);
                 self.load_word(S1, Mem::Base(S0, 0));
                 let above = Mem::Base(RBP, word as i32);
-                if self.mode.long() { self.asm.lea(GUEST_RSP, above) } else { self.asm.lea32(GUEST_RSP, above) }
+                if self.mode.long() {
+                    self.asm.lea(GUEST_RSP, above)
+                } else {
+                    self.asm.lea32(GUEST_RSP, above)
+                }
                 self.asm.mov(RBP, S1);
             }
             Mnemonic::Pop => {
