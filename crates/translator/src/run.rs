@@ -82,9 +82,12 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     cpu.engine.counts.sensitive += 1;
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
+    let invalidated = cpu.engine.cache.stats.invalidated;
     match (s.exec)(cpu, &s.insn) {
         Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
+        // It may have stored to the block it is in (a string operation, say): what follows must be translated anew.
+        Ok(()) if cpu.engine.cache.stats.invalidated != invalidated => Left::Event as i32,
         Ok(()) => -1,
         Err(stop) => {
             cpu.engine.stop = Some(stop);

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arch::cpuid::Model;
 use arch::registers::{cr0, cr4, efer, pte};
 use arch::{CpuState, DescriptorTable, Segment, msr};
 use memory::Ram;
@@ -161,7 +160,7 @@ fn random_kernels_neither_break_nor_hang_the_machine() {
     let number = Arc::new(AtomicU64::new(first));
     let current = number.clone();
     let ram = Ram::new(16 << 20).unwrap();
-    let selection = select_engine(Accel::Auto, &ram, 1, Model::Host).unwrap();
+    let selection = select_engine(Accel::Auto, &ram, translator::Config::default()).unwrap();
     let loader = Box::new(move |ram: &Ram| {
         let mut random = Random(current.load(Ordering::SeqCst));
         ram.view().write_slice(&random.kernel(), GuestAddress(KERNEL)).unwrap();
