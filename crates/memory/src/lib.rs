@@ -6,6 +6,7 @@
 //!
 //! The memory map is a PC's: RAM from 0 up to the PCI hole at [`HOLE_START`], the rest from 4 GiB up.
 
+pub mod file;
 mod tracker;
 
 use std::fs::File;

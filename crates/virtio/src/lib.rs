@@ -14,6 +14,7 @@
 //! 2.1.2) or fails the request.
 #![forbid(unsafe_code)]
 
+pub mod block;
 mod chain;
 mod device;
 mod event;

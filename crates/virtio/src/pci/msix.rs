@@ -69,8 +69,9 @@ impl Msix {
 
     /// Reads the pending bits from byte `offset`.
     pub fn read_pending(&self, offset: usize, data: &mut [u8]) {
-        for (byte, index) in data.iter_mut().zip(offset..) {
-            let bits = self.pending.iter().skip(index.saturating_mul(8)).take(8);
+        for (index, byte) in data.iter_mut().enumerate() {
+            let first = offset.saturating_add(index).saturating_mul(8);
+            let bits = self.pending.iter().skip(first).take(8);
             *byte = bits.enumerate().fold(0, |bits, (bit, pending)| bits | u8::from(*pending) << bit);
         }
     }

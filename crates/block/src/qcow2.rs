@@ -1,0 +1,200 @@
+//! Qcow2 images by `imago`, with the images behind them, and all else that is more than a file: snapshots of any image,
+//! and raw images without the host's cache.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use imago::file::File as Storage;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions};
+use memory::vm_memory::VolatileSlice;
+use memory::vm_memory::bitmap::BitmapSlice;
+
+use crate::open::{detect, open_file};
+use crate::{Cache, Error, Format, Options, SECTOR};
+
+type Access = FormatAccess<Storage>;
+
+/// The most images that stand behind one another.
+const DEEPEST: usize = 16;
+
+/// An open image.
+pub struct Qcow2 {
+    /// Taken for writing only where mappings go away (discard): imago asks for that.
+    access: RwLock<Access>,
+    /// The same open file, for what imago would do with all reads and writes locked out.
+    file: File,
+    /// What an image of another image grows to is thrown away: nothing of it needs to be on disk.
+    ephemeral: bool,
+}
+
+impl Qcow2 {
+    pub fn open(file: File, options: &Options) -> Result<Self, Error> {
+        let write = options.writes_image();
+        let mut chain = Chain { seen: Vec::new(), any: options.any_backing, direct: options.cache == Cache::None };
+        let twin = twin(&file, &options.path)?;
+        let access = chain.qcow2(file, &options.path, write)?;
+        if options.snapshot { Self::snapshot(access, &options.path) } else { Ok(Self::new(access, twin, false)) }
+    }
+
+    /// A raw image without host cache, or with a snapshot over it.
+    pub fn over_raw(file: File, options: &Options) -> Result<Self, Error> {
+        let twin = twin(&file, &options.path)?;
+        let access = raw(file, &options.path, options.writes_image(), options.cache == Cache::None)?;
+        if options.snapshot { Self::snapshot(access, &options.path) } else { Ok(Self::new(access, twin, false)) }
+    }
+
+    /// Puts an image over `below` that takes all writes and has no name.
+    fn snapshot(below: Access, path: &Path) -> Result<Self, Error> {
+        let failed =
+            |source| Error::Io { path: path.into(), what: "make a temporary file for a snapshot of it", source };
+        let file = tempfile::tempfile().map_err(failed)?;
+        let twin = file.try_clone().map_err(failed)?;
+        let storage = Storage::try_from(file).map_err(failed)?;
+        let size = below.size().next_multiple_of(SECTOR);
+        let create = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+        let below = Arc::new(below);
+        let image = create.create_open(DenyImplicitOpenGate::default(), |storage| {
+            Ok(imago::qcow2::Qcow2::builder(storage).backing(Some(below)).write(true))
+        });
+        Ok(Self::new(FormatAccess::new(image.map_err(failed)?), twin, true))
+    }
+
+    fn new(access: Access, file: File, ephemeral: bool) -> Self {
+        Qcow2 { access: RwLock::new(access), file, ephemeral }
+    }
+
+    fn access(&self) -> RwLockReadGuard<'_, Access> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn size(&self) -> u64 {
+        self.access().size()
+    }
+
+    pub fn read<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
+        let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
+        self.access().readv(vector, offset)
+    }
+
+    pub fn write<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
+        let (vector, _guard) = IoVector::from_volatile_slice(slices);
+        self.access().writev(vector, offset)
+    }
+
+    pub fn flush(&self) -> io::Result<()> {
+        if self.ephemeral {
+            return Ok(());
+        }
+        self.access().flush()?;
+        self.file.sync_data()
+    }
+
+    pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        match access.discard_to_any(offset, length) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        if !unmap {
+            return self.access().write_zeroes(offset, length);
+        }
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        match access.discard_to_zero(offset, length) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => access.write_zeroes(offset, length),
+            other => other,
+        }
+    }
+}
+
+fn twin(file: &File, path: &Path) -> Result<File, Error> {
+    file.try_clone().map_err(|source| Error::Io { path: path.into(), what: "use it", source })
+}
+
+fn storage(file: File, path: &Path, write: bool, direct: bool) -> Result<Storage, Error> {
+    let options = StorageOpenOptions::new().filename(path).write(write).direct(direct);
+    Storage::from_open_file(file, options).map_err(|source| Error::Io { path: path.into(), what: "use it", source })
+}
+
+fn raw(file: File, path: &Path, write: bool, direct: bool) -> Result<Access, Error> {
+    let image = imago::raw::Raw::open_image(storage(file, path, write, direct)?, write);
+    let image = image.map_err(|source| Error::Io { path: path.into(), what: "use it", source })?;
+    Ok(FormatAccess::new(image))
+}
+
+/// Opens an image and those behind it.
+struct Chain {
+    /// Device and inode of what is open already.
+    seen: Vec<(u64, u64)>,
+    any: bool,
+    direct: bool,
+}
+
+impl Chain {
+    fn qcow2(&mut self, file: File, path: &Path, write: bool) -> Result<Access, Error> {
+        self.enter(&file, path)?;
+        let bad = |source| Error::Qcow2 { path: path.into(), source };
+        let storage = storage(file, path, write, self.direct)?;
+        let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::open_image(storage, write).map_err(bad)?;
+        if image.requires_external_data_file() {
+            return Err(Error::ExternalData { path: path.into() });
+        }
+        image.set_data_file(None);
+        let backing = match image.implicit_backing_file().filter(|name| !name.is_empty()) {
+            Some(name) => {
+                let (name, format) = (PathBuf::from(name), image.implicit_backing_format().cloned());
+                Some(Arc::new(self.backing(path, &name, format)?))
+            }
+            None => None,
+        };
+        image.set_backing(backing);
+        Ok(FormatAccess::new(image))
+    }
+
+    /// Opens what the image at `path` names as its backing file.
+    fn backing(&mut self, path: &Path, name: &Path, format: Option<String>) -> Result<Access, Error> {
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let wanted = directory.join(name);
+        let real = |path: &Path| {
+            fs::canonicalize(path).map_err(|source| Error::Io { path: path.into(), what: "find it", source })
+        };
+        let found = real(&wanted)?;
+        // The image's directory is where it really is: links there lead as far as links anywhere.
+        let home = real(path)?.parent().map(Path::to_path_buf).unwrap_or_default();
+        if !self.any && !found.starts_with(&home) {
+            return Err(Error::BackingOutside { path: path.into(), backing: wanted });
+        }
+        let file = open_file(&found, false, self.direct)?;
+        let format = match format.as_deref() {
+            Some("raw" | "file") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => return Err(Error::UnknownFormat { path: path.into(), format: other.into() }),
+            None if self.any => detect(&file, &found)?,
+            None => return Err(Error::BackingFormat { path: path.into(), backing: wanted }),
+        };
+        match format {
+            Format::Qcow2 => self.qcow2(file, &found, false),
+            Format::Raw => {
+                self.enter(&file, &found)?;
+                raw(file, &found, false, self.direct)
+            }
+        }
+    }
+
+    /// Refuses what is open already, and chains that are too long.
+    fn enter(&mut self, file: &File, path: &Path) -> Result<(), Error> {
+        let metadata = file.metadata().map_err(|source| Error::Io { path: path.into(), what: "examine it", source })?;
+        let identity = (metadata.dev(), metadata.ino());
+        if self.seen.contains(&identity) || self.seen.len() >= DEEPEST {
+            return Err(Error::BackingChain { path: path.into(), max: DEEPEST });
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
+}

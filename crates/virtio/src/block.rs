@@ -1,0 +1,264 @@
+//! The block device (virtio 1.2, 5.2): a disk image as a disk, with several queues.
+//!
+//! Each queue has a thread. It takes requests as they come, does them one by one on the image, and interrupts when
+//! it has found no further request or has a batch done: one interrupt then stands for many requests.
+
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use block::{Disk, SECTOR};
+
+use crate::{Activation, Chain, DeviceType, Error, Event, Queue, VirtioDevice, Worker, wait_any};
+
+/// Feature bits (5.2.3).
+const SEG_MAX: u64 = 1 << 2;
+const READ_ONLY: u64 = 1 << 5;
+const BLK_SIZE: u64 = 1 << 6;
+const FLUSH: u64 = 1 << 9;
+const TOPOLOGY: u64 = 1 << 10;
+const MULTI_QUEUE: u64 = 1 << 12;
+const DISCARD: u64 = 1 << 13;
+const WRITE_ZEROES: u64 = 1 << 14;
+
+/// Request types (5.2.6).
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const FLUSH_CACHE: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD_RANGES: u32 = 11;
+const ZERO_RANGES: u32 = 13;
+/// `struct virtio_blk_req` before the data: type, reserved, sector.
+const HEADER: usize = 16;
+/// `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
+const RANGE: usize = 16;
+const RANGE_UNMAP: u32 = 1;
+const ID_LENGTH: usize = 20;
+
+/// Request status.
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+const QUEUE_SIZE: u16 = 256;
+/// The most queues that are worth it.
+pub const MAX_QUEUES: usize = 16;
+/// What fits into a queue besides header and status.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// The most sectors that one range may have, and the most ranges of a request.
+const MAX_RANGE: u32 = 1 << 22;
+const MAX_RANGES: u32 = 16;
+/// The image's blocks are best used 2^3 sectors at a time: a page of the host.
+const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+/// Requests after which the driver hears of them though there are more.
+const BATCH: u32 = 16;
+
+/// A disk on the PCI bus.
+pub struct Block {
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
+    workers: Mutex<Vec<Worker>>,
+}
+
+/// What the queues' threads share.
+struct Shared {
+    disk: Disk,
+    serial: [u8; ID_LENGTH],
+    /// A failed request has been reported; the guest may make any number of them fail.
+    reported: AtomicBool,
+}
+
+impl Block {
+    /// A device for `disk` with `queues` queues (1 to [`MAX_QUEUES`]). Of `serial`, 20 bytes count.
+    pub fn new(disk: Disk, serial: &str, queues: usize) -> Self {
+        let mut id = [0; ID_LENGTH];
+        id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+        let shared = Shared { disk, serial: id, reported: AtomicBool::new(false) };
+        let queue_sizes = vec![QUEUE_SIZE; queues.clamp(1, MAX_QUEUES)];
+        Block { shared: Arc::new(shared), queue_sizes, workers: Mutex::default() }
+    }
+
+    /// The configuration space (5.2.4), up to `write_zeroes_may_unmap`.
+    fn config(&self) -> [u8; 60] {
+        let mut config = [0; 60];
+        let mut put = |offset: usize, value: &[u8]| {
+            config.iter_mut().skip(offset).zip(value).for_each(|(to, from)| *to = *from);
+        };
+        put(0, &(self.shared.disk.size() / SECTOR).to_le_bytes());
+        put(12, &MAX_SEGMENTS.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        put(24, &[PHYSICAL_BLOCK_EXPONENT]);
+        put(26, &(1u16 << PHYSICAL_BLOCK_EXPONENT).to_le_bytes());
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
+        put(36, &MAX_RANGE.to_le_bytes());
+        put(40, &MAX_RANGES.to_le_bytes());
+        put(44, &(1u32 << PHYSICAL_BLOCK_EXPONENT).to_le_bytes());
+        put(48, &MAX_RANGE.to_le_bytes());
+        put(52, &MAX_RANGES.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    fn workers(&self) -> std::sync::MutexGuard<'_, Vec<Worker>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Block
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        let disk = &self.shared.disk;
+        let mut features = SEG_MAX | BLK_SIZE | TOPOLOGY | MULTI_QUEUE;
+        features |= if disk.read_only() { READ_ONLY } else { DISCARD | WRITE_ZEROES };
+        // Without it the driver knows that there is no cache to be flushed (5.2.6.2).
+        features | if disk.write_through() { 0 } else { FLUSH }
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        data.iter_mut().zip(self.config().iter().skip(offset)).for_each(|(to, from)| *to = *from);
+    }
+
+    fn activate(&self, activation: Activation) -> Result<(), Error> {
+        let flush_writes = !activation.has(FLUSH);
+        let mut workers = self.workers();
+        for queue in activation.queues.into_iter().flatten() {
+            let shared = self.shared.clone();
+            let name = format!("disk-queue{}", queue.index());
+            let worker = Worker::start(&name, move |stop| shared.work(queue, flush_writes, stop));
+            let device = DeviceType::Block.name();
+            workers.push(worker.map_err(|source| Error::Host { device, what: "can't start a thread", source })?);
+        }
+        Ok(())
+    }
+
+    fn reset(&self) {
+        self.workers().clear();
+        // Also what the driver has not asked for: the image is whole while nobody uses it.
+        if let Err(error) = self.shared.disk.flush() {
+            tracing::warn!("a disk image can't be flushed: {error}");
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self, mut queue: Queue, flush_writes: bool, stop: &Event) {
+        let kick = queue.kick().clone();
+        loop {
+            wait_any(&[stop, &kick]);
+            kick.clear();
+            loop {
+                queue.disable_kicks();
+                let mut unannounced = 0;
+                while let Some(chain) = queue.pop() {
+                    let Some(written) = self.serve(&chain, flush_writes) else {
+                        queue.fail("a block request has no header or no status");
+                        break;
+                    };
+                    queue.push(chain, written);
+                    unannounced += 1;
+                    if unannounced == BATCH {
+                        queue.notify();
+                        unannounced = 0;
+                    }
+                    if stop.is_set() {
+                        break;
+                    }
+                }
+                queue.notify();
+                if stop.is_set() {
+                    return;
+                }
+                if !queue.enable_kicks() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Does a request and writes its status. Returns how many device-writable bytes were written; `None`: it is not
+    /// a block request at all.
+    fn serve(&self, chain: &Chain, flush_writes: bool) -> Option<u32> {
+        let mut header = [0; HEADER];
+        chain.reader().read_exact(&mut header).ok()?;
+        let data_length = chain.writable_len().checked_sub(1)?;
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let (kind, sector) = (u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector));
+        let result = self.execute(kind, sector, chain, data_length).and_then(|status| {
+            if flush_writes && matches!(kind, WRITE | ZERO_RANGES) && !self.disk.write_through() {
+                self.disk.flush()?;
+            }
+            Ok(status)
+        });
+        let status = result.unwrap_or_else(|error| {
+            if !self.reported.swap(true, Ordering::Relaxed) {
+                tracing::warn!("a disk request failed, the guest sees an I/O error: {error}");
+            }
+            IO_ERROR
+        });
+        chain.write_at(data_length, &[status]);
+        // All before the status counts as written, too.
+        Some(data_length as u32 + 1)
+    }
+
+    fn execute(&self, kind: u32, sector: u64, chain: &Chain, data_length: usize) -> io::Result<u8> {
+        let offset = || sector.checked_mul(SECTOR).ok_or(io::Error::from(io::ErrorKind::InvalidInput));
+        match kind {
+            READ => {
+                whole_sectors(data_length)?;
+                self.disk.read(&chain.writable_slices(0, data_length), offset()?)?;
+                Ok(OK)
+            }
+            WRITE => {
+                let length = chain.readable_len() - HEADER;
+                whole_sectors(length)?;
+                self.disk.write(&chain.readable_slices(HEADER, length), offset()?)?;
+                Ok(OK)
+            }
+            FLUSH_CACHE => self.disk.flush().map(|()| OK),
+            GET_ID => {
+                chain.write_at(0, self.serial.get(..data_length).unwrap_or(&self.serial));
+                Ok(OK)
+            }
+            DISCARD_RANGES | ZERO_RANGES => self.ranges(kind, chain),
+            _ => Ok(UNSUPPORTED),
+        }
+    }
+
+    fn ranges(&self, kind: u32, chain: &Chain) -> io::Result<u8> {
+        let length = chain.readable_len() - HEADER;
+        if length == 0 || !length.is_multiple_of(RANGE) || length > RANGE * MAX_RANGES as usize {
+            return Ok(UNSUPPORTED);
+        }
+        for index in 0..length / RANGE {
+            let mut bytes = [0; RANGE];
+            chain.read_at(HEADER + index * RANGE, &mut bytes);
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = bytes;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+            let flags = u32::from_le_bytes(flags);
+            // 5.2.6.2: unmap is for write-zeroes only, all other flags are reserved.
+            if flags & !RANGE_UNMAP != 0 || kind == DISCARD_RANGES && flags != 0 || sectors > MAX_RANGE {
+                return Ok(UNSUPPORTED);
+            }
+            let offset = sector.checked_mul(SECTOR).ok_or(io::ErrorKind::InvalidInput)?;
+            let length = u64::from(sectors) * SECTOR;
+            match kind {
+                DISCARD_RANGES => self.disk.discard(offset, length)?,
+                _ => self.disk.write_zeroes(offset, length, flags & RANGE_UNMAP != 0)?,
+            }
+        }
+        Ok(OK)
+    }
+}
+
+fn whole_sectors(length: usize) -> io::Result<()> {
+    let whole = (length as u64).is_multiple_of(SECTOR);
+    if whole { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, "not in whole sectors")) }
+}
