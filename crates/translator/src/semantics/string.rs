@@ -47,10 +47,6 @@ impl Kind {
         self != Kind::Lods
     }
 
-    fn destination_access(self) -> Access {
-        if matches!(self, Kind::Movs | Kind::Stos) { Access::Write } else { Access::Read }
-    }
-
     fn compares(self) -> bool {
         matches!(self, Kind::Cmps | Kind::Scas)
     }
@@ -77,6 +73,7 @@ struct Form {
 }
 
 impl Form {
+    #[inline(always)]
     fn of(insn: &Instruction) -> Option<Form> {
         use Mnemonic::*;
         let (kind, size) = match insn.mnemonic() {
@@ -141,14 +138,16 @@ impl Form {
 
     /// How many elements from `va` on lie in its page, all of whose offsets are in the address size.
     fn room(&self, va: u64, offset: u64, backward: bool) -> u64 {
-        let (size, in_page) = (self.size as u64, va & 0xfff);
+        let in_page = va & 0xfff;
         let above = (4096 - in_page).min((self.mask - offset).min(0xffff) + 1);
+        // Sizes are powers of two, and a division costs more than all the rest.
+        let elements = |bytes: u64| bytes >> self.size.trailing_zeros();
         if !backward {
-            above / size
-        } else if above < size {
+            elements(above)
+        } else if elements(above) == 0 {
             0
         } else {
-            (in_page / size).min(offset / size) + 1
+            elements(in_page.min(offset)) + 1
         }
     }
 }
@@ -173,7 +172,7 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
             form.nothing_to_do(cpu);
             return Ok(());
         }
-        let done = chunk(cpu, &form, if stepping { 1 } else { count }, backward, context)?;
+        let done = Run { form: &form, count: if stepping { 1 } else { count }, backward, context }.chunk(cpu)?;
 
         let distance = done.elements.wrapping_mul(form.size as u64);
         let distance = if backward { distance.wrapping_neg() } else { distance };
@@ -210,91 +209,169 @@ fn finish(cpu: &mut Vcpu, form: &Form, done: &Done) {
     }
 }
 
-/// Does up to `count` (1 or more) elements; at least one, or a fault with nothing done.
-fn chunk(cpu: &mut Vcpu, form: &Form, count: u64, backward: bool, context: Context) -> Result<Done, Exception> {
-    let mut room = count;
-    let mut spans = [None; 2];
-    let mut addresses = [0; 2];
-    let mut operands = [
-        (0, form.kind.has_source(), form.segment, gpr::RSI, Access::Read),
-        (1, form.kind.has_destination(), SegmentRegister::Es, gpr::RDI, form.kind.destination_access()),
-    ];
-    // Which operand faults first, if both would: in MOVS the one at rSI, in CMPS the one at rDI, as processors have it.
-    if form.kind == Kind::Cmps {
-        operands.reverse();
-    }
-    for (i, _, segment, register, access) in operands.into_iter().filter(|o| o.1) {
+/// One operand's part of a chunk.
+struct Piece {
+    span: Span,
+    /// Elements that lie in the span's page, in the direction of the instruction; at least 1.
+    room: u64,
+}
+
+/// What an instruction does the same way with each of its operands.
+struct Run<'a> {
+    form: &'a Form,
+    /// Elements at most.
+    count: u64,
+    backward: bool,
+    context: Context,
+}
+
+impl Run<'_> {
+    /// The elements of an operand that a chunk may take. `None`: the next one does not lie in one plain page.
+    #[inline(always)]
+    fn piece(
+        &self,
+        cpu: &mut Vcpu,
+        segment: SegmentRegister,
+        register: usize,
+        access: Access,
+    ) -> Result<Option<Piece>, Exception> {
+        let (form, write) = (self.form, access == Access::Write);
         let offset = cpu.gpr[register] & form.mask;
-        let va = cpu.linear(segment, offset, form.size, access == Access::Write)?;
-        addresses[i] = va;
-        room = room.min(form.room(va, offset, backward));
+        let va = cpu.linear(segment, offset, form.size, write)?;
+        let mut room = form.room(va, offset, self.backward).min(self.count);
+        if room == 0 {
+            return Ok(None);
+        }
         if room > 1 && !cpu.code64() {
             let extent = room * form.size as u64;
-            let low = if backward { offset - (extent - form.size as u64) } else { offset };
-            if cpu.linear(segment, low, extent as usize, access == Access::Write).is_err() {
+            let low = if self.backward { offset - (extent - form.size as u64) } else { offset };
+            if cpu.linear(segment, low, extent as usize, write).is_err() {
                 room = 1;
             }
         }
-        if room != 0 {
-            spans[i] = Span::find(cpu, va, access, context)?;
+        Ok(Span::find(cpu, va, access, self.context)?.map(|span| Piece { span, room }))
+    }
+
+    #[inline]
+    fn source(&self, cpu: &mut Vcpu) -> Result<Option<Piece>, Exception> {
+        self.piece(cpu, self.form.segment, gpr::RSI, Access::Read)
+    }
+
+    #[inline]
+    fn destination(&self, cpu: &mut Vcpu, access: Access) -> Result<Option<Piece>, Exception> {
+        self.piece(cpu, SegmentRegister::Es, gpr::RDI, access)
+    }
+
+    /// Does up to `count` (1 or more) elements; at least one, or a fault with nothing done.
+    fn chunk(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        match self.form.kind {
+            Kind::Movs => self.movs(cpu),
+            Kind::Cmps => self.cmps(cpu),
+            Kind::Stos => self.stos(cpu),
+            Kind::Lods => self.lods(cpu),
+            Kind::Scas => self.scas(cpu),
         }
     }
-    match (spans, form.kind) {
-        _ if room == 0 => element(cpu, form, addresses, context),
-        ([Some(source), Some(destination)], Kind::Movs) => {
-            // SAFETY: both spans have `room` elements in one page each, in the direction given.
-            unsafe { native::movs(form.size, backward, destination.host, source.host, room) };
-            stored(cpu, form, destination, room, backward);
-            Ok(Done { elements: room, flags: 0, ended: false })
+
+    /// Of two faults, MOVS takes that of its source.
+    fn movs(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let Some(source) = self.source(cpu)? else { return self.element(cpu) };
+        let Some(destination) = self.destination(cpu, Access::Write)? else { return self.element(cpu) };
+        let room = source.room.min(destination.room);
+        // SAFETY: both spans have `room` elements in one page each, in the direction given.
+        unsafe { native::movs(self.form.size, self.backward, destination.span.host, source.span.host, room) };
+        self.stored(cpu, destination.span, room);
+        Ok(Done { elements: room, flags: 0, ended: false })
+    }
+
+    /// Of two faults, CMPS takes that of its destination, on the processors at hand.
+    fn cmps(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let Some(destination) = self.destination(cpu, Access::Read)? else { return self.element(cpu) };
+        let Some(source) = self.source(cpu)? else { return self.element(cpu) };
+        let room = source.room.min(destination.room);
+        let (size, until_equal) = (self.form.size, self.form.repeat == Repeat::WhileNotEqual);
+        // SAFETY: as in `movs`.
+        let (left, flags) =
+            unsafe { native::cmps(size, self.backward, until_equal, source.span.host, destination.span.host, room) };
+        Ok(self.compared(room - left, flags))
+    }
+
+    fn stos(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let Some(Piece { span, room }) = self.destination(cpu, Access::Write)? else { return self.element(cpu) };
+        // SAFETY: as in `movs`.
+        unsafe { native::stos(self.form.size, self.backward, span.host, cpu.gpr[gpr::RAX], room) };
+        self.stored(cpu, span, room);
+        Ok(Done { elements: room, flags: 0, ended: false })
+    }
+
+    fn lods(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let Some(Piece { span, room }) = self.source(cpu)? else { return self.element(cpu) };
+        let before = (room as usize - 1) * self.form.size;
+        let mut value = [0; 8];
+        // SAFETY: as in `movs`; the last element is the only one whose value is seen.
+        unsafe {
+            let last = if self.backward { span.host.sub(before) } else { span.host.add(before) };
+            std::ptr::copy_nonoverlapping(last, value.as_mut_ptr(), self.form.size);
         }
-        ([_, Some(destination)], Kind::Stos) => {
-            // SAFETY: as above.
-            unsafe { native::stos(form.size, backward, destination.host, cpu.gpr[gpr::RAX], room) };
-            stored(cpu, form, destination, room, backward);
-            Ok(Done { elements: room, flags: 0, ended: false })
+        load(cpu, self.form.size, u64::from_le_bytes(value));
+        Ok(Done { elements: room, flags: 0, ended: false })
+    }
+
+    fn scas(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let Some(Piece { span, room }) = self.destination(cpu, Access::Read)? else { return self.element(cpu) };
+        let (size, until_equal) = (self.form.size, self.form.repeat == Repeat::WhileNotEqual);
+        // SAFETY: as in `movs`.
+        let (left, flags) =
+            unsafe { native::scas(size, self.backward, until_equal, cpu.gpr[gpr::RAX], span.host, room) };
+        Ok(self.compared(room - left, flags))
+    }
+
+    /// One element, wherever it lies.
+    #[cold]
+    fn element(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
+        let (size, context) = (self.form.size, self.context);
+        let linear = |cpu: &Vcpu, segment, register: usize, write| {
+            cpu.linear(segment, cpu.gpr[register] & self.form.mask, size, write)
+        };
+        let mut a = cpu.gpr[gpr::RAX].to_le_bytes();
+        let mut b = [0; 8];
+        if self.form.kind.compares() {
+            let va = linear(cpu, SegmentRegister::Es, gpr::RDI, false)?;
+            cpu.read_linear(va, &mut b[..size], context)?;
         }
-        ([Some(source), _], Kind::Lods) => {
-            let before = (room as usize - 1) * form.size;
-            let mut value = [0; 8];
-            // SAFETY: as above; the last element is the only one whose value is seen.
-            unsafe {
-                let last = if backward { source.host.sub(before) } else { source.host.add(before) };
-                std::ptr::copy_nonoverlapping(last, value.as_mut_ptr(), form.size);
+        if self.form.kind.has_source() {
+            let va = linear(cpu, self.form.segment, gpr::RSI, false)?;
+            cpu.read_linear(va, &mut a[..size], context)?;
+        }
+        let mut flags = 0;
+        match self.form.kind {
+            Kind::Movs | Kind::Stos => {
+                let va = linear(cpu, SegmentRegister::Es, gpr::RDI, true)?;
+                cpu.write_linear(va, &a[..size], context)?;
             }
-            load(cpu, form.size, u64::from_le_bytes(value));
-            Ok(Done { elements: room, flags: 0, ended: false })
+            Kind::Lods => load(cpu, size, u64::from_le_bytes(a)),
+            Kind::Cmps | Kind::Scas => {
+                // SAFETY: two local buffers of eight bytes.
+                flags = unsafe { native::cmps(size, false, false, a.as_mut_ptr(), b.as_mut_ptr(), 1) }.1;
+            }
         }
-        ([Some(source), Some(destination)], Kind::Cmps) => {
-            let until_equal = form.repeat == Repeat::WhileNotEqual;
-            // SAFETY: as above.
-            let (left, flags) =
-                unsafe { native::cmps(form.size, backward, until_equal, source.host, destination.host, room) };
-            Ok(compared(form, room - left, flags))
-        }
-        ([_, Some(destination)], Kind::Scas) => {
-            let until_equal = form.repeat == Repeat::WhileNotEqual;
-            // SAFETY: as above.
-            let (left, flags) =
-                unsafe { native::scas(form.size, backward, until_equal, cpu.gpr[gpr::RAX], destination.host, room) };
-            Ok(compared(form, room - left, flags))
-        }
-        _ => element(cpu, form, addresses, context),
+        Ok(self.compared(1, flags))
     }
-}
 
-fn stored(cpu: &mut Vcpu, form: &Form, span: Span, elements: u64, backward: bool) {
-    let len = elements as usize * form.size;
-    span.stored(cpu, if backward { len - form.size } else { 0 }, len);
-}
+    fn stored(&self, cpu: &mut Vcpu, span: Span, elements: u64) {
+        let len = elements as usize * self.form.size;
+        span.stored(cpu, if self.backward { len - self.form.size } else { 0 }, len);
+    }
 
-fn compared(form: &Form, elements: u64, flags: u64) -> Done {
-    let equal = flags & rflags::ZF != 0;
-    let ended = match form.repeat {
-        Repeat::WhileEqual => !equal,
-        Repeat::WhileNotEqual => equal,
-        Repeat::Once | Repeat::Count => false,
-    };
-    Done { elements, flags, ended }
+    fn compared(&self, elements: u64, flags: u64) -> Done {
+        let equal = flags & rflags::ZF != 0;
+        let ended = match self.form.repeat {
+            Repeat::WhileEqual => !equal,
+            Repeat::WhileNotEqual => equal,
+            Repeat::Once | Repeat::Count => false,
+        };
+        Done { elements, flags, ended }
+    }
 }
 
 fn load(cpu: &mut Vcpu, size: usize, value: u64) {
@@ -305,29 +382,6 @@ fn load(cpu: &mut Vcpu, size: usize, value: u64) {
         4 => value & 0xffff_ffff,
         _ => value,
     };
-}
-
-/// One element, wherever it lies.
-fn element(cpu: &mut Vcpu, form: &Form, [source, destination]: [u64; 2], context: Context) -> Result<Done, Exception> {
-    let mut a = cpu.gpr[gpr::RAX].to_le_bytes();
-    let mut b = [0; 8];
-    let size = form.size;
-    if matches!(form.kind, Kind::Cmps | Kind::Scas) {
-        cpu.read_linear(destination, &mut b[..size], context)?;
-    }
-    if form.kind.has_source() {
-        cpu.read_linear(source, &mut a[..size], context)?;
-    }
-    let mut flags = 0;
-    match form.kind {
-        Kind::Movs | Kind::Stos => cpu.write_linear(destination, &a[..size], context)?,
-        Kind::Lods => load(cpu, size, u64::from_le_bytes(a)),
-        Kind::Cmps | Kind::Scas => {
-            // SAFETY: two local buffers of eight bytes.
-            flags = unsafe { native::cmps(size, false, false, a.as_mut_ptr(), b.as_mut_ptr(), 1) }.1;
-        }
-    }
-    Ok(compared(form, 1, flags))
 }
 
 /// The host's string instructions. The caller vouches for `count` elements of `size` bytes at each pointer, upwards or,
