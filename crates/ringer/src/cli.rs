@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
 use crate::image::ImageCommand;
+use crate::disk::{self, DiskArg};
 use crate::units::{parse_size, show_size};
 
 const EXAMPLES: &str = "\
@@ -64,6 +65,9 @@ pub struct RunArgs {
     /// Command line for --kernel
     #[arg(long, value_name = "STRING", requires = "kernel", allow_hyphen_values = true)]
     pub append: Option<String>,
+    /// A disk image: PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
+    #[arg(long, value_name = "DISK", value_parser = disk::parse)]
+    pub disk: Vec<DiskArg>,
     /// Where the first serial port leads: stdio, file:PATH, none
     #[arg(long, value_name = "TO", default_value = "stdio", value_parser = serial)]
     pub serial: Serial,

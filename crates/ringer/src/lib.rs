@@ -10,7 +10,10 @@
 pub mod cleanup;
 mod cli;
 mod console;
+mod disk;
+mod debian;
 pub mod guest;
+mod image;
 mod run;
 mod signals;
 mod terminal;
@@ -27,12 +30,14 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(status) => return status.into(),
     };
-    let Command::Run(args) = cli.command;
-    start_logging(args.verbose);
+    start_logging(cli.verbose);
     // The panic hook has reported a panic by the time it arrives here.
     let result = std::panic::catch_unwind(|| {
         signals::install().map_err(run::Error::Signals)?;
-        run::run(args)
+        match cli.command {
+            Command::Run(args) => Ok(run::run(args)?),
+            Command::Image(command) => Ok::<(), Box<dyn std::error::Error>>(image::run(&command)?),
+        }
     });
     cleanup::wait_if_ending();
     match result {

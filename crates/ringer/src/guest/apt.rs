@@ -68,6 +68,35 @@ impl<'a> Apt<'a> {
         Err(Error::Apt { why: format!("apt-get download {package} succeeded, but left no package") })
     }
 
+    /// A release of Debian and the sources.list(5) lines by which the host gets it. `suite`: its code name; `None`: that of
+    /// the host's Debian, or of the first release that the host's sources have.
+    pub fn debian_sources(&self, suite: Option<&str>) -> Result<(String, Vec<String>), Error> {
+        let format = "$(CODENAME) deb $(REPO_URI) $(RELEASE) $(COMPONENT)";
+        let output =
+            self.run("apt-get", &["indextargets", "--format", format, "Created-By: Packages", "Origin: Debian"]);
+        let output = output.map_err(|e| self.blame(e))?;
+        let known: Vec<(&str, &str)> = output.lines().filter_map(|line| line.split_once(' ')).collect();
+        let host = host_codename();
+        let own = host.as_deref().filter(|host| known.iter().any(|(name, _)| name == host));
+        let suite = suite.or(own).or(known.first().map(|(name, _)| *name));
+        let missing = || self.blame(Error::Apt { why: "the host's apt has no source of Debian".into() });
+        let suite = suite.ok_or_else(missing)?;
+        // A release comes with its updates and security fixes: NAME-updates, NAME-security.
+        let belongs =
+            |name: &str| name.strip_prefix(suite).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
+        let mut lines: Vec<_> =
+            known.iter().filter(|(name, _)| belongs(name)).map(|(_, line)| (*line).to_owned()).collect();
+        lines.sort();
+        lines.dedup();
+        if lines.is_empty() {
+            // Any other release is on the server that the host's own comes from.
+            let (_, line) = known.iter().find(|(name, _)| !name.contains('-')).ok_or_else(missing)?;
+            let uri = line.split(' ').nth(1).unwrap_or_default();
+            lines.push(format!("deb {uri} {suite} main"));
+        }
+        Ok((suite.to_owned(), lines))
+    }
+
     /// Adds why the update failed, if it did, to the error that follows from it.
     fn blame(&self, error: Error) -> Error {
         match (error, &self.update_error) {
@@ -180,7 +209,18 @@ Acquire::IndexTargets::deb::CNF::DefaultEnabled "false";
     text
 }
 
-/// Whether the host's own sources are Debian's (os-release(5)).
+/// Whether the host's own sources are Debian's.
 fn host_is_debian() -> bool {
-    fs::read_to_string("/etc/os-release").is_ok_and(|text| text.lines().any(|line| line.trim() == "ID=debian"))
+    os_release("ID").as_deref() == Some("debian")
+}
+
+fn host_codename() -> Option<String> {
+    host_is_debian().then(|| os_release("VERSION_CODENAME")).flatten()
+}
+
+/// What the host's os-release(5) says of itself.
+fn os_release(key: &str) -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let value = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='))?;
+    Some(value.trim_matches('"').to_owned())
 }

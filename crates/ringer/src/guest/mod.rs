@@ -6,7 +6,7 @@
 //! The cache has one directory for each [`RECIPE`] and architecture. It is built under a temporary name and renamed
 //! when it is complete, under a lock, so that neither an interrupted nor a concurrent run can leave half a guest.
 
-mod apt;
+pub(crate) mod apt;
 mod deb;
 pub mod initramfs;
 
