@@ -14,7 +14,7 @@ use rustix::termios::isatty;
 
 use crate::cli::{RunArgs, Serial};
 use crate::guest::{self, Guest};
-use crate::{console, terminal};
+use crate::{console, disk, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -26,6 +26,8 @@ pub enum Error {
     Machine(#[from] machine::Error),
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Disk(#[from] block::Error),
     #[error(transparent)]
     Guest(#[from] guest::Error),
     #[error("--serial file:{}: {source}", path.display())]
@@ -52,9 +54,10 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         stats: args.stats,
     };
     let selection = select_engine(args.accel, &ram, translator)?;
+    let devices = disk::devices(&args.disk, args.cpus)?;
     let link = Arc::new(Link::default());
     let config =
-        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], devices: Vec::new(), no_reboot: args.no_reboot };
+        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], devices, no_reboot: args.no_reboot };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     let _ = link.machine.set(machine.handle());

@@ -1,0 +1,97 @@
+//! `--disk`: what may be typed, and the device that comes of it.
+
+use std::sync::Arc;
+
+use block::{Cache, Disk, Format, Options};
+use virtio::VirtioDevice;
+use virtio::block::Block;
+
+/// Bytes of a serial number that a guest can see.
+const SERIAL_LENGTH: usize = 20;
+
+/// One disk as the user wants it.
+#[derive(Clone, Debug)]
+pub struct DiskArg {
+    pub image: Options,
+    pub serial: Option<String>,
+}
+
+const ALLOWED: &str = "allowed after the path are format=raw|qcow2, ro, snapshot, serial=TEXT, \
+                       cache=none|writeback|writethrough and backing=any, each after a comma (a comma in the path is written twice)";
+
+/// Parses `PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough][,backing=any]`.
+pub fn parse(text: &str) -> Result<DiskArg, String> {
+    // A doubled comma belongs to the path.
+    let mut path = String::new();
+    let mut rest = text;
+    let settings = loop {
+        let Some((before, after)) = rest.split_once(',') else {
+            path += rest;
+            break "";
+        };
+        path += before;
+        match after.strip_prefix(',') {
+            Some(more) => {
+                path.push(',');
+                rest = more;
+            }
+            None => break after,
+        }
+    };
+    if path.is_empty() {
+        return Err("the path of a disk image is missing".into());
+    }
+    let mut disk = DiskArg { image: Options::new(path), serial: None };
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        match setting.split_once('=').unwrap_or((setting, "")) {
+            ("ro", "") => disk.image.read_only = true,
+            ("snapshot", "") => disk.image.snapshot = true,
+            ("format", "raw") => disk.image.format = Some(Format::Raw),
+            ("format", "qcow2") => disk.image.format = Some(Format::Qcow2),
+            ("cache", "none") => disk.image.cache = Cache::None,
+            ("cache", "writeback") => disk.image.cache = Cache::WriteBack,
+            ("cache", "writethrough") => disk.image.cache = Cache::WriteThrough,
+            ("backing", "any") => disk.image.any_backing = true,
+            ("serial", serial) if (1..=SERIAL_LENGTH).contains(&serial.len()) && serial.is_ascii() => {
+                disk.serial = Some(serial.into());
+            }
+            ("serial", _) => return Err(format!("a serial number has 1 to {SERIAL_LENGTH} ASCII characters")),
+            _ => return Err(format!("\"{setting}\" is not known: {ALLOWED}")),
+        }
+    }
+    Ok(disk)
+}
+
+/// Opens the images and makes a device of each, with a queue for each processor.
+pub fn devices(disks: &[DiskArg], cpus: u32) -> Result<Vec<Arc<dyn VirtioDevice>>, block::Error> {
+    let device = |disk: &DiskArg| {
+        let image = Disk::open(&disk.image)?;
+        let serial = disk.serial.as_deref().unwrap_or_default();
+        Ok(Arc::new(Block::new(image, serial, cpus as usize)) as Arc<dyn VirtioDevice>)
+    };
+    disks.iter().map(device).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn a_disk_is_a_path_with_settings() {
+        let disk = parse("a,,b.qcow2,format=qcow2,snapshot,serial=S1,cache=none,backing=any").unwrap();
+        assert_eq!(disk.image.path, Path::new("a,b.qcow2"));
+        assert_eq!((disk.image.format, disk.image.cache), (Some(Format::Qcow2), Cache::None));
+        assert!(disk.image.snapshot && disk.image.any_backing && !disk.image.read_only);
+        assert_eq!(disk.serial.as_deref(), Some("S1"));
+        assert!(parse("x,ro").unwrap().image.read_only);
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_with_what_is() {
+        for text in ["", ",ro", "x,rw", "x,format=vmdk", "x,cache=", "x,serial=", "x,serial=123456789012345678901"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        assert!(parse("x,rw").unwrap_err().contains("writethrough"));
+    }
+}
