@@ -24,8 +24,8 @@ use run_control::{Request, RunControl};
 use virtio::VirtioDevice;
 use virtio::pci::VirtioPci;
 
-pub use translator::Config as TranslatorConfig;
 pub use engines::{Accel, Selection, select_engine};
+pub use translator::Config as TranslatorConfig;
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
 pub const MAX_CPUS: u32 = 128;

@@ -7,8 +7,8 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
-use crate::image::ImageCommand;
 use crate::disk::{self, DiskArg};
+use crate::image::ImageCommand;
 use crate::units::{parse_size, show_size};
 
 const EXAMPLES: &str = "\

@@ -56,8 +56,12 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     let selection = select_engine(args.accel, &ram, translator)?;
     let devices = disk::devices(&args.disk, args.cpus)?;
     let link = Arc::new(Link::default());
-    let config =
-        Config { boot, serial: [serial_output(&args.serial, &link)?, None, None, None], devices, no_reboot: args.no_reboot };
+    let config = Config {
+        boot,
+        serial: [serial_output(&args.serial, &link)?, None, None, None],
+        devices,
+        no_reboot: args.no_reboot,
+    };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     let _ = link.machine.set(machine.handle());
