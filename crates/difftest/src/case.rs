@@ -139,12 +139,14 @@ pub struct Ignore {
     /// Of an area of several hundred bytes (XSAVE and the like) and of MASKMOV, it is the implementation's choice which byte
     /// a page fault names, and how much has been written before it.
     pub large_area: bool,
-    /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU).
+    /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU), and so may its alignment be checked.
     pub may_fault_in_vain: bool,
     /// Where the XSAVE area of a guest ends. The host's is longer by AMX's components, and all of it is probed. Zero: no such area.
     pub guest_area_end: u64,
     /// An x87 store that raises an unmasked exception does not store; the translator has the operand's page checked before.
     pub x87_store: bool,
+    /// The same of a store that converts.
+    pub converting_store: bool,
     /// String instructions with 32-bit addresses clear the upper halves of their registers even before the first element, on
     /// some processors in some cases.
     pub narrow_pointers: bool,
@@ -156,9 +158,10 @@ impl Ignore {
     /// Whether the native side may take a fault that the guest doesn't, or the other way round.
     fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
-        self.may_fault_in_vain && native.vector == 14 && !memory_fault(guest)
+        self.may_fault_in_vain && (native.vector == 14 && !memory_fault(guest) || native.vector == 17 || guest.vector == 17)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2000 && self.guest_area_end != 0
             || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
+            || self.converting_store && memory_fault(guest) && native.vector == 19
     }
 }
 
@@ -190,7 +193,7 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
         word("cr2", native.cr2, guest.cr2);
     }
     word("rip", native.rip, guest.rip);
-    let fault = matches!(native.vector, 12 | 13 | 14 | 17);
+    let fault = matches!(native.vector, 12 | 13 | 14 | 16 | 17 | 19);
     let flags = ignore.flags | if fault { ignore.flags_at_fault } else { 0 };
     word("rflags", native.rflags & !flags, guest.rflags & !flags);
     let registers = if ignore.narrow_pointers && fault { 0xffff_ffff } else { u64::MAX };

@@ -11,8 +11,8 @@ use memory::PAGE_SIZE;
 
 use arch::{Exception, SegmentRegister, Vector};
 
-use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::asm::{Asm, Mem, RSP};
+use crate::codegen::facts::{FpClass, facts};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, context_offset};
 use crate::mmu::Access;
@@ -138,9 +138,13 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
         // The general path knows which bytes are touched, and whether another fault comes first.
-        Err(_) if cpu.code64() => {
-            let base = if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
+        Err(_) if cpu.code64() || masked_out(cpu, &insn) => {
+            let base =
+                if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
             return access(cpu, base.wrapping_add(offset), kind, &site);
+        }
+        Err(_) if waits_for_fpu(&insn) && cpu.xsave.x87_pending() => {
+            return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
         }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };
@@ -229,7 +233,8 @@ fn misaligned(insn: &Instruction, va: u64) -> bool {
 
 /// x87 and MMX instructions report what is pending from earlier ones before they access memory.
 fn waits_for_fpu(insn: &Instruction) -> bool {
-    matches!(facts(insn.code()).fp, FpClass::X87 | FpClass::Mmx) && !matches!(insn.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw)
+    let mmx = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm());
+    (mmx || facts(insn.code()).fp == FpClass::X87) && !matches!(insn.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw)
 }
 
 /// Whether the operand must be aligned to its size, or #GP comes before any fault of its pages: SSE's, but for those that
@@ -270,14 +275,30 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
     }
     let bytes = mask.unwrap_or(u64::MAX);
+    // VEXTRACT's mask decides what is stored, but not what is checked (Intel SDM 2A 2.8, exceptions type E6NF).
+    let extracts = {
+        use Mnemonic::*;
+        matches!(
+            site.insn.mnemonic(),
+            Vextractf32x4
+                | Vextractf32x8
+                | Vextractf64x2
+                | Vextractf64x4
+                | Vextracti32x4
+                | Vextracti32x8
+                | Vextracti64x2
+                | Vextracti64x4
+        )
+    };
+    let checked = if extracts { u64::MAX } else { bytes };
     let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
     let mut pieces: [Piece; 2] = [(0, 0); 2];
     let mut start = 0;
     for (i, length) in [first, size - first].into_iter().enumerate() {
-        let touched = length != 0 && bytes >> start & low_bits(length) != 0;
+        let touched = length != 0 && checked >> start & low_bits(length) != 0;
         if touched {
             // A fault is at the first byte that is touched.
-            let skip = (bytes >> start).trailing_zeros() as u64;
+            let skip = (checked >> start).trailing_zeros() as u64;
             let page_va = wrap(cpu, va.wrapping_add(start as u64));
             match cpu.fill_tlb(page_va.wrapping_add(skip), kind.access(), kind.context()) {
                 Ok(m) => pieces[i] = (m.gpa - skip, length),
@@ -330,7 +351,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
 }
 
 fn wrap(cpu: &Vcpu, va: u64) -> u64 {
-    if cpu.long_mode() { va } else { va & 0xffff_ffff }
+    if cpu.code64() { va } else { va & 0xffff_ffff }
 }
 
 fn low_bits(n: usize) -> u64 {

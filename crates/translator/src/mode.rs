@@ -19,6 +19,8 @@ const SSE: u32 = 1 << 12;
 const AVX: u32 = 1 << 13;
 const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
+const FS_OPEN: u32 = 1 << 16;
+const GS_OPEN: u32 = 1 << 17;
 
 impl Mode {
     /// The mode a vCPU is in.
@@ -33,6 +35,9 @@ impl Mode {
         m |= flag(cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
         m |= (cpu.cpl() as u32) << 3 | (cpu.context() as u32) << 5;
         m |= flag(bits == 64 || bits == 32 && flat(cpu), FLAT);
+        if bits == 32 {
+            m |= flag(open(cpu, SegmentRegister::Fs), FS_OPEN) | flag(open(cpu, SegmentRegister::Gs), GS_OPEN);
+        }
         m |= flag(cpu.cr0 & cr0::TS != 0, TS) | flag(cpu.cr0 & cr0::EM != 0, EM) | flag(cpu.cr0 & cr0::MP != 0, MP);
         m |= flag(cpu.cr4 & cr4::OSFXSR != 0, SSE);
         m |= flag(cpu.avx_enabled(), AVX);
@@ -63,6 +68,14 @@ impl Mode {
     /// computed inline.
     pub fn flat(self) -> bool {
         self.0 & FLAT != 0
+    }
+
+    /// In 32-bit code: FS (or GS) has a base, but neither a limit nor a type that could forbid an access.
+    pub fn fs_open(self) -> bool {
+        self.0 & FS_OPEN != 0
+    }
+    pub fn gs_open(self) -> bool {
+        self.0 & GS_OPEN != 0
     }
 
     pub fn context(self) -> Context {
@@ -98,6 +111,12 @@ impl Mode {
     }
 }
 
+/// A present, writable, expand-up data segment of 4 GiB.
+fn open(cpu: &Vcpu, s: SegmentRegister) -> bool {
+    let seg = cpu.seg(s);
+    seg.limit == u32::MAX && seg.present() && seg.kind() & 0xe == 0x2
+}
+
 /// Whether CS, SS, DS and ES are the flat 4 GiB segments of a 32-bit system, readable and (but for CS) writable.
 fn flat(cpu: &Vcpu) -> bool {
     use SegmentRegister::*;
@@ -105,10 +124,7 @@ fn flat(cpu: &Vcpu) -> bool {
         let seg = cpu.seg(s);
         seg.base == 0 && seg.limit == u32::MAX && seg.present()
     };
-    let data = |s: SegmentRegister| {
-        let kind = cpu.seg(s).kind();
-        unlimited(s) && kind & 0x8 == 0 && kind & 0x4 == 0 && kind & 0x2 != 0
-    };
+    let data = |s: SegmentRegister| cpu.seg(s).base == 0 && open(cpu, s);
     // Readable code; expand-up writable data.
     unlimited(Cs) && cpu.seg(Cs).kind() & 0x2 != 0 && data(Ss) && data(Ds) && data(Es) && cpu.seg(Ss).default_big()
 }

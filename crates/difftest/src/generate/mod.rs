@@ -157,6 +157,7 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
+        converting_store: name == "Vcvtps2ph",
         narrow_pointers: (0..insn.op_count()).any(|i| matches!(insn.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI)),
         sticky_at_fault: name == "Vcvtps2ph"
             || (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()),

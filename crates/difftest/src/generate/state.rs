@@ -183,7 +183,7 @@ pub fn solve(
         let Some(base) = gpr_index(memory.base()) else { continue };
         let segment = segment_base(input, memory.segment());
         let mut target = data_address(rng);
-        if base == 4 {
+        if base == 4 && !rng.one_in(8) {
             target &= !7;
         }
         input.gpr[base] = target.wrapping_sub(segment).wrapping_sub(if base == 4 { 0 } else { memory.displacement() });

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
+use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
 use super::facts::{FpClass, facts};
 use super::liveness::{Effect, Flags};
 use super::operand::{FlagState, memory_operand, park_flags, unpark_flags};
@@ -176,11 +176,12 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
             }
             break;
         }
+        let too_long = insn.is_invalid() && insn.len() == 15 && needs_more(&bytes[offset..], mode);
         if offset + insn.len() > page && !items.is_empty() {
             // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
             break;
         }
-        let kind = classify(&insn, mode);
+        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode) };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
@@ -198,6 +199,20 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
         item.live_in = live;
     }
     Some(items)
+}
+
+/// Whether bytes that the decoder refused are refused because 15 of them don't make an instruction yet. (If the fifteenth is the
+/// one that makes it invalid, this can't tell.)
+fn needs_more(bytes: &[u8], mode: Mode) -> bool {
+    let Some(most) = bytes.get(..14) else { return false };
+    let mut decoder = Decoder::new(mode.bits(), most, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+}
+
+/// More than 15 bytes (Intel SDM 3A 6.15, interrupt 13).
+fn raise_too_long(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::general_protection(0).into())
 }
 
 fn raise_invalid_opcode(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
@@ -684,10 +699,6 @@ impl Builder<'_> {
         if let Some(operand) = access_operand(insn) {
             let kind = AccessKind::new(operand_size(insn), writes(insn, operand), self.mode.context());
             self.operand(insn, kind);
-        } else if insn.mnemonic() == Mnemonic::Xlatb {
-            self.free_flags();
-            self.xlat_address(insn);
-            self.check(AccessKind::new(1, false, self.mode.context()));
         }
         if effect.touches {
             if live_in.is_empty() {
@@ -707,21 +718,6 @@ impl Builder<'_> {
             tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
             self.need_flags();
             self.sensitive(insn, raise_invalid_opcode, true);
-        }
-    }
-
-    fn xlat_address(&mut self, insn: &Instruction) {
-        self.asm.movzx8(S0, Reg(0));
-        let mem = Mem::Index(Reg(3), S0, 1, 0);
-        if insn.memory_base() == Register::RBX {
-            self.asm.lea(S0, mem)
-        } else {
-            self.asm.lea32(S0, mem)
-        }
-        match insn.memory_segment() {
-            Register::FS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 4 * 16)),
-            Register::GS => self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, context_offset!(segments) + 5 * 16)),
-            _ => {}
         }
     }
 

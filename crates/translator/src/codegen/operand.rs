@@ -152,13 +152,31 @@ impl Builder<'_> {
     /// computes it.
     pub fn operand(&mut self, insn: &Instruction, kind: AccessKind) {
         self.free_flags();
-        if self.mode.flat() && !self.mode.checks_alignment() {
+        if self.inline_address(insn, kind.write()) {
             self.address(insn);
             self.check(kind);
         } else {
             self.asm.mov_imm(S1, kind.bits() as u64);
             self.resolve();
         }
+    }
+
+    /// Whether the operand's address needs no check of segments or alignment, and no 16-bit arithmetic.
+    fn inline_address(&self, insn: &Instruction, write: bool) -> bool {
+        if !self.mode.flat() || self.mode.checks_alignment() {
+            return false;
+        }
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let absolute = base == Register::None && index == Register::None;
+        let narrow = base.is_gpr16() || index.is_gpr16() || absolute && insn.memory_displ_size() == 2;
+        self.mode.long()
+            || !narrow
+                && match insn.memory_segment() {
+                    Register::FS => self.mode.fs_open(),
+                    Register::GS => self.mode.gs_open(),
+                    Register::CS => !write,
+                    _ => true,
+                }
     }
 
     /// The host address of `[guest rsp + displacement]`, in S0.

@@ -96,20 +96,26 @@ impl<'a> Parts<'a> {
         }
         let first = *bytes.get(i)?;
         let vector_prefix = |b: u8| bits == 64 || b >= 0xc0;
+        // Outside 64-bit mode the bits that would name registers beyond the eighth are ignored: make them say "none" (they are
+        // inverted). `low`: of vvvv.
+        let low = if bits == 64 { 0 } else { 0x40 };
         match first {
             0xc5 if vector_prefix(*bytes.get(i + 1)?) => {
                 let b = *bytes.get(i + 1)?;
-                p.encoding = Encoding::Vex([b & 0x80 | 0x61, b & 0x7f]);
+                p.encoding = Encoding::Vex([b & 0x80 | 0x61, b & 0x7f | low]);
                 i += 2;
                 p.opcode = bytes.get(i..i + 1)?;
             }
             0xc4 if vector_prefix(*bytes.get(i + 1)?) => {
-                p.encoding = Encoding::Vex([*bytes.get(i + 1)?, *bytes.get(i + 2)?]);
+                let few = if bits == 64 { 0 } else { 0x20 };
+                p.encoding = Encoding::Vex([*bytes.get(i + 1)? | few, *bytes.get(i + 2)? | low]);
                 i += 3;
                 p.opcode = bytes.get(i..i + 1)?;
             }
             0x62 if vector_prefix(*bytes.get(i + 1)?) => {
-                p.encoding = Encoding::Evex([*bytes.get(i + 1)?, *bytes.get(i + 2)?, *bytes.get(i + 3)?]);
+                let (few, v) = if bits == 64 { (0, 0) } else { (0x30, 0x08) };
+                p.encoding =
+                    Encoding::Evex([*bytes.get(i + 1)? | few, *bytes.get(i + 2)? | low, *bytes.get(i + 3)? | v]);
                 i += 4;
                 p.opcode = bytes.get(i..i + 1)?;
             }
@@ -298,7 +304,9 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
             } else {
                 let (last, escape) = p.opcode.split_last()?;
                 asm.bytes(escape);
-                asm.byte(new_opcode.map_or(*last, |n| last & !7 | n & 7));
+                // 82 is another 80, which 64-bit mode doesn't have.
+                let last = if p.opcode == [0x82] { 0x80 } else { *last };
+                asm.byte(new_opcode.map_or(last, |n| last & !7 | n & 7));
             }
         }
         Encoding::Vex([p1, p2]) => {

@@ -149,8 +149,8 @@ impl Vcpu {
     }
 
     fn places(&mut self, va: u64, length: usize, access: Access, context: Context) -> Result<Vec<Place>, Exception> {
-        // Addresses wrap at 4 GiB outside long mode.
-        let mask = if self.long_mode() { u64::MAX } else { 0xffff_ffff };
+        // Addresses wrap at 4 GiB outside 64-bit mode; but descriptor tables may lie above in compatibility mode.
+        let mask = if self.code64() || va >> 32 != 0 { u64::MAX } else { 0xffff_ffff };
         let mut places = Vec::with_capacity(length / PAGE_SIZE as usize + 2);
         let mut done = 0;
         while done < length {

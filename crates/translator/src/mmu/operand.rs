@@ -115,9 +115,10 @@ impl Vcpu {
 
     /// Reads a far pointer in memory: its offset of `size` bytes, then its selector.
     pub fn read_far_pointer(&mut self, insn: &Instruction, operand: u32, size: usize) -> Result<(u64, u16), Exception> {
-        let address = self.operand_address(insn, operand, size + 2, false)?;
+        let (segment, offset) = self.effective_address(insn, operand);
+        let address = self.linear_unaligned(segment, offset, size + 2, false)?;
         // Alignment is that of the offset.
-        self.check_alignment(address, if size == 2 { 1 } else { size })?;
+        self.check_alignment(address, size)?;
         let mut data = [0; 10];
         self.read_linear(address, &mut data[..size + 2], self.context())?;
         let value = data.iter().take(size + 2).rev().fold(0u128, |value, &byte| value << 8 | u128::from(byte));

@@ -45,7 +45,7 @@ impl Vcpu {
     }
 
     /// #AC(0) for an unaligned access of a program with alignment checks on (Intel SDM 3A 6.15, interrupt 17).
-    pub(super) fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
+    pub fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
         let checked = self.rflags & rflags::AC != 0 && self.cr0 & cr0::AM != 0 && matches!(size, 2 | 4 | 8);
         if checked && address & (size as u64 - 1) != 0 && self.cpl() == 3 {
             return Err(Exception::new(Vector::AlignmentCheck));
@@ -87,6 +87,7 @@ pub fn limit_allows(segment: &Segment, offset: u64, size: usize) -> bool {
         let top = if segment.default_big() { 0xffff_ffff } else { 0xffff };
         offset > limit && last <= top && last >= offset
     } else {
-        last <= limit && last >= offset
+        // With the whole 4 GiB an access wraps around instead.
+        limit == 0xffff_ffff && offset <= limit || last <= limit && last >= offset
     }
 }

@@ -77,6 +77,7 @@ impl Stack {
     pub fn push(&mut self, cpu: &mut Vcpu, size: usize, value: u64) -> Result<(), Exception> {
         let pointer = self.moved((size as u64).wrapping_neg());
         let address = self.address(pointer, size)?;
+        cpu.check_alignment(address, size)?;
         cpu.write_sized(address, size, value, self.context)?;
         self.pointer = pointer;
         Ok(())
@@ -98,6 +99,7 @@ impl Stack {
 
     pub fn pop(&mut self, cpu: &mut Vcpu, size: usize) -> Result<u64, Exception> {
         let address = self.address(self.pointer, size)?;
+        cpu.check_alignment(address, size)?;
         let value = cpu.read_sized(address, size, self.context)?;
         self.pointer = self.moved(size as u64);
         Ok(value)
@@ -114,6 +116,7 @@ impl Stack {
             return Ok(());
         };
         let address = self.address(self.pointer, length)?;
+        cpu.check_alignment(address, size)?;
         cpu.read_linear(address, bytes, self.context)?;
         for (value, slot) in frame.iter_mut().zip(bytes.chunks_exact(size)) {
             *value = slot.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));

@@ -133,7 +133,8 @@ fn arpl(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 fn bound(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let size = insn.op0_register().size();
     let (segment, offset) = cpu.effective_address(insn, 1);
-    let va = cpu.linear(segment, offset, 2 * size, false)?;
+    let va = cpu.linear_unaligned(segment, offset, 2 * size, false)?;
+    cpu.check_alignment(va, size)?;
     let both = cpu.read_sized(va, 2 * size, cpu.context())?;
     let signed = |value: u64| if size == 2 { i64::from(value as i16) } else { i64::from(value as i32) };
     let (index, lower, upper) =
@@ -154,12 +155,12 @@ fn pusha(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 fn popa(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let size = if insn.code() == Code::Popaw { 2 } else { 4 };
     let mut stack = Stack::current(cpu);
-    let mut values = [0; 8];
-    for value in values.iter_mut().rev() {
-        *value = stack.pop(cpu, size)?;
-    }
-    for (i, value) in values.into_iter().enumerate().filter(|(i, _)| *i != gpr::RSP) {
-        cpu.gpr[i] = if size == 2 { cpu.gpr[i] & !0xffff | value } else { value };
+    // What was popped before a fault stays popped; the stack pointer moves only at the end.
+    for i in (0..8).rev() {
+        let value = stack.pop(cpu, size)?;
+        if i != gpr::RSP {
+            cpu.gpr[i] = if size == 2 { cpu.gpr[i] & !0xffff | value } else { value };
+        }
     }
     cpu.gpr[gpr::RSP] = stack.pointer;
     Ok(())

@@ -192,8 +192,7 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         }
         if stepping || cpu.pending_debug != 0 || cpu.shared.poll.is_set() {
             // An event between iterations pushes RF set, so that the resumed instruction meets no breakpoint on itself
-            // (Intel SDM 3B 17.3.1.1).
-            finish(cpu, &form, &done);
+            // (Intel SDM 3B 17.3.1.1). The flags are those from before, as processors show them.
             cpu.rip = cpu.insn_rip;
             cpu.rflags |= rflags::RF;
             return Ok(());
@@ -201,7 +200,7 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
 }
 
-/// Flags change only when the instruction is left without a fault: one in a later iteration leaves those it began with
+/// Flags change only when the instruction is done: a fault or trap after some iterations leaves those it began with
 /// (Intel SDM 2B, REP).
 fn finish(cpu: &mut Vcpu, form: &Form, done: &Done) {
     if form.kind.compares() {

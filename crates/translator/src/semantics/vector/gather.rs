@@ -81,7 +81,8 @@ fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left:
         let old = cpu.xsave.vector(register);
         let length = insn.memory_index().size().max(insn.op0_register().size());
         for (element, place) in value[..length].chunks_mut(size).enumerate() {
-            let set = if element < count { left >> element & 1 != 0 } else { old[(element + 1) * size - 1] & 0x80 != 0 };
+            let set =
+                if element < count { left >> element & 1 != 0 } else { old[(element + 1) * size - 1] & 0x80 != 0 };
             place.fill(if set { 0xff } else { 0 });
         }
     }
@@ -120,8 +121,13 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
     set_mask(cpu, insn, size, count, left);
     if !scatter {
-        if fault.is_none() || left != all {
-            value[count * size..].fill(0);
+        // What is above the vector length is cleared with the first element, what is below it but above the elements (where
+        // indices are wider than elements) only at the end.
+        let length = insn.memory_index().size().max(data.size());
+        match fault {
+            None => value[count * size..].fill(0),
+            Some(_) if left != all => value[length..].fill(0),
+            Some(_) => {}
         }
         cpu.xsave.set_vector(register, &value);
     }

@@ -21,6 +21,7 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
         m if gather::shape(m).is_some() => (gather::exec, true),
         Maskmovdqu | Vmaskmovdqu | Maskmovq => (maskmov, true),
         Movdir64b => (movdir64b, false),
+        Vzeroupper | Vzeroall if insn.code_size() != iced_x86::CodeSize::Code64 => (vzero, true),
         Enqcmd | Enqcmds => (undefined, false),
         _ => return None,
     };
@@ -42,6 +43,18 @@ fn require_vector(cpu: &Vcpu, insn: &Instruction) -> Result<(), Exception> {
     } else {
         Ok(())
     }
+}
+
+/// VZEROUPPER and VZEROALL outside 64-bit mode leave the registers that only 64-bit code can name alone.
+fn vzero(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
+    require_vector(cpu, insn)?;
+    let keep = if insn.mnemonic() == Mnemonic::Vzeroupper { 16 } else { 0 };
+    for register in 0..8 {
+        let mut value = cpu.xsave.vector(register);
+        value[keep..].fill(0);
+        cpu.xsave.set_vector(register, &value);
+    }
+    Ok(())
 }
 
 /// The same for instructions on MMX registers, which also report what x87 instructions left pending.
@@ -107,10 +120,10 @@ fn movdir64b(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let source = cpu.operand_address(insn, 1, 64, false)?;
     let offset = cpu.read_register(insn.op0_register());
     let destination = cpu.linear(arch::SegmentRegister::Es, offset, 64, true)?;
+    cpu.read_linear(source, &mut data, context)?;
     if destination % 64 != 0 {
         return Err(Exception::general_protection(0).into());
     }
-    cpu.read_linear(source, &mut data, context)?;
     cpu.write_linear(destination, &data, context)?;
     Ok(())
 }
