@@ -15,6 +15,8 @@ const EXAMPLES: &str = "\
 Examples:
   ringer run                                     Debian's kernel and a busybox shell
   ringer run --cpus 2 --memory 2G                the same on a larger machine
+  ringer image debian debian.img                 a bootable Debian server, which then runs by
+  ringer run --disk debian.img --memory 1G
   ringer run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
   printf 'uname -a\\npoweroff -f\\n' | ringer run >log
 
@@ -43,6 +45,7 @@ pub enum Command {
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").multiple(true))]
 pub struct RunArgs {
     /// How to run the processor: auto, translate
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = accel)]
@@ -56,17 +59,17 @@ pub struct RunArgs {
     /// RAM, with unit: 512M, 2G
     #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", allow_hyphen_values = true, value_parser = memory)]
     pub memory: u64,
-    /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: Debian's, fetched once by apt
-    #[arg(long, value_name = "FILE")]
+    /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: that of the first disk, or else Debian's, fetched once
+    #[arg(long, value_name = "FILE", group = "what")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for --kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
-    /// Command line for --kernel
-    #[arg(long, value_name = "STRING", requires = "kernel", allow_hyphen_values = true)]
+    /// Kernel command line for --kernel; added to Ringer's own for a kernel that comes from --disk
+    #[arg(long, value_name = "STRING", requires = "what", allow_hyphen_values = true)]
     pub append: Option<String>,
     /// A disk image: PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
-    #[arg(long, value_name = "DISK", value_parser = disk::parse)]
+    #[arg(long, value_name = "DISK", value_parser = disk::parse, group = "what")]
     pub disk: Vec<DiskArg>,
     /// Where the first serial port leads: stdio, file:PATH, none
     #[arg(long, value_name = "TO", default_value = "stdio", value_parser = serial)]

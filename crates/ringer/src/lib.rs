@@ -10,8 +10,9 @@
 pub mod cleanup;
 mod cli;
 mod console;
-mod disk;
 mod debian;
+mod disk;
+mod disk_boot;
 pub mod guest;
 mod image;
 mod run;

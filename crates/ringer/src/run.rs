@@ -13,6 +13,7 @@ use rustix::stdio::stdin;
 use rustix::termios::isatty;
 
 use crate::cli::{RunArgs, Serial};
+use crate::disk_boot::{self, Taken};
 use crate::guest::{self, Guest};
 use crate::{console, disk, terminal};
 
@@ -30,6 +31,8 @@ pub enum Error {
     Disk(#[from] block::Error),
     #[error(transparent)]
     Guest(#[from] guest::Error),
+    #[error(transparent)]
+    DiskBoot(#[from] disk_boot::Error),
     #[error("--serial file:{}: {source}", path.display())]
     SerialFile { path: PathBuf, source: io::Error },
     #[error("can't make the terminal raw: {0}")]
@@ -44,7 +47,11 @@ pub enum Error {
 
 /// Boots a machine and waits for its end.
 pub fn run(args: RunArgs) -> Result<(), Error> {
-    let boot = boot_config(&args)?;
+    let disk_boot = match args.disk.first().filter(|_| args.kernel.is_none()) {
+        Some(disk) => Some(Taken::from(&disk.image)?),
+        None => None,
+    };
+    let boot = boot_config(&args, disk_boot.as_ref())?;
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
         cpus: args.cpus,
@@ -91,11 +98,18 @@ struct Link {
     gone: OnceLock<()>,
 }
 
-fn boot_config(args: &RunArgs) -> Result<BootConfig, Error> {
+fn boot_config(args: &RunArgs, disk: Option<&Taken>) -> Result<BootConfig, Error> {
     let cpus = args.cpus;
     if let Some(kernel) = args.kernel.clone() {
         let command_line = args.append.clone().unwrap_or_default();
         return Ok(BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus });
+    }
+    if let Some(disk) = disk {
+        let mut command_line = format!("{} ro console=ttyS0", disk.root);
+        if let Some(append) = &args.append {
+            command_line += &format!(" {append}");
+        }
+        return Ok(BootConfig { kernel: disk.kernel(), initrd: disk.initrd(), command_line, cpus });
     }
     let guest = Guest::get(&guest::cache_directory()?)?;
     let initrd = Some(guest.initrd()?);
