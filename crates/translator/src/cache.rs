@@ -486,9 +486,10 @@ impl Cache {
 
     /// Forgets which addresses lead to which blocks.
     pub fn clear_jumps(&mut self) {
-        for tag_index in std::mem::take(&mut self.filled_jumps) {
+        for &tag_index in &self.filled_jumps {
             self.empty_jump(tag_index as usize);
         }
+        self.filled_jumps.clear();
     }
 
     fn empty_jump(&self, tag_index: usize) {
