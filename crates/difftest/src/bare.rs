@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use arch::registers::{cr0, cr4, efer, pte, rflags};
 use arch::{CpuState, DescriptorTable, Segment, msr};
 use engine::{Bus, Engine, Exit, Vcpu, VcpuControl};
+use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
 use memory::Ram;
 use memory::vm_memory::{Bytes, GuestAddress};
@@ -168,16 +169,22 @@ impl Bare {
     }
 
     /// Assembles code to run at `va` and puts it at `gpa`; returns its length.
-    pub fn assemble(&self, gpa: u64, va: u64, bits: u32, write: impl FnOnce(&mut CodeAssembler)) -> u64 {
+    pub fn assemble(
+        &self,
+        gpa: u64,
+        va: u64,
+        bits: u32,
+        write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) -> u64 {
         let mut assembler = CodeAssembler::new(bits).expect("16, 32 or 64");
-        write(&mut assembler);
+        write(&mut assembler).expect("operands that can be encoded");
         let code = assembler.assemble(va).expect("code that can be assembled");
         self.write(gpa, &code);
         code.len() as u64
     }
 
     /// 64-bit kernel code at a physical address, to run in the direct map; returns its virtual address.
-    pub fn kernel_code(&self, gpa: u64, write: impl FnOnce(&mut CodeAssembler)) -> u64 {
+    pub fn kernel_code(&self, gpa: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
         self.assemble(gpa, DIRECT + gpa, 64, write);
         DIRECT + gpa
     }
