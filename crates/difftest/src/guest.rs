@@ -111,7 +111,10 @@ impl Guest {
         };
         self.note = if end == End::Exit { String::new() } else { format!("{end:?}") };
         let state = self.machine.state();
-        let frame = self.machine.frame();
+        if out.status != Status::Exception {
+            return out;
+        }
+        let frame = self.machine.frame_of(&state);
         out.gpr = state.gpr;
         out.gpr[4] = frame.rsp;
         out.rip = frame.rip;

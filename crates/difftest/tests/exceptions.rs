@@ -65,15 +65,16 @@ fn an_exception_at_the_same_level_aligns_the_stack_and_keeps_it() {
         a.sub(rsp, 3)?;
         a.ud2()
     });
-    let frame = machine.frame_at(STACK_TOP - 16);
+    let frame = machine.frame();
     assert_eq!((frame.vector, frame.rsp, frame.ss), (6, DIRECT + STACK_TOP - 3, KERNEL_DATA.into()));
+    assert_eq!(frame.at, DIRECT + STACK_TOP - 16);
     assert_eq!(frame.cs, u64::from(KERNEL_CODE));
 }
 
 #[test]
 fn an_exception_from_user_code_switches_to_rsp0_with_a_null_stack_segment() {
     let (frame, machine) = user_exception(|a| a.ud2());
-    assert_eq!((frame.vector, frame.rip, frame.rsp), (6, USER, USER_STACK));
+    assert_eq!((frame.vector, frame.rip, frame.rsp, frame.at), (6, USER, USER_STACK, DIRECT + STACK_TOP));
     assert_eq!((frame.cs, frame.ss), (USER_CODE.into(), USER_DATA.into()));
     let state = machine.state();
     assert_eq!((state.segments[1].selector, state.segments[2].selector), (KERNEL_CODE, 0));
@@ -253,8 +254,9 @@ fn a_gate_with_an_ist_entry_switches_stacks_even_at_the_same_level() {
     let state = bare.kernel_state(rip);
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
-    let frame = machine.frame_at(IST1_TOP);
+    let frame = machine.frame();
     assert_eq!((frame.vector, frame.rsp, frame.ss), (6, DIRECT + STACK_TOP, KERNEL_DATA.into()));
+    assert_eq!(frame.at, DIRECT + IST1_TOP);
 }
 
 #[test]
@@ -268,7 +270,7 @@ fn a_push_to_an_address_that_is_not_canonical_is_a_stack_fault() {
     let state = bare.kernel_state(rip);
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
-    let frame = machine.frame_at(IST1_TOP);
+    let frame = machine.frame();
     assert_eq!((frame.vector, frame.error, frame.rip, frame.rsp), (12, 0, K + 10, 1 << 63));
 }
 
@@ -348,7 +350,7 @@ fn a_page_fault_during_delivery_of_a_page_fault_keeps_the_second_address() {
     let state = bare.kernel_state(rip);
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
-    assert_eq!(machine.frame_at(IST1_TOP).vector, 8);
+    assert_eq!(machine.frame().vector, 8);
     let address = machine.state().cr2;
     assert!((0x7000_0000_0fd0..0x7000_0000_1000).contains(&address), "CR2 is {address:#x}");
 }
