@@ -14,7 +14,7 @@ pub fn discard(view: &View, address: u64, length: u64) -> io::Result<()> {
     let end = address.saturating_add(length);
     for region in view.iter() {
         let (start, size) = (region.start_addr(), region.len());
-        let first = address.max(start.0).next_multiple_of(PAGE_SIZE);
+        let Some(first) = address.max(start.0).checked_next_multiple_of(PAGE_SIZE) else { continue };
         let last = end.min(start.0.saturating_add(size)) / PAGE_SIZE * PAGE_SIZE;
         let Some(file) = region.file_offset().filter(|_| first < last) else { continue };
         let (within, length) = (first - start.0, last - first);
