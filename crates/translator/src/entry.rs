@@ -45,6 +45,8 @@ pub struct Hot {
     /// The host's stack pointer while guest code runs.
     pub host_rsp: u64,
     pub target: u64,
+    /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
+    pub branch: u64,
     /// Bits of a RIP that index the jump table.
     pub jump_mask: u64,
     /// A guest register lent to the translator within one instruction.
@@ -68,6 +70,9 @@ pub struct Hot {
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
 }
+
+/// Of [`Hot::branch`]: no instruction is at such an address.
+pub const NO_BRANCH: u64 = 1 << 63;
 
 /// The offset of a [`Vcpu`] field from what rsp points at.
 macro_rules! context_offset {
@@ -97,6 +102,7 @@ impl Hot {
             return_address: 0,
             host_rsp: 0,
             target: 0,
+            branch: NO_BRANCH,
             jump_mask: crate::cache::JUMP_MASK,
             lent: 0,
             saved_ax: 0,

@@ -15,7 +15,7 @@ use crate::cache::{BlockId, Cache, CodeMemory, Key};
 use crate::codegen::block::{self, Place};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
-use crate::entry::{Left, enter};
+use crate::entry::{Left, NO_BRANCH, enter};
 use crate::mmu::{Access, walk};
 use crate::mode::Mode;
 use crate::perf_map::PerfMap;
@@ -186,9 +186,13 @@ impl Vcpu {
         }
         self.rflags &= !rflags::RF;
         self.engine.delivered = false;
+        self.hot.branch = NO_BRANCH;
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
+        if self.hot.branch != NO_BRANCH && !canonical(self.rip) && self.code64() {
+            return Err(self.branch_fault());
+        }
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
         if stepping && left != Left::Stop && left != Left::Signal && !self.engine.delivered {
             self.pending_debug |= debug::DR6_BS;
@@ -207,6 +211,33 @@ impl Vcpu {
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
+    }
+
+    /// An indirect branch or return whose target isn't canonical raises #GP itself, before the stack pointer has moved (Intel SDM 2A,
+    /// CALL; 2B, RET). Emitted code looks only at the table of known targets, so this undoes the branch.
+    fn branch_fault(&mut self) -> Stop {
+        use iced_x86::Mnemonic;
+        let at = self.hot.branch;
+        let mut bytes = [0; 15];
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            match self.fetch_address(at.wrapping_add(i as u64)) {
+                Ok(gpa) => self.phys_read(gpa, std::slice::from_mut(byte)),
+                Err(_) => break, // the instruction ends before
+            }
+        }
+        let insn = crate::access::decode(&bytes, 64, at);
+        let rsp = &mut self.gpr[arch::registers::gpr::RSP];
+        match insn.mnemonic() {
+            Mnemonic::Ret => {
+                let release = if insn.op_count() == 1 { u64::from(insn.immediate16()) } else { 0 };
+                *rsp = rsp.wrapping_sub(8 + release);
+            }
+            Mnemonic::Call => *rsp = rsp.wrapping_add(8),
+            _ => {}
+        }
+        self.insn_rip = at;
+        self.rip = at;
+        Exception::general_protection(0).into()
     }
 
     /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.

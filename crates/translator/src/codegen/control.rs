@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::asm::{Label, Mem, RCX, RSP, S0, S1, S2, cc};
+use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
 use super::operand::memory_operand;
 use super::reencode::context;
@@ -173,7 +173,16 @@ impl Builder<'_> {
     }
 
     fn lookup_known(&mut self, target: Option<u64>) {
+        let ip = self.current_ip();
+        // Only a branch to a computed address can lead to one that isn't canonical.
+        let note = |asm: &mut Asm| {
+            if target.is_none() {
+                asm.mov_imm(S1, ip);
+                asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
+            }
+        };
         let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
+            note(&mut self.asm);
             let exit =
                 if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
@@ -199,6 +208,7 @@ impl Builder<'_> {
         asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
         asm.unless_rcx_zero(|asm| {
             asm.load(RCX, context(1));
+            note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
         });
         asm.load(RCX, context(1));
