@@ -72,6 +72,9 @@ type Piece = (u64, usize);
 pub struct Bounce {
     /// The operand lies at its own offset modulo 64, since instructions check alignment.
     buffer: [u8; 3 * MAX_OPERAND],
+    /// The operand's linear address, and that of its copy in the buffer.
+    va: u64,
+    copy: u64,
     pieces: [Piece; 2],
     write: bool,
     /// The instruction runs on RAM itself, not on the buffer.
@@ -88,6 +91,8 @@ impl Default for Bounce {
     fn default() -> Self {
         Bounce {
             buffer: [0; 3 * MAX_OPERAND],
+            va: 0,
+            copy: 0,
             pieces: [(0, 0); 2],
             write: false,
             direct: false,
@@ -96,6 +101,14 @@ impl Default for Bounce {
             next_rip: 0,
             block: crate::cache::BlockId::default(),
         }
+    }
+}
+
+impl Bounce {
+    /// The guest's address of a byte in the buffer.
+    pub fn guest_address(&self, host: u64) -> Option<u64> {
+        let inside = host.wrapping_sub(self.buffer.as_ptr() as u64) < self.buffer.len() as u64;
+        inside.then(|| self.va.wrapping_add(host).wrapping_sub(self.copy))
     }
 }
 
@@ -333,6 +346,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         _ => cpu.engine.bounce.buffer[buffer_at..].as_ptr() as u64,
     };
     let bounce = &mut cpu.engine.bounce;
+    (bounce.va, bounce.copy) = (va, host);
     bounce.pieces = [(pieces[0].0, first), (pieces[1].0, size - first)];
     if pieces[0].1 == 0 {
         bounce.pieces[0].0 = u64::MAX;

@@ -391,7 +391,7 @@ impl Vcpu {
     /// What a host signal in emitted code means for the guest.
     fn signal_stop(&mut self) -> Stop {
         let (pc, trap) = (self.hot.signal_pc, self.hot.signal_code);
-        let Some((insn, parked)) = self.instruction_at(pc) else {
+        let Some((insn, _, parked)) = self.instruction_at(pc) else {
             return Stop::Exit(Exit::Failed(format!(
                 "host trap {trap} at {pc:#x} in emitted code of no known instruction"
             )));
@@ -406,7 +406,10 @@ impl Vcpu {
             6 => Exception::invalid_opcode(),
             12 => Exception::with_code(Vector::StackFault, 0),
             13 => {
-                let stack = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
+                let implicit = matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
+                let explicit = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                let stack = implicit || explicit;
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
             }
             16 => Exception::new(Vector::X87FloatingPoint),
@@ -425,7 +428,7 @@ impl Vcpu {
     }
 
     /// The guest instruction whose operation is at a host address.
-    fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, bool)> {
+    pub fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, [u8; 15], bool)> {
         let cache = &self.engine.cache;
         let offset = cache.offset_of(pc)? as u32;
         if let Some((_, block)) = cache.find_by_host(pc)
@@ -433,13 +436,14 @@ impl Vcpu {
         {
             let i = block.points.partition_point(|p| p.host_offset <= offset).checked_sub(1)?;
             let point = block.points[i];
-            return Some((block.decode(point.guest_offset)?.0, point.parked));
+            let (insn, bytes) = block.decode(point.guest_offset)?;
+            return Some((insn, bytes, point.parked));
         }
         // The copy of a bounced instruction.
         let (&site, _) = self.engine.snippets.iter().filter(|(_, at)| **at <= pc).max_by_key(|(_, at)| **at)?;
         self.hot.return_address = site;
         let site = self.locate_site()?;
-        Some((site.insn, site.parked))
+        Some((site.insn, site.bytes, site.parked))
     }
 }
 

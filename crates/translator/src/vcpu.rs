@@ -93,6 +93,7 @@ impl engine::Vcpu for Handle {
             return Exit::Failed(format!("can't make a timer for vCPU {}: {e}", vcpu.id));
         }
         let exit = vcpu.run_loop();
+        vcpu.settle_x87_pointers();
         if vcpu.machine.config.stats {
             eprintln!("{}", crate::stats::report(vcpu));
         }

@@ -188,6 +188,7 @@ impl Builder<'_> {
             self.asm.lea32(S0, Mem::Base(GUEST_RSP, displacement));
         }
         self.check(kind);
+        self.note_flags();
     }
 
     /// Copies a guest register (by number) to a host register.
