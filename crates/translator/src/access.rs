@@ -241,7 +241,7 @@ fn misaligned(insn: &Instruction, va: u64) -> bool {
         14 | 94 => 2,
         _ => return false,
     };
-    va % width != 0
+    !va.is_multiple_of(width)
 }
 
 /// x87 and MMX instructions report what is pending from earlier ones before they access memory.
@@ -276,7 +276,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
     }
     let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
-    if must_be_aligned(&site.insn) && mask != Some(0) && va % size as u64 != 0 {
+    if must_be_aligned(&site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
         return stop(cpu, Stop::Fault(Exception::general_protection(0)));
     }
     let touched = mask.unwrap_or(u64::MAX) & low_bits(size);

@@ -314,7 +314,7 @@ impl Vcpu {
         let index = (linear >> 12) as usize % FETCH_ENTRIES;
         let entry = self.engine.fetches[index];
         if entry.tag == tag {
-            return Ok(entry.gpa | linear % PAGE_SIZE);
+            return Ok(entry.gpa | (linear % PAGE_SIZE));
         }
         let mapping = walk(self, linear, Access::Execute, context)?;
         self.engine.fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };

@@ -225,7 +225,7 @@ fn redundant_prefixes(rng: &mut Rng, mut bytes: Vec<u8>, bits: u32) -> Vec<u8> {
     }
     if bits == 64 && rng.one_in(40) {
         // A REX prefix before another prefix has no effect; before the opcode it has.
-        bytes.insert(0, 0x40 | rng.next() as u8 & 0xf);
+        bytes.insert(0, 0x40 | rng.next_u64() as u8 & 0xf);
     }
     bytes
 }
@@ -238,23 +238,23 @@ fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
         bytes.push(rng.pick(&PREFIXES));
     }
     if bits == 64 && rng.one_in(3) {
-        bytes.push(0x40 | rng.next() as u8 & 0xf);
+        bytes.push(0x40 | rng.next_u64() as u8 & 0xf);
     }
     match rng.below(8) {
         0..3 => {}
         3..5 => bytes.push(0x0f),
         5 => bytes.extend([0x0f, rng.pick(&[0x38, 0x3a])]),
         6 => {
-            let second = rng.next() as u8;
-            bytes.extend([0xc4, second & 0xe0 | 1 + second % 3, rng.next() as u8]);
+            let second = rng.next_u64() as u8;
+            bytes.extend([0xc4, second & 0xe0 | (1 + second % 3), rng.next_u64() as u8]);
         }
         _ => {
-            let p = rng.next().to_le_bytes();
+            let p = rng.next_u64().to_le_bytes();
             bytes.extend([0x62, p[0] & 0xf0 | rng.pick(&[1, 2, 3, 5, 6]), p[1] | 4, p[2]]);
         }
     }
     while bytes.len() < 15 {
-        bytes.push(rng.next() as u8);
+        bytes.push(rng.next_u64() as u8);
     }
     bytes
 }

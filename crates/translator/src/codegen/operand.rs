@@ -74,15 +74,11 @@ impl Builder<'_> {
         let (base, index, scale) = (insn.memory_base(), insn.memory_index(), insn.memory_index_scale() as u8);
         let displacement = insn.memory_displacement64();
         if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
-            let address = if self.mode.long() && base != Register::EIP && insn.memory_displ_size() != 4
-                || base == Register::RIP
-            {
-                displacement
-            } else if self.mode.long() && base == Register::None && !self.address_size_32(insn) {
-                displacement
-            } else {
-                displacement & 0xffff_ffff
-            };
+            let wide = base == Register::RIP
+                || self.mode.long()
+                    && (base != Register::EIP && insn.memory_displ_size() != 4
+                        || base == Register::None && !self.address_size_32(insn));
+            let address = if wide { displacement } else { displacement & 0xffff_ffff };
             self.asm.mov_imm(S0, address);
             return;
         }
