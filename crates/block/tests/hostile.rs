@@ -39,7 +39,7 @@ fn damaged_images_do_no_harm() {
         for _ in 0..1 + random.next() % 8 {
             // Most of what matters is in the header and at the starts of the tables.
             let cluster = random.next() % (data.len() as u64 / 65_536);
-            let within = random.next() % if random.next() % 4 == 0 { 65_536 } else { 128 };
+            let within = random.next() % if random.next().is_multiple_of(4) { 65_536 } else { 128 };
             let at = (cluster * 65_536 * (random.next() % 3).min(1) + within) as usize;
             let value = [0, 1, 0x7f, 0x80, 0xff, random.next() as u8][random.next() as usize % 6];
             data[at % good.len()] = value;

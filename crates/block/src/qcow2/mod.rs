@@ -28,6 +28,7 @@ use header::EXTERNAL_DATA;
 pub use header::{CORRUPT, Compression, DIRTY, Header};
 
 type Access = FormatAccess<Storage>;
+type ImagoQcow2 = imago::qcow2::Qcow2<Storage, Arc<Access>>;
 
 /// The most images that stand behind one another.
 const DEEPEST: usize = 16;
@@ -68,7 +69,7 @@ impl Qcow2 {
         let twin = file.try_clone().map_err(failed)?;
         let storage = Storage::try_from(file).map_err(failed)?;
         let size = below.size().next_multiple_of(SECTOR);
-        let create = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+        let create = ImagoQcow2::create_builder(storage).size(size);
         let below = Arc::new(below);
         let image = create.create_open(DenyImplicitOpenGate::default(), |storage| {
             Ok(imago::qcow2::Qcow2::builder(storage).backing(Some(below)).write(true))
@@ -165,7 +166,7 @@ impl Qcow2 {
 /// Makes an empty image of `size` bytes in `file`, over `backing`: its name as the image is to have it, and its format.
 pub fn create(file: File, size: u64, backing: Option<(String, Format)>) -> io::Result<()> {
     let storage = Storage::try_from(file)?;
-    let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+    let mut image = ImagoQcow2::create_builder(storage).size(size);
     if let Some((name, format)) = backing {
         let format = match format {
             Format::Raw => "raw",
@@ -220,7 +221,9 @@ impl Chain {
             return self.zstd(file, path, write, &header);
         }
         let storage = storage(file, path, write, self.direct)?;
-        let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::open_image(storage, write).map_err(bad)?;
+        let image = catch_unwind(AssertUnwindSafe(|| ImagoQcow2::open_image(storage, write)));
+        let panicked = |_| Err(io::Error::other("an internal error of the image library"));
+        let mut image = image.unwrap_or_else(panicked).map_err(bad)?;
         image.set_data_file(None);
         image.set_backing(self.backing_of(path, &header)?.map(Arc::new));
         Ok(FormatAccess::new(image))
