@@ -97,7 +97,9 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
 
 /// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good.
 fn frame_fault(cpu: &mut Vcpu, stack: &Stack, size: usize) -> Result<(), Exception> {
-    stack.peek(cpu, size, 2)?;
+    if cpu.code64() {
+        stack.peek(cpu, size, 2)?;
+    }
     let selector = stack.peek(cpu, size, 1)? as u16;
     stack.peek(cpu, size, 0)?;
     return_code(cpu, selector)?;
