@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
-use crate::devices::{self, ShareArg};
+use crate::devices::{self, ShareArg, VsockArg};
 use crate::disk::{self, DiskArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
@@ -80,6 +80,9 @@ pub struct RunArgs {
     /// A directory of the host: DIR[,tag=NAME][,ro]; repeatable. In the guest: mount -t virtiofs NAME /mnt [tag: share]
     #[arg(long, value_name = "DIR", value_parser = devices::parse_share)]
     pub share: Vec<ShareArg>,
+    /// A Unix socket that leads to the guest's vsock ports, as Firecracker has it: PATH[,cid=N]
+    #[arg(long, value_name = "PATH", value_parser = devices::parse_vsock)]
+    pub vsock: Option<VsockArg>,
     /// Where the first serial port leads: stdio, file:PATH, none [default: stdio, if the console is not there]
     #[arg(long, value_name = "TO", value_parser = serial)]
     pub serial: Option<Serial>,

@@ -42,6 +42,8 @@ pub enum Error {
     Seed(#[from] seed::Error),
     #[error(transparent)]
     Share(#[from] virtio::fs::ShareError),
+    #[error("--vsock {}: {source}", path.display())]
+    Vsock { path: PathBuf, source: io::Error },
     #[error("only one of --serial and --console can lead to stdio")]
     TwoOnStdio,
     #[error("can't make the console: {0}")]
@@ -90,6 +92,11 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     }
     devices.extend(net::devices(&args.net)?);
     devices.extend(devices::shares(&args.share)?);
+    let vsock = match &args.vsock {
+        Some(vsock) => Some(devices::vsock(vsock).map_err(|source| Error::Vsock { path: vsock.path.clone(), source })?),
+        None => None,
+    };
+    devices.extend(vsock.iter().map(|(device, _)| device.clone()));
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
     let config = Config {
