@@ -147,6 +147,9 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     let Some(operand) = crate::codegen::block::access_operand(&insn) else {
         return lost(cpu, "operand");
     };
+    if waits_for_fpu(&insn) && cpu.xsave.x87_pending() {
+        return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
+    }
     let (segment, offset) = cpu.effective_address(&insn, operand);
     let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
@@ -155,9 +158,6 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
             let base =
                 if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
             return access(cpu, base.wrapping_add(offset), kind, &site);
-        }
-        Err(_) if waits_for_fpu(&insn) && cpu.xsave.x87_pending() => {
-            return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
         }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };

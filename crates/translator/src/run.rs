@@ -401,13 +401,17 @@ impl Vcpu {
         }
         self.insn_rip = insn.ip();
         self.rip = insn.ip();
+        if crate::codegen::reencode::lends(&insn) {
+            self.gpr[arch::registers::gpr::RDI] = self.hot.lent;
+        }
         let exception = match trap {
             0 => Exception::new(Vector::DivideError),
             6 => Exception::invalid_opcode(),
             12 => Exception::with_code(Vector::StackFault, 0),
             13 => {
                 use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
-                let implicit = matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
+                let memory = crate::codegen::block::access_operand(&insn).is_some();
+                let implicit = !memory && matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
                 let explicit = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
                 let stack = implicit || explicit;
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)

@@ -101,6 +101,8 @@ impl Generator {
                 }
             } else if !self.admits(&insn) {
                 continue;
+            } else if state::uses_its_mask_as_address(&insn) {
+                continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one
             }
@@ -117,7 +119,8 @@ impl Generator {
             let mut ignore = ignore(&insn);
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
-                ignore.guest_area_end = address.unwrap_or(0).wrapping_add(2688);
+                let size = if self.bits == 64 { 2688 } else { 1664 };
+                ignore.guest_area_end = address.unwrap_or(0).wrapping_add(size);
             }
             return Case { index, input, code, bits: self.bits, ignore };
         }
@@ -154,7 +157,9 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         flags: flags(insn.rflags_undefined()),
         flags_at_fault: flags(insn.rflags_modified()),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
+        masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
+        undecodable: insn.is_invalid(),
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",

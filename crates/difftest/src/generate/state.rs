@@ -148,6 +148,14 @@ fn gpr_index(r: Register) -> Option<usize> {
     (r.is_gpr() && full != Register::None).then(|| full as usize - Register::RAX as usize)
 }
 
+/// XSAVE and its kin, addressed by RAX or RDX, which name the components: those must be ones that the guest has too.
+pub fn uses_its_mask_as_address(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let masked = matches!(insn.mnemonic(), M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64);
+    let registers = [insn.memory_base().full_register(), insn.memory_index().full_register()];
+    masked && registers.iter().any(|r| matches!(r, Register::RAX | Register::RDX))
+}
+
 /// The value of a register that addresses are made of.
 pub fn register_value(input: &Input, register: Register) -> Option<u64> {
     match register {
@@ -202,6 +210,11 @@ pub fn solve(
     }
     if bits == 32 {
         input.gpr.iter_mut().for_each(|r| *r &= 0xffff_ffff);
+        if input.gpr[4] < 64 {
+            // A push there reaches beyond 4 GiB on some processors, and Linux takes that page fault for an erratum of others
+            // (is_errata100): it returns from it for ever.
+            input.gpr[4] = DATA + 64;
+        }
     } else if insn.memory_base().is_gpr32() || insn.memory_index().is_gpr32() {
         // An address size of 32 bits ignores what is above.
         for r in [insn.memory_base(), insn.memory_index()] {
