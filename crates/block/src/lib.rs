@@ -16,6 +16,7 @@
 
 mod disk;
 pub mod image;
+mod lock;
 mod open;
 mod qcow2;
 mod raw;

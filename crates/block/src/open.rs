@@ -1,21 +1,16 @@
 //! From a path to an open disk: what is checked before anything in a file is believed.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
-use crate::{Disk, Error};
+use crate::{Disk, Error, lock};
 
 /// The first bytes of a qcow2 image.
 pub const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
-
-/// How long an image's last user may take to go.
-const LOCK_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How the bytes of a disk lie in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,22 +94,10 @@ pub(crate) fn open_file(path: &Path, write: bool) -> Result<File, Error> {
     if let Some(what) = what {
         return Err(Error::NotAnImage { path: path.into(), what });
     }
-    lock(&file, write).map(|()| file).map_err(|error| match error {
-        TryLockError::WouldBlock => Error::Locked { path: path.into(), writable: write },
-        TryLockError::Error(source) => failed("lock it")(source),
-    })
-}
-
-/// Locks against writers, and against all others if `write`. A user that has just ended may hold its lock a little longer.
-fn lock(file: &File, write: bool) -> Result<(), TryLockError> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match if write { file.try_lock() } else { file.try_lock_shared() } {
-            // A file system without locks.
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(LOCK_PATIENCE / 20),
-            other => return other,
-        }
+    match lock::lock(&file, write) {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(Error::Locked { path: path.into(), writable: write }),
+        Err(source) => Err(failed("lock it")(source)),
     }
 }
 

@@ -189,6 +189,10 @@ fn an_image_has_one_writer() {
     let writer = open(&raw, |_| ()).unwrap();
     assert!(matches!(open(&raw, |_| ()), Err(Error::Locked { writable: true, .. })));
     assert!(matches!(open(&raw, |options| options.read_only = true), Err(Error::Locked { writable: false, .. })));
+    // QEMU heeds our locks, and we heed QEMU's.
+    if let Ok(output) = Command::new("qemu-img").args(["resize", "-q", "-f", "raw"]).arg(&raw).arg("8M").output() {
+        assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("lock"), "{output:?}");
+    }
     drop(writer);
     let reader = open(&raw, |options| options.read_only = true).unwrap();
     assert!(write(&reader, 0, &[0; 512]).is_err());
@@ -292,12 +296,16 @@ fn a_chain_of_backing_files_ends() {
 fn a_shrunk_image_gives_errors_not_zeros() {
     let directory = directory();
     let (raw, _) = sample(directory.path());
-    let disk = open(&raw, |_| ()).unwrap();
-    File::options().write(true).open(&raw).unwrap().set_len(MIB).unwrap();
-    let mut data = vec![0; 4096];
-    let error = disk.read(&[VolatileSlice::from(data.as_mut_slice())], 2 * MIB).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
-    assert_eq!(read(&disk, 0, 512).len(), 512);
+    let qcow2 = directory.path().join("a.qcow2");
+    image::convert(&Options::new(&raw), &qcow2, Format::Qcow2, &mut |_, _| ()).unwrap();
+    for path in [&raw, &qcow2] {
+        let disk = open(path, |_| ()).unwrap();
+        read(&disk, 4_000_000 / 512 * 512, 4096);
+        File::options().write(true).open(path).unwrap().set_len(300_000).unwrap();
+        let mut data = vec![0; 4096];
+        let error = disk.read(&[VolatileSlice::from(data.as_mut_slice())], 4_000_000 / 512 * 512).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{path:?}");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File as Storage;
@@ -39,6 +39,8 @@ pub struct Qcow2 {
     access: RwLock<Access>,
     /// The same open file, for what imago would do with all reads and writes locked out.
     file: File,
+    /// The most that the file was seen to have, in bytes: it never shrinks while it is ours.
+    length: AtomicU64,
     /// The library has panicked: what it holds in memory may be anything, so nothing of it may reach the file.
     broken: AtomicBool,
     /// What an image of another image grows to is thrown away: nothing of it needs to be on disk.
@@ -99,7 +101,13 @@ impl Qcow2 {
     }
 
     fn new(access: Access, file: File, ephemeral: bool) -> Self {
-        Qcow2 { access: RwLock::new(access), file, broken: AtomicBool::new(false), ephemeral }
+        Qcow2 {
+            access: RwLock::new(access),
+            file,
+            length: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+            ephemeral,
+        }
     }
 
     fn access(&self) -> RwLockReadGuard<'_, Access> {
@@ -124,6 +132,11 @@ impl Qcow2 {
     }
 
     pub fn read<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
+        // What somebody has cut off would read as zeros.
+        let length = self.file.metadata()?.len();
+        if length < self.length.fetch_max(length, Ordering::Relaxed) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image file has become shorter"));
+        }
         let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
         self.contain(|| self.access().readv(vector, offset))
     }
