@@ -355,7 +355,7 @@ impl Cache {
 
     /// The part of the jump table for a mode; none once there are more modes than slots.
     pub fn jump_slot(&mut self, mode: Mode) -> Option<usize> {
-        if mode.is_single() {
+        if mode.is_single() || mode.is_careful() {
             return None;
         }
         if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
@@ -510,7 +510,7 @@ impl Cache {
         !self.has_page(page)
     }
 
-    fn remove(&mut self, id: BlockId) {
+    pub fn remove(&mut self, id: BlockId) {
         self.forget_jump(id);
         self.stats.invalidated += 1;
         let block = &mut self.blocks[id.0 as usize];

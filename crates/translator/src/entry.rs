@@ -35,6 +35,8 @@ pub enum Left {
     Stop = 3,
     /// A host signal hit emitted code; see `hot.signal_*`.
     Signal = 4,
+    /// The check of a group failed at `rip`: see [`crate::codegen::groups`].
+    Careful = 5,
 }
 
 /// Fields of a [`Vcpu`] that only emitted code and its entry use.
@@ -65,6 +67,8 @@ pub struct Hot {
     pub signal_code: u64,
     pub signal_address: u64,
     pub signal_pc: u64,
+    /// Addends of groups: see [`crate::codegen::groups`].
+    pub group_addends: [u64; crate::codegen::groups::SLOTS],
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
 }
@@ -113,6 +117,7 @@ impl Hot {
             signal_code: 0,
             signal_address: 0,
             signal_pc: 0,
+            group_addends: [0; crate::codegen::groups::SLOTS],
             xmm: [0; 16],
         }
     }
@@ -139,7 +144,8 @@ pub unsafe fn enter(vcpu: &mut Vcpu, code: u64) -> Left {
         1 => Left::Lookup,
         2 => Left::Event,
         3 => Left::Stop,
-        _ => Left::Signal,
+        4 => Left::Signal,
+        _ => Left::Careful,
     }
 }
 

@@ -19,6 +19,7 @@ const SSE: u32 = 1 << 12;
 const AVX: u32 = 1 << 13;
 const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
+const CAREFUL: u32 = 1 << 31;
 const FS_OPEN: u32 = 1 << 16;
 const GS_OPEN: u32 = 1 << 17;
 
@@ -49,6 +50,15 @@ impl Mode {
     /// The same mode, but blocks are one instruction long and always return to the dispatcher.
     pub fn single(self) -> Mode {
         Mode(self.0 | SINGLE)
+    }
+
+    /// The same mode, but every access is checked by itself, and blocks return to the dispatcher.
+    pub fn careful(self) -> Mode {
+        Mode(self.0 | CAREFUL)
+    }
+
+    pub fn is_careful(self) -> bool {
+        self.0 & CAREFUL != 0
     }
 
     pub fn is_single(self) -> bool {

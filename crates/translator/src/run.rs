@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use engine::Exit;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use arch::registers::{debug, rflags};
 use arch::state::{Activity, SegmentRegister};
@@ -21,6 +21,8 @@ use crate::mode::Mode;
 use crate::perf_map::PerfMap;
 use crate::shared::request;
 
+/// After so many crossings of a page's end a block loses its groups.
+const MAX_CROSSINGS: u32 = 16;
 /// Entries of the fetch cache; a power of two.
 const FETCH_ENTRIES: usize = 1024;
 
@@ -46,6 +48,11 @@ pub struct EngineState {
     fetches: Box<[Fetch; FETCH_ENTRIES]>,
     /// The mode of the block that runs.
     mode: Option<Mode>,
+    /// The next block runs in careful mode.
+    careful: bool,
+    /// How often a block's groups crossed a page; and blocks that are translated without groups for it.
+    crossings: FxHashMap<Key, u32>,
+    ungrouped: FxHashSet<Key>,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
 }
@@ -61,7 +68,25 @@ impl EngineState {
             bounce_at: 0,
             fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
             mode: None,
+            careful: false,
+            crossings: FxHashMap::default(),
+            ungrouped: FxHashSet::default(),
             delivered: false,
+        }
+    }
+
+    /// A group's check failed in a block: the code goes on carefully. Where groups cross pages again and again, the block
+    /// is made anew without any.
+    pub fn run_carefully(&mut self, id: BlockId, crosses: bool) {
+        self.careful = true;
+        if crosses && self.cache.is_live(id) {
+            let key = self.cache.block(id).key;
+            let count = self.crossings.entry(key).or_default();
+            *count += 1;
+            if *count == MAX_CROSSINGS {
+                self.ungrouped.insert(key);
+                self.cache.remove(id);
+            }
         }
     }
 
@@ -166,6 +191,9 @@ impl Vcpu {
             mode = mode.single();
             self.begin_single_step()?;
         }
+        if std::mem::take(&mut self.engine.careful) {
+            mode = mode.careful();
+        }
         let shadowed = self.interrupt_shadow;
         let id = self.find_block(mode)?;
         if let Some(site) = link.take() {
@@ -190,7 +218,7 @@ impl Vcpu {
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
-        if stepping && left != Left::Stop && left != Left::Signal && !self.engine.delivered {
+        if stepping && !matches!(left, Left::Stop | Left::Signal | Left::Careful) && !self.engine.delivered {
             self.pending_debug |= debug::DR6_BS;
         }
         self.engine.counts.left[left as usize] += 1;
@@ -204,6 +232,7 @@ impl Vcpu {
                 Ok(Next::Block)
             }
             Left::Event => Ok(Next::Events),
+            Left::Careful => Ok(Next::Block),
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
@@ -304,7 +333,7 @@ impl Vcpu {
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
         let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
-        let mut translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+        let mut translated = block::translate(&bytes, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
             let next = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
@@ -313,7 +342,7 @@ impl Vcpu {
             self.read_code(next, &mut tail);
             bytes[first..].copy_from_slice(&tail);
             second_page = Some(next);
-            translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+            translated = block::translate(&bytes, key.rip, mode, self.block_place(key, mode));
         }
         let Some(translated) = translated else {
             return Err(Exception::invalid_opcode().into());
@@ -328,9 +357,11 @@ impl Vcpu {
         Ok(id)
     }
 
-    fn block_place(&mut self, mode: Mode) -> Place {
+    fn block_place(&mut self, key: Key, mode: Mode) -> Place {
         let cache = &mut self.engine.cache;
-        Place { origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
+        Place {
+            groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&key),
+            origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
     }
 
     fn read_code(&self, gpa: u64, bytes: &mut [u8]) {

@@ -8,7 +8,7 @@ use crate::Vcpu;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     /// Returns from emitted code to the dispatcher, by [`crate::entry::Left`].
-    pub left: [u64; 5],
+    pub left: [u64; 6],
     pub sensitive: u64,
     /// Accesses that were not a plain page of RAM.
     pub bounced: u64,
@@ -31,6 +31,7 @@ pub fn report(cpu: &Vcpu) -> String {
         ("exits: event or end of a sensitive instruction", counts.left[2]),
         ("exits: exception", counts.left[3]),
         ("exits: host signal", counts.left[4]),
+        ("exits: group to be run carefully", counts.left[5]),
         ("sensitive instructions", counts.sensitive),
         ("bounced accesses", counts.bounced),
     ];

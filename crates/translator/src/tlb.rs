@@ -66,12 +66,30 @@ fn area_bit(va: u64) -> u64 {
     1 << (va >> 30 & 63)
 }
 
+/// The page that a context's stack was last seen in: found without an index.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct StackPage {
+    /// Its guest-virtual address, if it can be read and written, else [`INVALID`].
+    pub page: u64,
+    pub addend: u64,
+    gpa: u64,
+}
+
+const NO_STACK: StackPage = StackPage { page: INVALID, addend: 0, gpa: u64::MAX };
+
 /// All of a vCPU's cached mappings.
 #[repr(C)]
 pub struct Tlb {
+    stack: [StackPage; CONTEXTS],
     tables: [Table; CONTEXTS],
     pub flushes: u64,
     pub fills: u64,
+}
+
+/// Where a context's stack page is within a [`Tlb`], for emitted code.
+pub fn stack_offset(context: Context) -> usize {
+    std::mem::offset_of!(Tlb, stack) + context as usize * size_of::<StackPage>()
 }
 
 /// Where a context's entries are within a [`Tlb`], for emitted code.
@@ -81,7 +99,7 @@ pub fn table_offset(context: Context) -> usize {
 
 impl Default for Tlb {
     fn default() -> Self {
-        Tlb { tables: [Table::new(), Table::new(), Table::new()], flushes: 0, fills: 0 }
+        Tlb { stack: [NO_STACK; CONTEXTS], tables: [Table::new(), Table::new(), Table::new()], flushes: 0, fills: 0 }
     }
 }
 
@@ -122,14 +140,28 @@ impl Tlb {
         self.fills += 1;
     }
 
+    /// Remembers the page of `va`, which has just been entered, as the context's stack page; its addend if it can be read
+    /// and written.
+    pub fn enter_stack(&mut self, context: Context, va: u64) -> Option<u64> {
+        let entry = *self.entry(context, va);
+        let page = va & !0xfff;
+        if entry.read != page || entry.write != page {
+            return None;
+        }
+        self.stack[context as usize] = StackPage { page, addend: entry.addend, gpa: entry.gpa };
+        Some(entry.addend)
+    }
+
     /// Drops everything.
     pub fn flush_all(&mut self) {
         self.flushes += 1;
+        self.stack = [NO_STACK; CONTEXTS];
         self.tables.iter_mut().for_each(Table::flush);
     }
 
     /// Drops the mapping of one page in every context.
     pub fn flush_page(&mut self, va: u64) {
+        self.stack = [NO_STACK; CONTEXTS];
         for table in &mut self.tables {
             if table.large & area_bit(va) != 0 {
                 table.flush();
@@ -145,6 +177,9 @@ impl Tlb {
 
     /// Takes the write tag off every mapping of a guest-physical page: it now holds translated code.
     pub fn protect(&mut self, gpa: u64) {
+        for stack in self.stack.iter_mut().filter(|s| s.gpa == gpa & !0xfff) {
+            *stack = NO_STACK;
+        }
         for table in &mut self.tables {
             for &i in &table.filled {
                 let entry = &mut table.entries[i as usize];

@@ -4,9 +4,10 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
 use super::facts::{FpClass, facts};
+use super::groups::{self, Access, Member, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::{FlagState, memory_operand, park_flags, unpark_flags};
-use super::reencode::{self, context};
+use super::reencode::{self, Operand, context};
 use crate::access::AccessKind;
 use crate::cache::{Link, Point, Site};
 use crate::cpu::Stop;
@@ -39,6 +40,8 @@ pub struct Translated {
 
 /// Where things are that emitted code reaches by fixed addresses, and what came before.
 pub struct Place {
+    /// Accesses may share checks: see [`groups`].
+    pub groups: bool,
     /// Where the block will stand in code memory.
     pub origin: usize,
     /// The index that the block's first sensitive instruction gets.
@@ -51,6 +54,10 @@ pub struct Place {
 pub enum SlowStub {
     /// `entry`: call `slow` with `kind`; then go on at `back`.
     Access { entry: Label, back: Label, kind: AccessKind },
+    /// The same for a group: the span begins at `base + low`, and its addend is kept.
+    Group { entry: Label, back: Label, kind: AccessKind, member: Member, low: i32 },
+    /// A branch's target that is not linked directly.
+    Goto { entry: Label, target: u64, item: usize },
 }
 
 struct PendingStub {
@@ -75,6 +82,8 @@ struct Item {
     kind: Kind,
     /// Flags needed before the instruction.
     live_in: Flags,
+    /// The part of its access in a group.
+    member: Option<Member>,
 }
 
 #[derive(Clone, Copy)]
@@ -108,7 +117,10 @@ pub struct Builder<'a> {
 /// Translates the code at `start`, whose bytes up to the end of its page (or of the next one) are `bytes`. The first
 /// instruction must be complete in them; `None` if it isn't.
 pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<Translated> {
-    let items = decode(bytes, start, mode)?;
+    let mut items = decode(bytes, start, mode)?;
+    if place.groups && mode.long() && !mode.checks_alignment() {
+        plan_groups(&mut items, mode);
+    }
     let mut b = Builder {
         asm: Asm::new(place.origin),
         mode,
@@ -184,11 +196,17 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
         let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode) };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
+            // Where a branch leads every flag may be needed.
+            Kind::Branch => Effect::SENSITIVE,
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
             _ => Effect::of(&insn),
         };
-        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL });
-        let ends = matches!(kind, Kind::Branch | Kind::Sensitive(_, true));
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None });
+        let ends = match kind {
+            Kind::Branch => !insn.is_jcc_short_or_near(),
+            Kind::Sensitive(_, ends) => ends,
+            _ => false,
+        };
         if ends || offset + insn.len() > page {
             break;
         }
@@ -199,6 +217,52 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
         item.live_in = live;
     }
     Some(items)
+}
+
+/// Finds accesses that share checks.
+fn plan_groups(items: &mut [Item], mode: Mode) {
+    let steps: Vec<(Instruction, Step)> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
+    for (item, member) in items.iter_mut().zip(groups::plan(&steps)) {
+        item.member = member;
+    }
+}
+
+fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
+    let word = mode.bits() as i64 / 8;
+    let push = Access { base: 4, displacement: -word, size: word, write: true };
+    let pop = Access { base: 4, displacement: 0, size: word, write: false };
+    match kind {
+        Kind::Skip => Step::Plain(None),
+        Kind::Sensitive(..) => Step::Barrier,
+        Kind::Native => Step::Plain(based_access(insn)),
+        Kind::Stack => match insn.mnemonic() {
+            Mnemonic::Pop => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Push if memory_operand(insn).is_none() => Step::Stack { access: Some(push), moves: -word },
+            Mnemonic::Push => Step::Stack { access: None, moves: -word },
+            _ => Step::Barrier,
+        },
+        Kind::Branch => match insn.mnemonic() {
+            Mnemonic::Ret => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Call => Step::Stack { access: Some(push), moves: -word },
+            _ => Step::Plain(None),
+        },
+    }
+}
+
+/// The access of an innocuous instruction, if its address is a base register and a displacement.
+fn based_access(insn: &Instruction) -> Option<Access> {
+    let operand = access_operand(insn)?;
+    let base = insn.memory_base();
+    let plain = groups::groupable(base)
+        && insn.memory_index() == Register::None
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+    let masked = insn.op_mask() != Register::None || matches!(insn.mnemonic(), Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq);
+    (plain && !masked).then(|| Access {
+        base: base.number() as u8,
+        displacement: insn.memory_displacement64() as i64,
+        size: operand_size(insn) as i64,
+        write: writes(insn, operand),
+    })
 }
 
 /// Whether bytes that the decoder refused are refused because 15 of them don't make an instruction yet. (If the fifteenth is the
@@ -556,7 +620,7 @@ fn writes(insn: &Instruction, operand: u32) -> bool {
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand.
-pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction) -> Option<()> {
+pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<()> {
     use Mnemonic::*;
     let bits = insn.code_size_bits();
     match insn.code() {
@@ -570,7 +634,7 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction) -> Option
         Code::Mov_moffs32_EAX => asm.bytes(&[0x41, 0x89, 0x06]),
         Code::Mov_moffs64_RAX => asm.bytes(&[0x49, 0x89, 0x06]),
         _ if insn.mnemonic() == Xlatb => asm.bytes(&[0x41, 0x8a, 0x06]),
-        _ => return reencode::emit(asm, bytes, insn, bits),
+        _ => return reencode::emit(asm, bytes, insn, bits, operand),
     }
     Some(())
 }
@@ -668,10 +732,7 @@ impl Builder<'_> {
                 self.sensitive(insn, exec, ends_block);
                 ends_block
             }
-            Kind::Branch => {
-                self.branch(insn);
-                true
-            }
+            Kind::Branch => self.branch(insn),
             Kind::Stack => {
                 self.stack_instruction(insn);
                 false
@@ -696,9 +757,15 @@ impl Builder<'_> {
         if insn.mnemonic() == Mnemonic::Lea {
             return self.lea(insn);
         }
+        let mut form = Operand::Host;
         if let Some(operand) = access_operand(insn) {
-            let kind = AccessKind::new(operand_size(insn), writes(insn, operand), self.mode.context());
-            self.operand(insn, kind);
+            let write = writes(insn, operand);
+            if let Some(member) = self.member() {
+                self.group_addend(member, write);
+                form = Operand::Based(member.base, insn.memory_displacement64() as i32);
+            } else {
+                self.operand(insn, AccessKind::new(operand_size(insn), write, self.mode.context()));
+            }
         }
         if effect.touches {
             if live_in.is_empty() {
@@ -713,7 +780,7 @@ impl Builder<'_> {
         }
         let before = self.asm.position();
         let bytes = &self.bytes[offset..offset + insn.len()];
-        if emit_operation(&mut self.asm, bytes, insn).is_none() {
+        if emit_operation(&mut self.asm, bytes, insn, form).is_none() {
             self.asm.code.truncate(before);
             tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
             self.need_flags();
@@ -781,6 +848,15 @@ impl Builder<'_> {
         self.links.push(PendingLink { label, target, patch });
     }
 
+    pub fn member(&self) -> Option<Member> {
+        self.items[self.current].member
+    }
+
+    /// A conditional branch's target that needs code of its own: emitted behind the body.
+    pub fn goto_stub(&mut self, entry: Label, target: u64) {
+        self.slow_stub(SlowStub::Goto { entry, target, item: self.current });
+    }
+
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
     pub fn flags_dead_at(&self, target: u64) -> bool {
         let offset = target.wrapping_sub(self.start);
@@ -792,12 +868,28 @@ impl Builder<'_> {
 
     fn finish(mut self, guest_length: usize) -> Translated {
         for pending in std::mem::take(&mut self.stubs) {
-            let SlowStub::Access { entry, back, kind } = pending.stub;
+            let (entry, back, kind) = match pending.stub {
+                SlowStub::Access { entry, back, kind } => (entry, back, kind),
+                SlowStub::Group { entry, back, kind, .. } => (entry, back, kind),
+                SlowStub::Goto { entry, target, item } => {
+                    self.asm.bind(entry);
+                    self.current = item;
+                    self.flags = FlagState::Host;
+                    self.goto(target);
+                    continue;
+                }
+            };
             self.asm.bind(entry);
+            if let SlowStub::Group { member, low, .. } = pending.stub {
+                self.asm.lea(S0, Mem::Base(member.base, low));
+            }
             self.asm.mov_imm(super::asm::S1, kind.bits() as u64);
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.slow)));
             let return_offset = self.position();
             self.sites.push(Site { return_offset, point: pending.point, parked: pending.parked, end: pending.end });
+            if let SlowStub::Group { member, .. } = pending.stub {
+                self.keep_addend(member);
+            }
             self.asm.jmp(back);
         }
         let mut links = Vec::with_capacity(self.links.len());

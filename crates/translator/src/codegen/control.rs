@@ -47,7 +47,8 @@ fn counter_bits(insn: &Instruction) -> u32 {
 }
 
 impl Builder<'_> {
-    pub fn branch(&mut self, insn: &Instruction) {
+    /// Emits a branch; false if the block goes on behind it.
+    pub fn branch(&mut self, insn: &Instruction) -> bool {
         use Mnemonic::*;
         match insn.mnemonic() {
             Jmp if insn.is_jmp_short_or_near() => {
@@ -74,8 +75,8 @@ impl Builder<'_> {
             }
             Ret => {
                 let width = self.word();
-                self.stack_slot(0, AccessKind::new(width, false, self.mode.context()));
-                self.load_word(S0, Mem::Base(S0, 0));
+                let slot = self.stack_slot(0, false);
+                self.load_word(S0, slot);
                 let release = if insn.op_count() == 1 { insn.immediate16() as i32 } else { 0 };
                 self.move_stack(width as i32 + release);
                 self.need_flags();
@@ -90,33 +91,27 @@ impl Builder<'_> {
                 let taken = self.asm.label();
                 let target = insn.near_branch_target();
                 self.conditional(insn.condition_code() as u8, taken, target);
-                let next = self.wrap_ip(insn.next_ip());
-                self.goto(next);
-                self.branch_stub(taken, target);
+                return false;
             }
         }
+        true
     }
 
-    /// A Jcc to `taken`, which [`Builder::branch_stub`] emits; where the target can be linked without a poll, the Jcc itself is patched.
+    /// A Jcc to `taken`, which stands behind the body; where the target can be linked without a poll, the Jcc itself is
+    /// patched.
     fn conditional(&mut self, condition: u8, taken: Label, target: u64) {
         // iced numbers conditions from 1 in encoding order, with `None` as 0.
         self.asm.jcc(condition - 1, taken);
         if self.linkable(target) && !self.polls(target) {
             let patch = self.asm.position() - 4;
             self.link(taken, target, patch);
-        }
-    }
-
-    /// The out-of-line part of a conditional branch, if its target isn't linked directly.
-    fn branch_stub(&mut self, taken: Label, target: u64) {
-        if !self.linkable(target) || self.polls(target) {
-            self.asm.bind(taken);
-            self.goto(target);
+        } else {
+            self.goto_stub(taken, target);
         }
     }
 
     fn linkable(&self, target: u64) -> bool {
-        !self.mode.is_single() && target >> 12 == self.start >> 12
+        !self.mode.is_single() && !self.mode.is_careful() && target >> 12 == self.start >> 12
     }
 
     /// A backward branch may close a loop: it looks at the poll word.
@@ -220,10 +215,10 @@ impl Builder<'_> {
 
     fn push_return_address(&mut self, insn: &Instruction) {
         let width = self.word() as i32;
-        self.stack_slot(-width, AccessKind::new(width as usize, true, self.mode.context()));
+        let slot = self.stack_slot(-width, true);
         let next = self.wrap_ip(insn.next_ip());
         self.asm.mov_imm(S1, next);
-        self.store_word(Mem::Base(S0, 0), S1);
+        self.store_word(slot, S1);
         self.move_stack(-width);
     }
 

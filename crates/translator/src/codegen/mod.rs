@@ -9,6 +9,7 @@ pub mod asm;
 pub mod block;
 mod control;
 pub mod facts;
+pub mod groups;
 mod liveness;
 mod operand;
 pub mod reencode;
