@@ -77,7 +77,9 @@ impl Sequences {
                 continue;
             }
             input.code[SLOT_ENTRY..SLOT_ENTRY + code.len()].copy_from_slice(&code);
-            return Case { index, input, code, bits: self.bits, ignore: Ignore::default() };
+            // Flags that a later instruction overwrites are not kept across memory accesses: see `Ignore`.
+            let ignore = Ignore { flags_at_fault: rflags::ARITHMETIC, ..Ignore::default() };
+            return Case { index, input, code, bits: self.bits, ignore };
         }
     }
 
@@ -177,6 +179,11 @@ fn calm(code: Code) -> bool {
             "Lss",
             "Arpl",
             "Clui",
+            "Aaa",
+            "Aas",
+            "Daa",
+            "Das",
+            "Aad",
             "Serialize",
             "Maskmovq",
             "Maskmovdqu",

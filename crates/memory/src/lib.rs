@@ -6,6 +6,7 @@
 //!
 //! The memory map is a PC's: RAM from 0 up to the PCI hole at [`HOLE_START`], the rest from 4 GiB up.
 
+mod discard;
 pub mod file;
 mod tracker;
 
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+pub use discard::discard;
 pub use tracker::{CodeWatcher, PageTracker, RegionTracker};
 pub use vm_memory;
 

@@ -49,6 +49,12 @@ pub fn jump_index(rip: u64) -> usize {
     if index_by_pext() { ((rip & JUMP_MASK) >> 2) as usize } else { (rip & 0xff) as usize }
 }
 
+/// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
+/// zero stands for the address of all ones, except in the entry where that one belongs.
+fn empty_tag(tag_index: usize) -> u64 {
+    if tag_index % (2 * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
+}
+
 /// Offsets of a slot's tags and code addresses from the jump table's base.
 pub fn jump_slot_offsets(slot: usize) -> (i32, i32) {
     let tags = slot * JUMP_ENTRIES * 16;
@@ -364,8 +370,10 @@ impl Cache {
         if self.slots.len() == JUMP_SLOTS {
             return None;
         }
+        let slot = self.slots.len();
         self.slots.push(mode);
-        Some(self.slots.len() - 1)
+        self.empty_jump(jump_slot_offsets(slot).0 as usize / 8 + jump_index(u64::MAX));
+        Some(slot)
     }
 
     /// Adds a block. The caller has seen to it that writes to its pages are noticed.
@@ -463,7 +471,7 @@ impl Cache {
         let (tags, codes) = jump_slot_offsets(slot);
         let index = jump_index(key.rip);
         let tag_index = tags as usize / 8 + index;
-        self.memory.jump_word(tag_index).store(0, Ordering::Relaxed);
+        self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
         self.filled_jumps.push(tag_index as u32);
@@ -478,17 +486,22 @@ impl Cache {
 
     /// Forgets which addresses lead to which blocks.
     pub fn clear_jumps(&mut self) {
-        for tag_index in self.filled_jumps.drain(..) {
-            self.memory.jump_word(tag_index as usize).store(0, Ordering::Relaxed);
+        for &tag_index in &self.filled_jumps {
+            self.empty_jump(tag_index as usize);
         }
+        self.filled_jumps.clear();
+    }
+
+    fn empty_jump(&self, tag_index: usize) {
+        self.memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
     }
 
     fn forget_jump(&mut self, id: BlockId) {
         let key = self.block(id).key;
         if let Some(slot) = self.slots.iter().position(|&m| m == key.mode) {
-            let word = self.memory.jump_word(jump_slot_offsets(slot).0 as usize / 8 + jump_index(key.rip));
-            if word.load(Ordering::Relaxed) == !key.rip {
-                word.store(0, Ordering::Relaxed);
+            let tag_index = jump_slot_offsets(slot).0 as usize / 8 + jump_index(key.rip);
+            if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key.rip {
+                self.empty_jump(tag_index);
             }
         }
     }

@@ -111,6 +111,11 @@ impl Chain {
         done
     }
 
+    /// Guest-physical addresses and lengths of the device-writable buffers.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        self.writable.segments.iter().map(|segment| (segment.address, segment.length))
+    }
+
     /// Device-readable memory itself, for a range of bytes (cut where the buffers end).
     pub fn readable_slices(&self, offset: usize, length: usize) -> Vec<VolatileSlice<'_, RegionTracker>> {
         self.slices(&self.readable, offset, length)

@@ -14,12 +14,16 @@
 //! 2.1.2) or fails the request.
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod block;
 mod chain;
+pub mod console;
 mod device;
+pub mod entropy;
 mod event;
 pub mod pci;
 mod queue;
+mod serve;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, DeviceType, Signals, VirtioDevice};

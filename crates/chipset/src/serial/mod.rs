@@ -24,7 +24,7 @@ use crate::Device;
 use crate::clock::Clock;
 use crate::irq::InterruptLine;
 use crate::timer::{Timer, Timers};
-use output::Output;
+pub use output::Output;
 use uart::{Effect, Uart};
 
 /// How many bytes of input may wait for the guest.

@@ -80,15 +80,18 @@ impl Output {
 
     /// Takes one byte, unless the queue is full.
     pub fn push(&self, byte: u8) -> bool {
+        self.push_slice(&[byte]) == 1
+    }
+
+    /// Takes as many bytes as the queue has room for; returns how many.
+    pub fn push_slice(&self, bytes: &[u8]) -> usize {
         let mut queue = self.shared.lock();
-        if queue.bytes.len() >= CAPACITY {
-            return false;
-        }
-        queue.bytes.push_back(byte);
-        if !queue.writing {
+        let taken = bytes.len().min(CAPACITY.saturating_sub(queue.bytes.len()));
+        queue.bytes.extend(bytes.iter().take(taken));
+        if taken > 0 && !queue.writing {
             self.shared.more.notify_one();
         }
-        true
+        taken
     }
 
     /// Waits until the sink has taken everything, or until it has taken nothing for as long as `patience`. Says whether

@@ -1,0 +1,67 @@
+//! Packets: what a virtual network card can be attached to.
+//!
+//! A card (crate `virtio`) knows a [`Backend`]: frames go in by [`Backend::send`] and come out by [`Backend::receive`].
+//! There are two:
+//! - [`UserNet`] is a whole small network inside this process that needs no privilege: a gateway that answers ARP,
+//!   neighbour discovery, DHCP and pings, and turns the guest's connections into connections of ordinary sockets.
+//! - `Tap` is a network interface of the host.
+//!
+//! The data flow to follow is [`UserNet::send`] → `packet` → `tcp` | `udp` | `icmp` → a socket, and from a socket by
+//! way of `poller` back to [`UserNet::receive`]. Nothing here knows guest memory or virtqueues, so all of it is tested
+//! with packets in and packets out. One thread does everything, woken by one epoll descriptor.
+//!
+//! # Why TCP is done here, with `smoltcp` for packet formats only
+//!
+//! MEASUREMENT
+//!
+//! # Threat model
+//!
+//! The guest can send any frame at any time, and its peers any data. Frames are checked where they are taken apart
+//! (`packet`, `tcp::segment`, `udp`); what they make us keep is bounded in number and bytes (`outbox`, `fragments`,
+//! `tcp`, `udp`, `icmp`); where they may lead is decided in one place (`plan`). The host's own services on its loopback
+//! are reachable at the gateway's address, by design and unless `restrict` is on.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod dhcp;
+mod forward;
+mod fragments;
+mod header;
+mod icmp;
+mod link;
+mod outbox;
+mod packet;
+mod plan;
+mod poller;
+mod resolver;
+mod tcp;
+mod udp;
+mod user;
+
+#[cfg(test)]
+mod tests;
+
+pub use backend::{Backend, LONGEST_FRAME, Sink};
+pub use forward::{Forward, Protocol};
+pub use header::{DATA_VALID, GSO_ECN, GSO_NONE, GSO_TCP4, GSO_TCP6, HEADER_LENGTH, Header, NEEDS_CHECKSUM, Offloads};
+pub use packet::Mac;
+pub use user::{UserConfig, UserNet};
+
+/// Why a back-end could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("can't forward {forward}: {source}{}", hint(source))]
+    Forward { forward: Forward, source: std::io::Error },
+    #[error("can't watch sockets: {0}")]
+    Poller(std::io::Error),
+}
+
+/// What the user can do about it.
+fn hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => " (something else listens there; choose another port of the host)",
+        std::io::ErrorKind::PermissionDenied => " (ports below 1024 need privilege; choose a higher port of the host)",
+        std::io::ErrorKind::AddrNotAvailable => " (this host does not have that address)",
+        _ => "",
+    }
+}

@@ -1,0 +1,6 @@
+//! The user network as a guest sees it, over the host's loopback.
+
+mod guest;
+mod hostile;
+mod tcp;
+mod udp;

@@ -1,0 +1,44 @@
+//! The loop of a device's thread that answers one request after the other.
+
+use crate::{Chain, Event, Queue, wait_any};
+
+/// Requests after which the driver hears of them though there are more.
+const BATCH: u32 = 32;
+
+/// Answers the requests of `queue` until `stop` is set. `answer` returns how many device-writable bytes it wrote, or
+/// `None` for what is no request at all: the queue is then dead until the driver resets the device.
+pub(crate) fn serve(mut queue: Queue, stop: &Event, mut answer: impl FnMut(&Chain) -> Option<u32>) {
+    let kick = queue.kick().clone();
+    loop {
+        wait_any(&[stop, &kick]);
+        kick.clear();
+        loop {
+            queue.disable_kicks();
+            let mut unannounced = 0;
+            while let Some(chain) = queue.pop() {
+                match answer(&chain) {
+                    Some(written) => queue.push(chain, written),
+                    None => {
+                        queue.fail("a request is malformed");
+                        break;
+                    }
+                }
+                unannounced += 1;
+                if unannounced == BATCH {
+                    queue.notify();
+                    unannounced = 0;
+                }
+                if stop.is_set() {
+                    break;
+                }
+            }
+            queue.notify();
+            if stop.is_set() {
+                return;
+            }
+            if !queue.enable_kicks() {
+                break;
+            }
+        }
+    }
+}
