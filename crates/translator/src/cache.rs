@@ -32,7 +32,7 @@ pub const DEFAULT_SIZE: usize = 32 << 20;
 const RESERVE: usize = 256 << 10;
 
 /// Entries in each slot of the jump table.
-const JUMP_ENTRIES: usize = 4096;
+const JUMP_ENTRIES: usize = 16384;
 /// Modes that have a slot.
 pub const JUMP_SLOTS: usize = 16;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
@@ -471,10 +471,12 @@ impl Cache {
         let (tags, codes) = jump_slot_offsets(slot);
         let index = jump_index(key.rip);
         let tag_index = tags as usize / 8 + index;
+        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == 0 {
+            self.filled_jumps.push(tag_index as u32);
+        }
         self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
-        self.filled_jumps.push(tag_index as u32);
     }
 
     /// [`Cache::enter_jump`], unless the code segment has a base: the jump table knows offsets only.

@@ -195,8 +195,12 @@ impl Vcpu {
             mode = mode.careful();
         }
         let shadowed = self.interrupt_shadow;
+        let resets = self.engine.cache.stats.full_flushes;
         let id = self.find_block(mode)?;
-        if let Some(site) = link.take() {
+        // After a reset the stub to be linked is gone.
+        if let Some(site) = link.take()
+            && self.engine.cache.stats.full_flushes == resets
+        {
             self.engine.cache.link(site, id);
         }
         self.engine.mode = Some(mode);

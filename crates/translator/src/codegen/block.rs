@@ -16,7 +16,10 @@ use crate::mode::Mode;
 use crate::semantics::{self, Exec};
 
 /// Guest instructions in one block at most.
-const MAX_INSTRUCTIONS: usize = 64;
+const MAX_INSTRUCTIONS: usize = 40;
+/// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
+/// there.
+const MAX_BRANCHES: usize = 3;
 /// Host bytes in one block at most; reached only by absurd code.
 const MAX_HOST_BYTES: usize = 24 << 10;
 
@@ -164,7 +167,11 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
     if !ended {
         b.need_flags();
         let next = b.wrap_ip(start.wrapping_add(guest_length as u64));
-        b.goto(next);
+        if b.crosses_page(guest_length) {
+            b.goto_unlinked(next);
+        } else {
+            b.goto(next);
+        }
     }
     Some(b.finish(guest_length))
 }
@@ -173,6 +180,7 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
 fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut items: Vec<Item> = Vec::new();
+    let mut branches = 0;
     let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
     let page = 4096 - (start & 0xfff) as usize;
     while items.len() < limit {
@@ -203,7 +211,10 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
         };
         items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None });
         let ends = match kind {
-            Kind::Branch => !insn.is_jcc_short_or_near(),
+            Kind::Branch => {
+                branches += 1;
+                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES
+            }
             Kind::Sensitive(_, ends) => ends,
             _ => false,
         };
@@ -846,6 +857,16 @@ impl Builder<'_> {
     /// refers to it.
     pub fn link(&mut self, label: Label, target: u64, patch: usize) {
         self.links.push(PendingLink { label, target, patch });
+    }
+
+    /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
+    fn crosses_page(&self, offset: usize) -> bool {
+        let page = 4096 - (self.start & 0xfff) as usize;
+        let rest = self.bytes.get(offset..page).unwrap_or_default();
+        rest.len() < 15 && {
+            let mut decoder = Decoder::new(self.mode.bits(), rest, DecoderOptions::NONE);
+            !rest.is_empty() && decoder.decode().is_invalid()
+        }
     }
 
     pub fn member(&self) -> Option<Member> {

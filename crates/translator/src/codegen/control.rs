@@ -127,9 +127,7 @@ impl Builder<'_> {
             return;
         }
         if !self.linkable(target) {
-            self.asm.mov_imm(S0, target);
-            self.lookup_known(Some(target));
-            return;
+            return self.goto_unlinked(target);
         }
         if self.polls(target) {
             self.poll(target);
@@ -138,6 +136,12 @@ impl Builder<'_> {
         self.asm.jmp(label);
         let patch = self.asm.position() - 4;
         self.link(label, target, patch);
+    }
+
+    /// Goes to a constant address by the jump table.
+    pub fn goto_unlinked(&mut self, target: u64) {
+        self.asm.mov_imm(S0, target);
+        self.lookup_known(Some(target));
     }
 
     fn poll(&mut self, target: u64) {
