@@ -37,7 +37,8 @@ const JUMP_ENTRIES: usize = 16384;
 pub const JUMP_SLOTS: usize = 16;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
 pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << 2;
-const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * 16;
+const JUMP_WORDS: usize = 3;
+const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS * 8;
 
 /// The host has PEXT, which extracts an index without touching the flags.
 pub fn index_by_pext() -> bool {
@@ -52,13 +53,24 @@ pub fn jump_index(rip: u64) -> usize {
 /// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
 /// zero stands for the address of all ones, except in the entry where that one belongs.
 fn empty_tag(tag_index: usize) -> u64 {
-    if tag_index % (2 * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
+    if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
 }
 
-/// Offsets of a slot's tags and code addresses from the jump table's base.
-pub fn jump_slot_offsets(slot: usize) -> (i32, i32) {
-    let tags = slot * JUMP_ENTRIES * 16;
-    (tags as i32, (tags + JUMP_ENTRIES * 8) as i32)
+/// Offsets of a slot's arrays from the jump table's base.
+#[derive(Clone, Copy, Debug)]
+pub struct JumpSlot {
+    /// The complements of the addresses.
+    pub tags: i32,
+    /// Where to enter with the flags in EFLAGS.
+    pub codes: i32,
+    /// Where to enter with the flags parked.
+    pub parked: i32,
+}
+
+pub fn jump_slot_offsets(slot: usize) -> JumpSlot {
+    let array = (JUMP_ENTRIES * 8) as i32;
+    let tags = (slot * JUMP_WORDS) as i32 * array;
+    JumpSlot { tags, codes: tags + array, parked: tags + 2 * array }
 }
 
 /// An anonymous or file mapping of the process.
@@ -236,6 +248,8 @@ pub struct Link {
     pub patch_offset: u32,
     /// Guest address.
     pub target: u64,
+    /// The branch leaves with the flags parked.
+    pub parked: bool,
     pub to: Option<BlockId>,
 }
 
@@ -256,6 +270,10 @@ pub struct Block {
     pub bytes: Box<[u8]>,
     /// In code memory.
     pub code: Range<u32>,
+    /// Where to enter with the flags parked, in code memory.
+    pub parked_entry: u32,
+    /// Bytes of the page that were only looked at, to see which flags are needed where a branch leads.
+    lookahead: Range<usize>,
     pub points: Box<[Point]>,
     pub sites: Box<[Site]>,
     pub links: Box<[Link]>,
@@ -372,7 +390,7 @@ impl Cache {
         }
         let slot = self.slots.len();
         self.slots.push(mode);
-        self.empty_jump(jump_slot_offsets(slot).0 as usize / 8 + jump_index(u64::MAX));
+        self.empty_jump(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX));
         Some(slot)
     }
 
@@ -391,6 +409,8 @@ impl Cache {
             second_page,
             bytes: bytes.into(),
             code: offset as u32..(offset + t.code.len()) as u32,
+            parked_entry: t.parked_entry,
+            lookahead: t.lookahead,
             points: t.points.into(),
             sites: t.sites.into(),
             links: t.links.into(),
@@ -445,15 +465,15 @@ impl Cache {
         if !source.live || target.second_page.is_some() || target.key.mode != source.key.mode {
             return;
         }
-        let target_start = target.code.start;
+        let (entry, parked_entry) = (target.code.start, target.parked_entry);
         let Some(i) = source.links.iter().position(|l| l.return_offset == offset as u32) else { return };
         let link = &mut self.blocks[from.0 as usize].links[i];
         if link.to.is_some() {
             return;
         }
         link.to = Some(to);
-        let patch = link.patch_offset;
-        self.patch(patch, target_start);
+        let (patch, target) = (link.patch_offset, if link.parked { parked_entry } else { entry });
+        self.patch(patch, target);
         self.blocks[to.0 as usize].incoming.push((from, i as u16));
         self.stats.links += 1;
     }
@@ -468,14 +488,16 @@ impl Cache {
         let key = self.block(id).key;
         let Some(slot) = self.jump_slot(key.mode) else { return };
         let entry = self.entry(id);
-        let (tags, codes) = jump_slot_offsets(slot);
+        let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
+        let parked_entry = self.host_address(self.block(id).parked_entry as usize);
         let index = jump_index(key.rip);
         let tag_index = tags as usize / 8 + index;
-        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == 0 {
+        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == empty_tag(tag_index) {
             self.filled_jumps.push(tag_index as u32);
         }
         self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
+        self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
         self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
     }
 
@@ -501,7 +523,7 @@ impl Cache {
     fn forget_jump(&mut self, id: BlockId) {
         let key = self.block(id).key;
         if let Some(slot) = self.slots.iter().position(|&m| m == key.mode) {
-            let tag_index = jump_slot_offsets(slot).0 as usize / 8 + jump_index(key.rip);
+            let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key.rip);
             if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key.rip {
                 self.empty_jump(tag_index);
             }
@@ -515,8 +537,9 @@ impl Cache {
             .iter()
             .copied()
             .filter(|&id| {
-                let span = self.block(id).span_in(page);
-                span.start < bytes.end && bytes.start < span.end
+                let block = self.block(id);
+                let overlaps = |span: Range<usize>| span.start < bytes.end && bytes.start < span.end;
+                overlaps(block.span_in(page)) || page == block.key.page && overlaps(block.lookahead.clone())
             })
             .collect();
         for id in hit {

@@ -12,7 +12,7 @@ use memory::PAGE_SIZE;
 
 use crate::access::{Bounce, canonical};
 use crate::cache::{BlockId, Cache, CodeMemory, Key};
-use crate::codegen::block::{self, Place};
+use crate::codegen::block::{self, GuestCode, Place};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, enter};
@@ -249,7 +249,11 @@ impl Vcpu {
         if let Some((_, block)) = self.engine.cache.find_by_host(site)
             && let Some(l) = block.links.iter().find(|l| l.return_offset == offset)
         {
-            self.rip = l.target;
+            let (target, parked) = (l.target, l.parked);
+            self.rip = target;
+            if parked {
+                self.unpark();
+            }
             *link = Some(site);
         }
     }
@@ -332,31 +336,32 @@ impl Vcpu {
             self.drop_all_blocks();
         }
         self.watch_code_page(gpa);
-        let first = (PAGE_SIZE - gpa % PAGE_SIZE) as usize;
-        let mut bytes = vec![0; first];
+        let offset = (gpa % PAGE_SIZE) as usize;
+        let first = PAGE_SIZE as usize - offset;
+        let mut bytes = vec![0; PAGE_SIZE as usize];
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
         let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
-        let mut translated = block::translate(&bytes, key.rip, mode, self.block_place(key, mode));
+        let mut translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
             let next = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
-            bytes.resize(first + 15, 0);
+            bytes.resize(PAGE_SIZE as usize + 15, 0);
             let mut tail = [0; 15];
             self.read_code(next, &mut tail);
-            bytes[first..].copy_from_slice(&tail);
+            bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
             second_page = Some(next);
-            translated = block::translate(&bytes, key.rip, mode, self.block_place(key, mode));
+            translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         }
         let Some(translated) = translated else {
             return Err(Exception::invalid_opcode().into());
         };
-        let length = translated.guest_length.min(bytes.len());
+        let length = translated.guest_length.min(bytes.len() - offset);
         if length <= first {
             second_page = None;
         }
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
-        let id = self.engine.cache.insert(key, second_page, &bytes[..length], translated).ok_or_else(full)?;
+        let id = self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
         self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip));
         Ok(id)
     }
@@ -368,12 +373,12 @@ impl Vcpu {
             origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
     }
 
+    /// Reads the page of `gpa`, or as much of it as `bytes` takes; from a device only the one instruction at `gpa`.
     fn read_code(&self, gpa: u64, bytes: &mut [u8]) {
         if self.ram(gpa).is_some() {
-            self.phys_read(gpa, bytes);
+            self.phys_read(gpa & !(PAGE_SIZE - 1), bytes);
         } else {
-            // One instruction at most is taken from a device.
-            for (i, byte) in bytes.iter_mut().take(15).enumerate() {
+            for (i, byte) in bytes.iter_mut().skip((gpa % PAGE_SIZE) as usize).take(15).enumerate() {
                 self.phys_read(gpa + i as u64, std::slice::from_mut(byte));
             }
         }

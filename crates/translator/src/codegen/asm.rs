@@ -313,6 +313,11 @@ impl Asm {
         self.byte(value as u8);
     }
 
+    /// NOT: leaves the flags alone.
+    pub fn not(&mut self, reg: Reg) {
+        self.op_reg(true, 0xf7, 2, reg);
+    }
+
     pub fn shr32(&mut self, reg: Reg, count: u8) {
         self.op_reg(false, 0xc1, 5, reg);
         self.byte(count);

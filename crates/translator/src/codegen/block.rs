@@ -20,6 +20,8 @@ const MAX_INSTRUCTIONS: usize = 40;
 /// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
 /// there.
 const MAX_BRANCHES: usize = 3;
+/// Instructions looked at where a branch leads, to see which flags are needed there.
+const MAX_LOOKAHEAD: usize = 6;
 /// Host bytes in one block at most; reached only by absurd code.
 const MAX_HOST_BYTES: usize = 24 << 10;
 
@@ -39,6 +41,10 @@ pub struct Translated {
     pub sites: Vec<Site>,
     pub links: Vec<Link>,
     pub sensitive: Vec<SensitiveInsn>,
+    /// Where to enter with the flags parked, in code memory.
+    pub parked_entry: u32,
+    /// See [`crate::cache::Block`].
+    pub lookahead: std::ops::Range<usize>,
 }
 
 /// Where things are that emitted code reaches by fixed addresses, and what came before.
@@ -76,6 +82,7 @@ struct PendingLink {
     target: u64,
     /// A rel32 in the body that a link patches to go straight to the target.
     patch: usize,
+    parked: bool,
 }
 
 struct Item {
@@ -104,7 +111,9 @@ pub struct Builder<'a> {
     pub asm: Asm,
     pub mode: Mode,
     pub place: Place,
+    code: GuestCode<'a>,
     bytes: &'a [u8],
+    lookahead: Lookahead,
     /// Guest address of the block.
     pub start: u64,
     items: Vec<Item>,
@@ -117,10 +126,24 @@ pub struct Builder<'a> {
     sensitive: Vec<SensitiveInsn>,
 }
 
-/// Translates the code at `start`, whose bytes up to the end of its page (or of the next one) are `bytes`. The first
-/// instruction must be complete in them; `None` if it isn't.
-pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<Translated> {
-    let mut items = decode(bytes, start, mode)?;
+/// The bytes of a page, and perhaps some of the next.
+#[derive(Clone, Copy)]
+pub struct GuestCode<'a> {
+    pub page: &'a [u8],
+    /// Where the block begins.
+    pub offset: usize,
+}
+
+impl<'a> GuestCode<'a> {
+    fn from_start(self) -> &'a [u8] {
+        &self.page[self.offset..]
+    }
+}
+
+/// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
+pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Option<Translated> {
+    let bytes = code.from_start();
+    let (mut items, lookahead) = decode(code, start, mode)?;
     if place.groups && mode.long() && !mode.checks_alignment() {
         plan_groups(&mut items, mode);
     }
@@ -128,9 +151,11 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
         asm: Asm::new(place.origin),
         mode,
         place,
+        code,
         bytes,
         start,
         items,
+        lookahead,
         current: 0,
         flags: FlagState::Host,
         points: Vec::new(),
@@ -165,7 +190,6 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
         }
     }
     if !ended {
-        b.need_flags();
         let next = b.wrap_ip(start.wrapping_add(guest_length as u64));
         if b.crosses_page(guest_length) {
             b.goto_unlinked(next);
@@ -177,7 +201,9 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
 }
 
 /// Decodes up to the end of the block and finds where flags are live.
-fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
+fn decode(code: GuestCode, start: u64, mode: Mode) -> Option<(Vec<Item>, Lookahead)> {
+    let bytes = code.from_start();
+    let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut items: Vec<Item> = Vec::new();
     let mut branches = 0;
@@ -204,8 +230,8 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
         let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode) };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
-            // Where a branch leads every flag may be needed.
-            Kind::Branch => Effect::SENSITIVE,
+            // Where a conditional branch leads every flag may be needed.
+            Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
             _ => Effect::of(&insn),
         };
@@ -222,12 +248,61 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
             break;
         }
     }
-    let mut live = Flags::ALL;
+    let mut live = live_out(&items, code, start, mode, &mut lookahead);
     for item in items.iter_mut().rev() {
         live = item.effect.before(live);
         item.live_in = live;
     }
-    Some(items)
+    Some((items, lookahead))
+}
+
+/// The range of a page's bytes that were looked at beyond the block's own.
+#[derive(Clone, Debug, Default)]
+struct Lookahead(std::ops::Range<usize>);
+
+impl Lookahead {
+    fn add(&mut self, start: usize, end: usize) {
+        self.0 = if self.0.is_empty() { start..end } else { self.0.start.min(start)..self.0.end.max(end) };
+    }
+}
+
+/// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.
+fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let Some(last) = items.last() else { return Flags::ALL };
+    let next = last.insn.next_ip();
+    match last.kind {
+        Kind::Branch if last.insn.is_jmp_short_or_near() || last.insn.is_call_near() => {
+            live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
+        }
+        Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
+        Kind::Branch | Kind::Sensitive(_, true) => Flags::ALL,
+        _ => live_at(next, code, start, mode, lookahead),
+    }
+}
+
+/// The flags that the code at `target` may need, if it is in the block's page.
+fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let page = start & !0xfff;
+    let (offset, end) = ((target & 0xfff) as usize, code.page.len().min(4096));
+    if target & !0xfff != page || offset >= end || !mode.long() || mode.is_single() {
+        return Flags::ALL;
+    }
+    let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
+    let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
+    let mut count = 0;
+    while count < MAX_LOOKAHEAD && decoder.can_decode() {
+        let insn = decoder.decode();
+        if !matches!(classify(&insn, mode), Kind::Native | Kind::Skip | Kind::Stack) {
+            break;
+        }
+        chain[count] = Effect::of(&insn);
+        count += 1;
+        if chain[count - 1].kills == Flags::ALL {
+            break;
+        }
+    }
+    lookahead.add(offset, offset + decoder.position());
+    chain[..count].iter().rev().fold(Flags::ALL, |live, effect| effect.before(live))
 }
 
 /// Finds accesses that share checks.
@@ -856,7 +931,8 @@ impl Builder<'_> {
     /// A label whose code, at the block's end, leaves for `target` until it is linked. `patch` is the rel32 field that
     /// refers to it.
     pub fn link(&mut self, label: Label, target: u64, patch: usize) {
-        self.links.push(PendingLink { label, target, patch });
+        let parked = self.flags == FlagState::Parked;
+        self.links.push(PendingLink { label, target, patch, parked });
     }
 
     /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
@@ -879,12 +955,12 @@ impl Builder<'_> {
     }
 
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
-    pub fn flags_dead_at(&self, target: u64) -> bool {
+    pub fn flags_dead_at(&mut self, target: u64) -> bool {
         let offset = target.wrapping_sub(self.start);
         if let Some(item) = self.items.iter().find(|i| i.offset as u64 == offset) {
             return item.live_in.is_empty();
         }
-        false
+        live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
     }
 
     fn finish(mut self, guest_length: usize) -> Translated {
@@ -920,10 +996,18 @@ impl Builder<'_> {
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
             let return_offset = self.position();
             let patch_offset = (self.place.origin + pending.patch) as u32;
-            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, to: None });
+            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, parked: pending.parked, to: None });
+        }
+        let mut parked_entry = self.place.origin;
+        if self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
+            parked_entry = self.position() as usize;
+            unpark_flags(&mut self.asm);
+            self.asm.jmp_code(self.place.origin);
         }
         self.asm.finish();
         Translated {
+            parked_entry: parked_entry as u32,
+            lookahead: self.lookahead.0,
             code: self.asm.code,
             guest_length,
             points: self.points,

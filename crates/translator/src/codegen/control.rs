@@ -2,12 +2,12 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::asm::{Label, Mem, RCX, RSP, S0, S1, S2, cc};
+use super::asm::{Alu, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
-use super::operand::memory_operand;
+use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
 use crate::access::AccessKind;
-use crate::cache::{self, JUMP_BASE_OFFSET, POLL_OFFSET};
+use crate::cache::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
 use crate::entry::context_offset;
 use crate::mode::Mode;
 
@@ -52,17 +52,14 @@ impl Builder<'_> {
         use Mnemonic::*;
         match insn.mnemonic() {
             Jmp if insn.is_jmp_short_or_near() => {
-                self.need_flags();
                 self.goto(insn.near_branch_target());
             }
             Call if insn.is_call_near() => {
                 self.push_return_address(insn);
-                self.need_flags();
                 self.goto(insn.near_branch_target());
             }
             Jmp => {
                 self.load_target(insn);
-                self.need_flags();
                 self.lookup();
             }
             Call => {
@@ -70,7 +67,6 @@ impl Builder<'_> {
                 self.asm.store(Mem::Base(RSP, context_offset!(hot.lent)), S0);
                 self.push_return_address(insn);
                 self.asm.load(S0, Mem::Base(RSP, context_offset!(hot.lent)));
-                self.need_flags();
                 self.lookup();
             }
             Ret => {
@@ -79,7 +75,6 @@ impl Builder<'_> {
                 self.load_word(S0, slot);
                 let release = if insn.op_count() == 1 { insn.immediate16() as i32 } else { 0 };
                 self.move_stack(width as i32 + release);
-                self.need_flags();
                 self.lookup();
             }
             Loop | Loope | Loopne | Jecxz | Jrcxz => {
@@ -122,9 +117,7 @@ impl Builder<'_> {
     /// Goes to a constant address.
     pub fn goto(&mut self, target: u64) {
         if self.mode.is_single() {
-            self.asm.mov_imm(S0, target);
-            self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
-            return;
+            return self.leave_for(target);
         }
         if !self.linkable(target) {
             return self.goto_unlinked(target);
@@ -144,17 +137,27 @@ impl Builder<'_> {
         self.lookup_known(Some(target));
     }
 
+    /// Leaves for the dispatcher, which goes on at `target`.
+    fn leave_for(&mut self, target: u64) {
+        self.need_flags();
+        self.asm.mov_imm(S0, target);
+        self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
+    }
+
     fn poll(&mut self, target: u64) {
         let word = Mem::Code(POLL_OFFSET);
-        let event = Mem::Base(RSP, context_offset!(hot.exit_event));
-        if self.flags_dead_at(target) {
+        let parked = self.flags == FlagState::Parked;
+        if parked || self.flags_dead_at(target) {
             let go_on = self.asm.label();
             self.asm.cmp_mem32_imm8(word, 0);
             self.asm.jcc(cc::NE ^ 1, go_on);
-            self.asm.mov_imm(S0, target);
-            self.asm.jmp_mem(event);
+            self.leave_for(target);
+            if parked {
+                self.flags = FlagState::Parked;
+            }
             self.asm.bind(go_on);
         } else {
+            let event = Mem::Base(RSP, context_offset!(hot.exit_event));
             self.asm.store(context(1), RCX);
             self.asm.load32(RCX, word);
             self.asm.unless_rcx_zero(|asm| {
@@ -173,13 +176,15 @@ impl Builder<'_> {
 
     fn lookup_known(&mut self, target: Option<u64>) {
         let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
+            self.need_flags();
             let exit =
                 if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };
+        let parked = self.flags == FlagState::Parked;
         let asm = &mut self.asm;
-        let (tags, codes) = cache::jump_slot_offsets(slot);
+        let JumpSlot { tags, codes, parked: parked_codes } = cache::jump_slot_offsets(slot);
         let at = |offset: i32| match target {
             Some(t) => Mem::Base(S2, offset + cache::jump_index(t) as i32 * 8),
             None => Mem::Index(S2, S1, 8, offset),
@@ -192,6 +197,19 @@ impl Builder<'_> {
             }
         }
         asm.load(S2, Mem::Code(JUMP_BASE_OFFSET));
+        if parked {
+            // EFLAGS is free: the tag is simply compared.
+            let hit = asm.label();
+            asm.not(S0);
+            asm.alu_mem(Alu::Cmp, S0, at(tags));
+            asm.jcc(cc::NE ^ 1, hit);
+            asm.not(S0);
+            unpark_flags(asm);
+            asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
+            asm.bind(hit);
+            asm.jmp_mem(at(parked_codes));
+            return;
+        }
         asm.store(context(1), RCX);
         asm.load(RCX, at(tags));
         // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
