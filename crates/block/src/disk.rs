@@ -133,6 +133,22 @@ impl Disk {
         self.write_image(&[VolatileSlice::from(copy.as_mut_slice())], offset)
     }
 
+    /// Where the next byte at or after `offset` is that may not be zero; `None`: there is none.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        match &self.image {
+            Image::Raw(raw) => raw.next_data(offset),
+            Image::Qcow2(qcow2) => qcow2.next_data(offset),
+        }
+    }
+
+    /// Changes the size of the disk; nobody else may be using it.
+    pub(crate) fn resize(&self, size: u64) -> io::Result<()> {
+        match &self.image {
+            Image::Raw(raw) => raw.resize(size),
+            Image::Qcow2(qcow2) => qcow2.resize(size),
+        }
+    }
+
     /// What was written before is on disk when this returns.
     pub fn flush(&self) -> io::Result<()> {
         if self.read_only {

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod disk;
+pub mod image;
 mod open;
 mod qcow2;
 mod raw;
@@ -53,6 +54,24 @@ pub enum Error {
     BackingChain { path: PathBuf, max: usize },
     #[error("{}: images with an external data file are not supported", path.display())]
     ExternalData { path: PathBuf },
+    #[error(
+        "{}: its clusters are compressed by zstd and can only be read: use it with ro or snapshot, or make another of it \
+         by ringer image convert", path.display()
+    )]
+    Zstd { path: PathBuf },
+    #[error(
+        "{}: the image was not closed properly or is damaged: mend it by ringer image check --repair",
+        path.display()
+    )]
+    Damaged { path: PathBuf },
+    #[error("{}: exists already; remove it first", path.display())]
+    Exists { path: PathBuf },
+    #[error("{}: a disk of {size} bytes is not possible: it has 512 bytes to 8 EiB, in steps of 512", path.display())]
+    Size { path: PathBuf, size: u64 },
+    #[error("{}: to make the disk smaller cuts off its end; say --shrink if that is what you want", path.display())]
+    Shrink { path: PathBuf },
+    #[error("{}: a raw image has nothing that could be checked", path.display())]
+    NothingToCheck { path: PathBuf },
     #[error("{}: empty: a disk has at least one sector of 512 bytes", path.display())]
     Empty { path: PathBuf },
 }

@@ -4,6 +4,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
@@ -11,6 +13,9 @@ use crate::{Disk, Error};
 
 /// The first bytes of a qcow2 image.
 pub const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// How long an image's last user may take to go.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How the bytes of a disk lie in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +65,7 @@ impl Options {
 impl Disk {
     /// Opens an image and locks it: against other writers, and against readers if it is to be written.
     pub fn open(options: &Options) -> Result<Self, Error> {
-        let direct = options.cache == Cache::None;
-        let file = open_file(&options.path, options.writes_image(), direct)?;
+        let file = open_file(&options.path, options.writes_image())?;
         let format = match options.format {
             Some(format) => format,
             None => detect(&file, &options.path)?,
@@ -74,13 +78,10 @@ impl Disk {
 }
 
 /// Opens what may be an image, and locks it.
-pub(crate) fn open_file(path: &Path, write: bool, direct: bool) -> Result<File, Error> {
+pub(crate) fn open_file(path: &Path, write: bool) -> Result<File, Error> {
     let failed = |what| move |source| Error::Io { path: path.into(), what, source };
     // Not to wait for the other end of a pipe, nor to make a terminal ours.
-    let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    if direct {
-        flags |= OFlags::DIRECT;
-    }
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let opened = OpenOptions::new().read(true).write(write).custom_flags(flags.bits() as i32).open(path);
     let file = match opened {
         Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
@@ -98,26 +99,29 @@ pub(crate) fn open_file(path: &Path, write: bool, direct: bool) -> Result<File, 
     if let Some(what) = what {
         return Err(Error::NotAnImage { path: path.into(), what });
     }
-    match if write { file.try_lock() } else { file.try_lock_shared() } {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: path.into(), writable: write }),
-        // A file system without locks.
-        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(file),
-        Err(TryLockError::Error(source)) => Err(failed("lock it")(source)),
+    lock(&file, write).map(|()| file).map_err(|error| match error {
+        TryLockError::WouldBlock => Error::Locked { path: path.into(), writable: write },
+        TryLockError::Error(source) => failed("lock it")(source),
+    })
+}
+
+/// Locks against writers, and against all others if `write`. A user that has just ended may hold its lock a little longer.
+fn lock(file: &File, write: bool) -> Result<(), TryLockError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match if write { file.try_lock() } else { file.try_lock_shared() } {
+            // A file system without locks.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(LOCK_PATIENCE / 20),
+            other => return other,
+        }
     }
 }
 
 /// Qcow2 if it begins so, else raw.
 pub(crate) fn detect(file: &File, path: &Path) -> Result<Format, Error> {
-    // As much, because O_DIRECT wants whole blocks; aligned by reading into a slice of pages.
     let mut magic = [0; 4];
-    let read = match file.read_at(&mut magic, 0) {
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            // O_DIRECT: read it through another descriptor.
-            File::open(path).and_then(|file| file.read_at(&mut magic, 0))
-        }
-        other => other,
-    };
+    let read = file.read_at(&mut magic, 0);
     let read = read.map_err(|source| Error::Io { path: path.into(), what: "read it", source })?;
     Ok(if read == magic.len() && magic == QCOW2_MAGIC { Format::Qcow2 } else { Format::Raw })
 }

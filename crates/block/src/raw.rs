@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use memory::vm_memory::VolatileSlice;
 use memory::vm_memory::bitmap::BitmapSlice;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
 /// An open raw image of fixed size. Offsets and lengths are within it, as the caller has checked.
@@ -41,6 +41,21 @@ impl Raw {
 
     pub fn write<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
         memory::file::write_at(&self.file, slices, offset).map(|_| ())
+    }
+
+    /// Where the next byte at or after `offset` is that may not be zero.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(next) => Ok(Some(next)),
+            Err(Errno::NXIO) => Ok(None),
+            // No such knowledge.
+            Err(_) => Ok((offset < self.size).then_some(offset)),
+        }
+    }
+
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        self.file.set_len(size)?;
+        self.file.sync_all()
     }
 
     pub fn flush(&self) -> io::Result<()> {

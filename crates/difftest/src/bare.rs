@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use arch::registers::{cr0, cr4, efer, pte, rflags};
 use arch::{CpuState, DescriptorTable, Segment, msr};
 use engine::{Bus, Engine, Exit, Vcpu, VcpuControl};
+use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
 use memory::Ram;
 use memory::vm_memory::{Bytes, GuestAddress};
@@ -168,16 +169,22 @@ impl Bare {
     }
 
     /// Assembles code to run at `va` and puts it at `gpa`; returns its length.
-    pub fn assemble(&self, gpa: u64, va: u64, bits: u32, write: impl FnOnce(&mut CodeAssembler)) -> u64 {
+    pub fn assemble(
+        &self,
+        gpa: u64,
+        va: u64,
+        bits: u32,
+        write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) -> u64 {
         let mut assembler = CodeAssembler::new(bits).expect("16, 32 or 64");
-        write(&mut assembler);
+        write(&mut assembler).expect("operands that can be encoded");
         let code = assembler.assemble(va).expect("code that can be assembled");
         self.write(gpa, &code);
         code.len() as u64
     }
 
     /// 64-bit kernel code at a physical address, to run in the direct map; returns its virtual address.
-    pub fn kernel_code(&self, gpa: u64, write: impl FnOnce(&mut CodeAssembler)) -> u64 {
+    pub fn kernel_code(&self, gpa: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
         self.assemble(gpa, DIRECT + gpa, 64, write);
         DIRECT + gpa
     }
@@ -434,15 +441,26 @@ impl Machine {
         self.vcpus[0].state()
     }
 
-    /// The exception a stub stopped at, with the frame on the kernel stack that came from another privilege level.
+    /// The exception that a stub stopped at.
     pub fn frame(&self) -> Frame {
-        self.frame_at(STACK_TOP)
+        self.frame_of(&self.state())
     }
 
-    /// The same on a stack with its top at the physical address `top`.
-    pub fn frame_at(&self, top: u64) -> Frame {
-        let word = |n: u64| self.bare.read_u64(top - 8 * n);
-        Frame { vector: word(7), error: word(6), rip: word(5), cs: word(4), rflags: word(3), rsp: word(2), ss: word(1) }
+    /// The same, given the vCPU's state: the stack pointer is still where the stub left it.
+    pub fn frame_of(&self, state: &CpuState) -> Frame {
+        let at = state.gpr[4].wrapping_sub(DIRECT);
+        assert!(at < self.bare.ram.size() - 56, "no stub was reached: rsp {:#x}, rip {:#x}", state.gpr[4], state.rip);
+        let word = |n: u64| self.bare.read_u64(at + 8 * n);
+        Frame {
+            vector: word(0),
+            error: word(1),
+            rip: word(2),
+            cs: word(3),
+            rflags: word(4),
+            rsp: word(5),
+            ss: word(6),
+            at: state.gpr[4] + 56,
+        }
     }
 }
 
@@ -462,6 +480,8 @@ pub struct Frame {
     pub rflags: u64,
     pub rsp: u64,
     pub ss: u64,
+    /// Where the stack pointer was before all that: the top of the frame.
+    pub at: u64,
 }
 
 /// Stops a machine that takes too long.

@@ -158,7 +158,8 @@ impl Ignore {
     /// Whether the native side may take a fault that the guest doesn't, or the other way round.
     fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
-        self.may_fault_in_vain && (native.vector == 14 && !memory_fault(guest) || native.vector == 17 || guest.vector == 17)
+        self.may_fault_in_vain
+            && (native.vector == 14 && !memory_fault(guest) || native.vector == 17 || guest.vector == 17)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2000 && self.guest_area_end != 0
             || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
             || self.converting_store && memory_fault(guest) && native.vector == 19
@@ -184,7 +185,10 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
         }
     };
     word("vector", native.vector.into(), guest.vector.into());
-    if native.vector == guest.vector && matches!(native.vector, 8 | 10..=14 | 17) && !(native.vector == 14 && ignore.large_area) {
+    if native.vector == guest.vector
+        && matches!(native.vector, 8 | 10..=14 | 17)
+        && !(native.vector == 14 && ignore.large_area)
+    {
         // Linux hides from user code whether an address beyond its own is mapped (X86_PF_PROT in set_signal_archinfo).
         let mask = if native.vector == 14 && native.cr2 >= TASK_SIZE { !1 } else { !0 };
         word("error code", u64::from(native.error & mask), u64::from(guest.error & mask));

@@ -111,7 +111,10 @@ impl Guest {
         };
         self.note = if end == End::Exit { String::new() } else { format!("{end:?}") };
         let state = self.machine.state();
-        let frame = self.machine.frame();
+        if out.status != Status::Exception {
+            return out;
+        }
+        let frame = self.machine.frame_of(&state);
         out.gpr = state.gpr;
         out.gpr[4] = frame.rsp;
         out.rip = frame.rip;
@@ -146,38 +149,35 @@ impl Guest {
 fn step_handler(bare: &mut Bare) {
     use iced_x86::code_asm::*;
     let va = bare.kernel_code(STEP_HANDLER, |a| {
-        (|| {
-            let mut stop = a.create_label();
-            a.push(rax)?;
-            a.push(rcx)?;
-            a.push(rdx)?;
-            a.mov(rdx, DIRECT + STEPS)?;
-            a.mov(rcx, qword_ptr(rdx))?;
-            a.cmp(rcx, qword_ptr(rdx + (LIMIT - STEPS) as i32))?;
-            a.jae(stop)?;
-            a.inc(qword_ptr(rdx))?;
-            a.lea(rdx, qword_ptr(rdx + rcx * 8 + (RECORDS - STEPS) as i32))?;
-            // The frame: rdx, rcx, rax, rip, cs, rflags, rsp. See native::trace_word.
-            a.mov(eax, dword_ptr(rsp + 24))?;
-            a.mov(ecx, dword_ptr(rsp + 40))?;
-            a.and(ecx, 0xcd5)?;
-            a.shl(rcx, 32)?;
-            a.or(rax, rcx)?;
-            a.movzx(ecx, word_ptr(rsp + 48))?;
-            a.shl(rcx, 48)?;
-            a.or(rax, rcx)?;
-            a.mov(qword_ptr(rdx), rax)?;
-            a.pop(rdx)?;
-            a.pop(rcx)?;
-            a.pop(rax)?;
-            a.iretq()?;
-            a.set_label(&mut stop)?;
-            a.pop(rdx)?;
-            a.pop(rcx)?;
-            a.pop(rax)?;
-            a.jmp(DIRECT + STUBS + 16)
-        })()
-        .expect("operands that can be encoded");
+        let mut stop = a.create_label();
+        a.push(rax)?;
+        a.push(rcx)?;
+        a.push(rdx)?;
+        a.mov(rdx, DIRECT + STEPS)?;
+        a.mov(rcx, qword_ptr(rdx))?;
+        a.cmp(rcx, qword_ptr(rdx + (LIMIT - STEPS) as i32))?;
+        a.jae(stop)?;
+        a.inc(qword_ptr(rdx))?;
+        a.lea(rdx, qword_ptr(rdx + rcx * 8 + (RECORDS - STEPS) as i32))?;
+        // The frame: rdx, rcx, rax, rip, cs, rflags, rsp. See native::trace_word.
+        a.mov(eax, dword_ptr(rsp + 24))?;
+        a.mov(ecx, dword_ptr(rsp + 40))?;
+        a.and(ecx, 0xcd5)?;
+        a.shl(rcx, 32)?;
+        a.or(rax, rcx)?;
+        a.movzx(ecx, word_ptr(rsp + 48))?;
+        a.shl(rcx, 48)?;
+        a.or(rax, rcx)?;
+        a.mov(qword_ptr(rdx), rax)?;
+        a.pop(rdx)?;
+        a.pop(rcx)?;
+        a.pop(rax)?;
+        a.iretq()?;
+        a.set_label(&mut stop)?;
+        a.pop(rdx)?;
+        a.pop(rcx)?;
+        a.pop(rax)?;
+        a.jmp(DIRECT + STUBS + 16)
     });
     bare.gate(1, va, Gate::default());
 }

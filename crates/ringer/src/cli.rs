@@ -7,8 +7,10 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
+use crate::devices::{self, ShareArg};
 use crate::disk::{self, DiskArg};
 use crate::image::ImageCommand;
+use crate::net::{self, NetArg};
 use crate::units::{parse_size, show_size};
 
 const EXAMPLES: &str = "\
@@ -39,7 +41,7 @@ pub enum Command {
     /// Boot a machine, with this terminal as its first serial port (Ctrl-a h lists keys)
     #[command(after_help = EXAMPLES)]
     Run(RunArgs),
-    /// Make disk images
+    /// Make and handle disk images
     #[command(subcommand)]
     Image(ImageCommand),
 }
@@ -71,9 +73,21 @@ pub struct RunArgs {
     /// A disk image: PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
     #[arg(long, value_name = "DISK", value_parser = disk::parse, group = "what")]
     pub disk: Vec<DiskArg>,
-    /// Where the first serial port leads: stdio, file:PATH, none
-    #[arg(long, value_name = "TO", default_value = "stdio", value_parser = serial)]
-    pub serial: Serial,
+    /// A directory of the host: DIR[,tag=NAME][,ro]; repeatable. In the guest: mount -t virtiofs NAME /mnt [tag: share]
+    #[arg(long, value_name = "DIR", value_parser = devices::parse_share)]
+    pub share: Vec<ShareArg>,
+    /// Where the first serial port leads: stdio, file:PATH, none [default: stdio, if the console is not there]
+    #[arg(long, value_name = "TO", value_parser = serial)]
+    pub serial: Option<Serial>,
+    /// Where the guest's paravirtual console hvc0 leads: stdio, file:PATH, none
+    #[arg(long, value_name = "TO", default_value = "none", value_parser = serial)]
+    pub console: Serial,
+    /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    pub balloon: u64,
+    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,mac=M], none; repeatable [default: user]
+    #[arg(long, value_name = "NET", value_parser = net::parse)]
+    pub net: Vec<NetArg>,
     /// End when the guest resets the machine, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,

@@ -21,23 +21,7 @@ const ALLOWED: &str = "allowed after the path are format=raw|qcow2, ro, snapshot
 
 /// Parses `PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough][,backing=any]`.
 pub fn parse(text: &str) -> Result<DiskArg, String> {
-    // A doubled comma belongs to the path.
-    let mut path = String::new();
-    let mut rest = text;
-    let settings = loop {
-        let Some((before, after)) = rest.split_once(',') else {
-            path += rest;
-            break "";
-        };
-        path += before;
-        match after.strip_prefix(',') {
-            Some(more) => {
-                path.push(',');
-                rest = more;
-            }
-            None => break after,
-        }
-    };
+    let (path, settings) = split_path(text);
     if path.is_empty() {
         return Err("the path of a disk image is missing".into());
     }
@@ -60,6 +44,23 @@ pub fn parse(text: &str) -> Result<DiskArg, String> {
         }
     }
     Ok(disk)
+}
+
+/// Takes a path from what follows it after a comma. A doubled comma belongs to the path.
+pub fn split_path(text: &str) -> (String, &str) {
+    let mut path = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(',') {
+        path += before;
+        match after.strip_prefix(',') {
+            Some(more) => {
+                path.push(',');
+                rest = more;
+            }
+            None => return (path, after),
+        }
+    }
+    (path + rest, "")
 }
 
 /// Opens the images and makes a device of each, with a queue for each processor.

@@ -11,11 +11,12 @@ use machine::{Config, Handle, Machine, Outcome, SerialOutput, TranslatorConfig, 
 use memory::Ram;
 use rustix::stdio::stdin;
 use rustix::termios::isatty;
+use virtio::VirtioDevice;
 
 use crate::cli::{RunArgs, Serial};
 use crate::disk_boot::{self, Taken};
 use crate::guest::{self, Guest};
-use crate::{console, disk, terminal};
+use crate::{console, devices, disk, net, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -29,12 +30,20 @@ pub enum Error {
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Disk(#[from] block::Error),
+    #[error("--net: {0}")]
+    Net(#[from] ::net::Error),
     #[error(transparent)]
     Guest(#[from] guest::Error),
     #[error(transparent)]
     DiskBoot(#[from] disk_boot::Error),
-    #[error("--serial file:{}: {source}", path.display())]
-    SerialFile { path: PathBuf, source: io::Error },
+    #[error("{flag} file:{}: {source}", path.display())]
+    OutputFile { flag: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Share(#[from] virtio::fs::ShareError),
+    #[error("only one of --serial and --console can lead to stdio")]
+    TwoOnStdio,
+    #[error("can't make the console: {0}")]
+    Console(io::Error),
     #[error("can't make the terminal raw: {0}")]
     Terminal(io::Error),
     #[error("can't read stdin: {0}")]
@@ -61,20 +70,40 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         stats: args.stats,
     };
     let selection = select_engine(args.accel, &ram, translator)?;
-    let devices = disk::devices(&args.disk, args.cpus)?;
     let link = Arc::new(Link::default());
+    let serial = args.serial.clone().unwrap_or(match args.console {
+        Serial::Stdio => Serial::None,
+        Serial::File(_) | Serial::None => Serial::Stdio,
+    });
+    if serial == Serial::Stdio && args.console == Serial::Stdio {
+        return Err(Error::TwoOnStdio);
+    }
+    let hvc = match output("--console", &args.console, &link)? {
+        Some(sink) => Some(Arc::new(virtio::console::Console::new(sink).map_err(Error::Console)?)),
+        None => None,
+    };
+    let mut devices = disk::devices(&args.disk, args.cpus)?;
+    devices.extend(net::devices(&args.net)?);
+    devices.extend(devices::shares(&args.share)?);
+    devices.extend(devices::common(args.balloon));
+    devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
     let config = Config {
         boot,
-        serial: [serial_output(&args.serial, &link)?, None, None, None],
+        serial: [output("--serial", &serial, &link)?, None, None, None],
         devices,
         no_reboot: args.no_reboot,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     let _ = link.machine.set(machine.handle());
-    let raw = match args.serial {
-        Serial::Stdio => attach_stdin(machine.handle())?,
-        Serial::File(_) | Serial::None => None,
+    let handle = machine.handle();
+    let raw = match (hvc, serial, &args.console) {
+        (Some(hvc), _, Serial::Stdio) => {
+            devices::follow_terminal_size(&hvc).map_err(Error::Signals)?;
+            attach_stdin(handle, move |data| hvc.input(data))?
+        }
+        (_, Serial::Stdio, _) => attach_stdin(handle.clone(), move |data| handle.serial_input(0, data))?,
+        _ => None,
     };
     let result = machine.run();
     drop(raw);
@@ -106,6 +135,9 @@ fn boot_config(args: &RunArgs, disk: Option<&Taken>) -> Result<BootConfig, Error
     }
     if let Some(disk) = disk {
         let mut command_line = format!("{} ro console=ttyS0", disk.root);
+        if args.console != Serial::None {
+            command_line += " console=hvc0";
+        }
         if let Some(append) = &args.append {
             command_line += &format!(" {append}");
         }
@@ -125,11 +157,12 @@ fn default_command_line() -> String {
     }
 }
 
-fn serial_output(serial: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Error> {
-    Ok(match serial {
+/// The sink of what the guest writes to a port that `flag` leads to `to`.
+fn output(flag: &'static str, to: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Error> {
+    Ok(match to {
         Serial::None => None,
         Serial::File(path) => {
-            let file = File::create(path).map_err(|source| Error::SerialFile { path: path.clone(), source })?;
+            let file = File::create(path).map_err(|source| Error::OutputFile { flag, path: path.clone(), source })?;
             Some(Box::new(file) as Box<dyn Write + Send>)
         }
         Serial::Stdio => {
@@ -144,21 +177,23 @@ fn serial_output(serial: &Serial, link: &Arc<Link>) -> Result<SerialOutput, Erro
     })
 }
 
-/// Makes stdin the input of the first serial port. Its threads are left behind in blocking calls when the machine ends.
-fn attach_stdin(machine: Handle) -> Result<Option<crate::cleanup::Guard>, Error> {
+/// Makes stdin the input of a port. Its threads are left behind in blocking calls when the machine ends.
+fn attach_stdin(
+    machine: Handle,
+    input: impl Fn(&[u8]) + Send + 'static,
+) -> Result<Option<crate::cleanup::Guard>, Error> {
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
         thread::Builder::new().name(name.into()).spawn(work).map_err(Error::Input)
     };
     if !isatty(stdin()) {
-        spawn("stdin", Box::new(move || console::read_input(None, |data| machine.serial_input(0, data))))?;
+        spawn("stdin", Box::new(move || console::read_input(None, input)))?;
         return Ok(None);
     }
     let raw = terminal::make_raw().map_err(Error::Terminal)?;
     // A queue between them, because the escape key must work while the guest takes no input.
     let (sender, typed) = mpsc::channel::<Vec<u8>>();
-    let user = machine.clone();
-    spawn("serial-input", Box::new(move || typed.iter().for_each(|data| machine.serial_input(0, &data))))?;
-    let end: Box<dyn FnOnce() + Send> = Box::new(move || user.end());
+    spawn("port-input", Box::new(move || typed.iter().for_each(|data| input(&data))))?;
+    let end: Box<dyn FnOnce() + Send> = Box::new(move || machine.end());
     spawn("stdin", Box::new(move || console::read_input(Some(end), |data| _ = sender.send(data.to_vec()))))?;
     Ok(raw)
 }

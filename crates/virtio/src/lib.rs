@@ -21,6 +21,8 @@ pub mod console;
 mod device;
 pub mod entropy;
 mod event;
+pub mod fs;
+pub mod net;
 pub mod pci;
 mod queue;
 mod serve;

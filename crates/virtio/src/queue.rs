@@ -1,7 +1,7 @@
 //! A split virtqueue as a device uses it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use memory::View;
 use memory::vm_memory::{Bytes, GuestAddress};
@@ -28,8 +28,8 @@ pub struct Queue {
     memory: Arc<View>,
     signals: Arc<dyn Signals>,
     kick: Arc<Event>,
-    /// Buffers were given back since the driver was last asked whether it wants an interrupt.
-    used: bool,
+    /// The used index when the driver was last asked whether it wants an interrupt.
+    announced: u16,
     /// The driver has broken the ring: nothing more comes from it until reset.
     broken: bool,
 }
@@ -58,7 +58,7 @@ impl Queue {
             memory,
             signals,
             kick,
-            used: false,
+            announced: 0,
             broken: false,
         })
     }
@@ -107,24 +107,52 @@ impl Queue {
 
     /// The same by [`Chain::head`], for requests whose chain is gone.
     pub fn push_head(&mut self, head: u16, written: u32) {
-        match self.ring.add_used(&*self.memory, head, written) {
-            Ok(()) => self.used = true,
-            Err(error) => self.fail(&error.to_string()),
+        if let Err(error) = self.ring.add_used(&*self.memory, head, written) {
+            self.fail(&error.to_string());
         }
+    }
+
+    /// Gives several requests back such that the driver sees all of them or none: heads, and the bytes written to each.
+    pub fn push_together(&mut self, requests: &[(u16, u32)]) {
+        let Some(((last, last_written), others)) = requests.split_last() else { return };
+        for (head, written) in others {
+            // `struct virtq_used_elem` (virtio 1.2, 2.7.8), behind the ring's flags and index.
+            let next = self.ring.next_used();
+            let element = GuestAddress(self.ring.used_ring() + 4 + 8 * u64::from(next % self.ring.size()));
+            let bytes = (u64::from(*head) | u64::from(*written) << 32).to_le_bytes();
+            if let Err(error) = self.memory.write_slice(&bytes, element) {
+                return self.fail(&error.to_string());
+            }
+            self.ring.set_next_used(next.wrapping_add(1));
+        }
+        self.push_head(*last, *last_written);
     }
 
     /// Interrupts if buffers were given back since the last call and the driver wants to know.
     pub fn notify(&mut self) {
-        if !std::mem::take(&mut self.used) {
+        let used = self.ring.next_used();
+        let before = std::mem::replace(&mut self.announced, used);
+        if used == before {
             return;
         }
-        let wanted = match self.ring.needs_notification(&*self.memory) {
-            Ok(needed) => needed && (self.ring.event_idx_enabled() || !self.interrupts_suppressed()),
-            Err(_) => true,
+        // The driver may set what it wants while it sees the new used index (virtio 1.2, 2.7.7.2).
+        fence(Ordering::SeqCst);
+        let wanted = match self.ring.event_idx_enabled() {
+            // 2.7.10: was the index that the driver waits for passed?
+            true => self
+                .used_event()
+                .is_none_or(|event| used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)),
+            false => !self.interrupts_suppressed(),
         };
         if wanted {
             self.signals.queue_used(self.index);
         }
+    }
+
+    /// `used_event`, at the end of the available ring.
+    fn used_event(&self) -> Option<u16> {
+        let address = self.ring.avail_ring() + 4 + 2 * u64::from(self.ring.size());
+        self.memory.load::<u16>(GuestAddress(address), Ordering::Relaxed).ok().map(u16::from_le)
     }
 
     fn interrupts_suppressed(&self) -> bool {

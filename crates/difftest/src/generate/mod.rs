@@ -158,7 +158,8 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",
-        narrow_pointers: (0..insn.op_count()).any(|i| matches!(insn.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI)),
+        narrow_pointers: (0..insn.op_count())
+            .any(|i| matches!(insn.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI)),
         sticky_at_fault: name == "Vcvtps2ph"
             || (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()),
     }

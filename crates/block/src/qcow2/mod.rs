@@ -1,10 +1,14 @@
 //! Qcow2 images by `imago`, with the images behind them, and all else that is more than a file: snapshots of any image,
 //! and raw images without the host's cache.
 
+mod check;
+mod header;
+mod unpack;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File as Storage;
@@ -12,9 +16,14 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions};
 use memory::vm_memory::VolatileSlice;
 use memory::vm_memory::bitmap::BitmapSlice;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use crate::open::{detect, open_file};
 use crate::{Cache, Error, Format, Options, SECTOR};
+
+pub use check::{Report, check};
+use header::EXTERNAL_DATA;
+pub use header::{CORRUPT, Compression, DIRTY, Header};
 
 type Access = FormatAccess<Storage>;
 
@@ -61,6 +70,27 @@ impl Qcow2 {
             Ok(imago::qcow2::Qcow2::builder(storage).backing(Some(below)).write(true))
         });
         Ok(Self::new(FormatAccess::new(image.map_err(failed)?), twin, true))
+    }
+
+    /// Where the next byte at or after `offset` is that may not be zero.
+    pub fn next_data(&self, mut offset: u64) -> io::Result<Option<u64>> {
+        let access = self.access();
+        while offset < access.size() {
+            match access.get_mapping(offset, access.size() - offset)? {
+                (imago::Mapping::Zero { .. }, length) if length > 0 => offset += length,
+                (imago::Mapping::Eof { .. }, _) => return Ok(None),
+                _ => return Ok(Some(offset)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Changes the size of the disk.
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        access.resize(size, imago::format::PreallocateMode::None)?;
+        access.flush()?;
+        self.file.sync_data()
     }
 
     fn new(access: Access, file: File, ephemeral: bool) -> Self {
@@ -113,13 +143,32 @@ impl Qcow2 {
     }
 }
 
+/// Makes an empty image of `size` bytes in `file`, over `backing`: its name as the image is to have it, and its format.
+pub fn create(file: File, size: u64, backing: Option<(String, Format)>) -> io::Result<()> {
+    let storage = Storage::try_from(file)?;
+    let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+    if let Some((name, format)) = backing {
+        let format = match format {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        };
+        image = image.backing(name, format.into());
+    }
+    image.create()
+}
+
 fn twin(file: &File, path: &Path) -> Result<File, Error> {
     file.try_clone().map_err(|source| Error::Io { path: path.into(), what: "use it", source })
 }
 
 fn storage(file: File, path: &Path, write: bool, direct: bool) -> Result<Storage, Error> {
     let options = StorageOpenOptions::new().filename(path).write(write).direct(direct);
-    Storage::from_open_file(file, options).map_err(|source| Error::Io { path: path.into(), what: "use it", source })
+    let failed = |what| move |source| Error::Io { path: path.into(), what, source };
+    if direct {
+        let flags = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags | OFlags::DIRECT));
+        flags.map_err(io::Error::from).map_err(failed("go without the host's cache (cache=none)"))?;
+    }
+    Storage::from_open_file(file, options).map_err(failed("use it"))
 }
 
 fn raw(file: File, path: &Path, write: bool, direct: bool) -> Result<Access, Error> {
@@ -140,25 +189,41 @@ impl Chain {
     fn qcow2(&mut self, file: File, path: &Path, write: bool) -> Result<Access, Error> {
         self.enter(&file, path)?;
         let bad = |source| Error::Qcow2 { path: path.into(), source };
-        let storage = storage(file, path, write, self.direct)?;
-        let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::open_image(storage, write).map_err(bad)?;
-        if image.requires_external_data_file() {
+        let header = Header::read(&file).map_err(bad)?;
+        if header.incompatible & EXTERNAL_DATA != 0 {
             return Err(Error::ExternalData { path: path.into() });
         }
+        if header.incompatible & (DIRTY | CORRUPT) != 0 {
+            return Err(Error::Damaged { path: path.into() });
+        }
+        if header.compression == Compression::Zstd {
+            return self.zstd(file, path, write, &header);
+        }
+        let storage = storage(file, path, write, self.direct)?;
+        let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::open_image(storage, write).map_err(bad)?;
         image.set_data_file(None);
-        let backing = match image.implicit_backing_file().filter(|name| !name.is_empty()) {
-            Some(name) => {
-                let (name, format) = (PathBuf::from(name), image.implicit_backing_format().cloned());
-                Some(Arc::new(self.backing(path, &name, format)?))
-            }
-            None => None,
-        };
-        image.set_backing(backing);
+        image.set_backing(self.backing_of(path, &header)?.map(Arc::new));
         Ok(FormatAccess::new(image))
     }
 
+    fn zstd(&mut self, file: File, path: &Path, write: bool, header: &Header) -> Result<Access, Error> {
+        if write {
+            return Err(Error::Zstd { path: path.into() });
+        }
+        let backing = self.backing_of(path, header)?;
+        let unpacked = unpack::unpack(&file, header, backing.as_ref());
+        let unpacked = unpacked.map_err(|source| Error::Io { path: path.into(), what: "unpack it", source })?;
+        raw(unpacked, path, false, false)
+    }
+
+    /// The image that stands behind the one at `path`.
+    fn backing_of(&mut self, path: &Path, header: &Header) -> Result<Option<Access>, Error> {
+        let name = header.backing_file.as_deref().filter(|name| !name.is_empty());
+        name.map(|name| self.backing(path, Path::new(name), header.backing_format.as_deref())).transpose()
+    }
+
     /// Opens what the image at `path` names as its backing file.
-    fn backing(&mut self, path: &Path, name: &Path, format: Option<String>) -> Result<Access, Error> {
+    fn backing(&mut self, path: &Path, name: &Path, format: Option<&str>) -> Result<Access, Error> {
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let wanted = directory.join(name);
         let real = |path: &Path| {
@@ -170,8 +235,8 @@ impl Chain {
         if !self.any && !found.starts_with(&home) {
             return Err(Error::BackingOutside { path: path.into(), backing: wanted });
         }
-        let file = open_file(&found, false, self.direct)?;
-        let format = match format.as_deref() {
+        let file = open_file(&found, false)?;
+        let format = match format {
             Some("raw" | "file") => Format::Raw,
             Some("qcow2") => Format::Qcow2,
             Some(other) => return Err(Error::UnknownFormat { path: path.into(), format: other.into() }),

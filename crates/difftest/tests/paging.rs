@@ -1,0 +1,358 @@
+//! Paging: permissions, error codes, accessed and dirty bits, what the TLB may keep and what must drop it.
+
+use arch::registers::{pte, rflags};
+use difftest::bare::*;
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+const PAGE: u64 = 0x60_0000;
+const USER: u64 = 0x40_0000;
+const P: u64 = pte::P;
+const W: u64 = pte::W;
+const U: u64 = pte::U;
+
+type Code = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+/// A machine whose page at [`PAGE`] is mapped with `bits`, running kernel or user code.
+fn machine(bits: u64, user: bool, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Machine {
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.page();
+    // A RET, for those who jump there, and something to read.
+    bare.write(page, &[0xc3, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77]);
+    bare.map(PAGE, page, bits);
+    let state = if user {
+        let code = bare.page();
+        bare.map(USER, code, P | U);
+        bare.assemble(code, USER, 64, write);
+        let stack = bare.page();
+        bare.map(0x50_0000, stack, P | W | U | pte::NX);
+        bare.user_state(USER, 0x50_1000, 64)
+    } else {
+        let rip = bare.kernel_code(CODE, write);
+        bare.kernel_state(rip)
+    };
+    Machine::with_state(bare, &state)
+}
+
+/// The vector the code ends in, and for page faults the error code and address.
+fn outcome(machine: &mut Machine) -> (u64, u64, u64) {
+    assert_eq!(machine.run(), End::Exit);
+    let frame = machine.frame();
+    (frame.vector, frame.error, machine.state().cr2)
+}
+
+const READ: Code = |a| {
+    a.mov(rax, PAGE)?;
+    a.mov(rbx, qword_ptr(rax))?;
+    a.int3()
+};
+const WRITE: Code = |a| {
+    a.mov(rax, PAGE)?;
+    a.mov(qword_ptr(rax + 8), rax)?;
+    a.int3()
+};
+const EXECUTE: Code = |a| {
+    a.mov(rax, PAGE)?;
+    a.call(rax)?;
+    a.int3()
+};
+
+#[test]
+fn permissions_are_those_of_the_page_and_the_level() {
+    const OK: (u64, u64, u64) = (3, 0, 0);
+    let fault = |error: u64, offset: u64| (14, error, PAGE + offset);
+    let nx = pte::NX;
+    let cases: [(&str, u64, bool, Code, (u64, u64, u64)); 17] = [
+        ("kernel reads a kernel page", P, false, READ, OK),
+        ("kernel writes a writable page", P | W, false, WRITE, OK),
+        ("kernel writes a read-only page (CR0.WP)", P, false, WRITE, fault(3, 8)),
+        ("kernel executes", P, false, EXECUTE, OK),
+        ("kernel executes a no-execute page", P | nx, false, EXECUTE, fault(0x11, 0)),
+        ("kernel reads a page that isn't there", 0, false, READ, fault(0, 0)),
+        ("kernel writes a page that isn't there", 0, false, WRITE, fault(2, 8)),
+        ("kernel reads a user page (SMAP)", P | U, false, READ, fault(1, 0)),
+        ("kernel writes a user page (SMAP)", P | U | W, false, WRITE, fault(3, 8)),
+        ("kernel executes a user page (SMEP)", P | U, false, EXECUTE, fault(0x11, 0)),
+        ("user reads a user page", P | U, true, READ, OK),
+        ("user writes a user page", P | U | W, true, WRITE, OK),
+        ("user writes a read-only page", P | U, true, WRITE, fault(7, 8)),
+        ("user reads a kernel page", P | W, true, READ, fault(5, 0)),
+        ("user executes a kernel page", P, true, EXECUTE, fault(0x15, 0)),
+        ("user executes a no-execute page", P | U | nx, true, EXECUTE, fault(0x15, 0)),
+        ("user reads a page that isn't there", 0, true, READ, fault(4, 0)),
+    ];
+    for (name, bits, user, code, expected) in cases {
+        let found = outcome(&mut machine(bits, user, code));
+        let found = if expected.0 == 3 { (found.0, 0, 0) } else { found };
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+#[test]
+fn a_reserved_bit_is_a_fault_of_its_own() {
+    let mut m = machine(P | W | 1 << 51, false, READ);
+    assert_eq!(outcome(&mut m), (14, 9, PAGE));
+}
+
+#[test]
+fn stac_lets_the_kernel_reach_user_pages_until_clac() {
+    let mut m = machine(P | U | W, false, |a| {
+        a.mov(rax, PAGE)?;
+        a.stac()?;
+        a.mov(rbx, qword_ptr(rax))?;
+        a.clac()?;
+        a.mov(rcx, qword_ptr(rax))?;
+        a.int3()
+    });
+    let (vector, error, _) = outcome(&mut m);
+    assert_eq!((vector, error), (14, 1));
+    assert_eq!(m.state().gpr[3] & 0xff, 0xc3);
+    assert_eq!(m.frame().rflags & rflags::AC, 0);
+}
+
+#[test]
+fn without_wp_the_kernel_writes_read_only_pages() {
+    let mut m = machine(P, false, |a| {
+        a.mov(rcx, cr0)?;
+        a.btr(rcx, 16)?;
+        a.mov(cr0, rcx)?;
+        WRITE(a)
+    });
+    assert_eq!(outcome(&mut m).0, 3);
+}
+
+#[test]
+fn accessed_and_dirty_bits_are_set_by_what_was_done() {
+    let entry = |m: &mut Machine| {
+        let at = m.bare.entry(PAGE, 0);
+        m.bare.read_u64(at) & (pte::A | pte::D)
+    };
+    let mut m = machine(P | W, false, |a| a.int3());
+    outcome(&mut m);
+    assert_eq!(entry(&mut m), 0);
+    let mut m = machine(P | W, false, READ);
+    outcome(&mut m);
+    assert_eq!(entry(&mut m), pte::A);
+    let mut m = machine(P | W, false, WRITE);
+    outcome(&mut m);
+    assert_eq!(entry(&mut m), pte::A | pte::D);
+    // A write after a read of the same page: the cached translation must not hide it.
+    let mut m = machine(P | W, false, |a| {
+        a.mov(rax, PAGE)?;
+        a.mov(rbx, qword_ptr(rax))?;
+        WRITE(a)
+    });
+    outcome(&mut m);
+    assert_eq!(entry(&mut m), pte::A | pte::D);
+    let mut m = machine(P, false, WRITE);
+    outcome(&mut m);
+    assert_eq!(entry(&mut m) & pte::D, 0, "a write that faults leaves D alone");
+}
+
+#[test]
+fn large_pages_map_their_whole_range() {
+    let mut bare = Bare::new(8 << 20);
+    bare.write_u64(0x20_0000 + 0x12_3458, 0xfeed);
+    bare.map_large(0x8000_0000, 0x20_0000, P | W);
+    let at = bare.entry(0x40_0000_0000, 2);
+    bare.write_u64(at, P | W | pte::PS); // 1 GiB from physical address 0
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rax, 0x8012_3458u64)?;
+        a.mov(rbx, qword_ptr(rax))?;
+        a.mov(rax, 0x40_0032_3458u64)?;
+        a.mov(rcx, qword_ptr(rax))?;
+        a.mov(qword_ptr(rax), rax)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    assert_eq!((m.state().gpr[3], m.state().gpr[1]), (0xfeed, 0xfeed));
+    assert_eq!(m.bare.read_u64(at) & (pte::A | pte::D), pte::A | pte::D);
+}
+
+/// Kernel code that maps [`PAGE`] elsewhere, drops translations as `flush` does, and reads; the value it got is in RBX.
+fn after_remap(global: bool, flush: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
+    let mut bare = Bare::new(8 << 20);
+    let (old, new) = (bare.page(), bare.page());
+    bare.write_u64(old, 1);
+    bare.write_u64(new, 2);
+    let bits = P | W | if global { pte::G } else { 0 };
+    bare.map(PAGE, old, bits);
+    let entry = DIRECT + bare.entry(PAGE, 0);
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rsi, PAGE)?;
+        a.mov(rbx, qword_ptr(rsi))?;
+        a.mov(rdi, entry)?;
+        a.mov(rax, new | bits)?;
+        a.mov(qword_ptr(rdi), rax)?;
+        flush(a)?;
+        a.mov(rbx, qword_ptr(rsi))?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    m.state().gpr[3]
+}
+
+#[test]
+fn translations_are_dropped_by_what_drops_them() {
+    assert_eq!(after_remap(false, |a| a.invlpg(byte_ptr(rsi))), 2, "INVLPG");
+    assert_eq!(after_remap(true, |a| a.invlpg(byte_ptr(rsi))), 2, "INVLPG of a global page");
+    let reload: Code = |a| {
+        a.mov(rax, cr3)?;
+        a.mov(cr3, rax)
+    };
+    assert_eq!(after_remap(false, reload), 2, "MOV CR3");
+    assert_eq!(
+        after_remap(true, |a| {
+            a.mov(rax, cr4)?;
+            a.btc(rax, 7)?;
+            a.mov(cr4, rax)
+        }),
+        2,
+        "CR4.PGE"
+    );
+    assert_eq!(
+        after_remap(true, |a| {
+            a.mov(rax, cr0)?;
+            a.btc(rax, 16)?;
+            a.mov(cr0, rax)?;
+            // CR0.WP need not flush; INVPCID of all contexts with global pages does.
+            a.sub(rsp, 16)?;
+            a.mov(qword_ptr(rsp), 0)?;
+            a.mov(qword_ptr(rsp + 8), 0)?;
+            a.mov(eax, 2)?;
+            a.invpcid(rax, xmmword_ptr(rsp))
+        }),
+        2,
+        "INVPCID type 2"
+    );
+    assert_eq!(
+        after_remap(false, |a| {
+            a.sub(rsp, 16)?;
+            a.mov(qword_ptr(rsp), 0)?;
+            a.mov(qword_ptr(rsp + 8), rsi)?;
+            a.xor(eax, eax)?;
+            a.invpcid(rax, xmmword_ptr(rsp))
+        }),
+        2,
+        "INVPCID type 0"
+    );
+}
+
+#[test]
+fn each_pcid_has_its_own_translations() {
+    // Two address spaces that differ in one page; the second one is entered and left without flushing.
+    let mut bare = Bare::new(8 << 20);
+    let (one, two) = (bare.page(), bare.page());
+    bare.write_u64(one, 1);
+    bare.write_u64(two, 2);
+    bare.map(PAGE, one, P | W);
+    let first = bare.root;
+    bare.root = bare.page();
+    bare.map(PAGE, two, P | W);
+    let kernel = bare.read_u64(first + 8 * 256);
+    bare.write_u64(bare.root + 8 * 256, kernel);
+    let second = bare.root;
+    bare.root = first;
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rsi, PAGE)?;
+        a.mov(rax, cr4)?;
+        a.bts(rax, 17)?;
+        a.mov(cr4, rax)?;
+        a.mov(rbx, qword_ptr(rsi))?;
+        for (cr, to) in [(second | 1, rcx), (1 << 63 | first, rdx), (1 << 63 | second | 1, rdi)] {
+            a.mov(rax, cr)?;
+            a.mov(cr3, rax)?;
+            a.mov(to, qword_ptr(rsi))?;
+        }
+        a.mov(r8, cr3)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    let g = m.state().gpr;
+    assert_eq!((g[3], g[1], g[2], g[7]), (1, 2, 1, 2));
+    assert_eq!(g[8], second | 1, "bit 63 is not kept");
+}
+
+#[test]
+fn a_write_across_pages_is_done_whole_or_not_at_all() {
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.page();
+    bare.map(PAGE, page, P | W);
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rax, PAGE + 4092)?;
+        a.mov(rbx, u64::MAX)?;
+        a.mov(qword_ptr(rax), rbx)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m), (14, 2, PAGE + 4096));
+    assert_eq!(m.bare.read_u64(page + 4088), 0);
+}
+
+#[test]
+fn devices_are_reached_through_any_instruction() {
+    let mut bare = Bare::new(8 << 20);
+    bare.map(PAGE, 0xd000_0000, P | W);
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rsi, PAGE)?;
+        a.mov(eax, dword_ptr(rsi + 0x10))?;
+        a.movups(xmm1, xmmword_ptr(rsi + 0x20))?;
+        a.movzx(ebx, byte_ptr(rsi + 0x31))?;
+        a.add(dword_ptr(rsi + 0x40), 1)?;
+        a.mov(qword_ptr(rsi + 0x48), rsi)?;
+        a.mov(rdi, rsi)?;
+        a.add(rdi, 0x50)?;
+        a.mov(ecx, 3)?;
+        a.mov(eax, 0xab)?;
+        a.rep().stosb()?;
+        a.mov(eax, dword_ptr(rsi + 0x10))?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    let state = m.state();
+    assert_eq!((state.gpr[0], state.gpr[3]), (0x1312_1110, 0x31));
+    let xmm: Vec<u8> = (0x20..0x30).collect();
+    assert_eq!(state.xsave[160 + 16..][..16], xmm);
+    let writes = m.port.mmio_writes();
+    assert_eq!(writes[0], (0xd000_0040, 0x4342_4141u32.to_le_bytes().to_vec()));
+    assert_eq!(writes[1], (0xd000_0048, PAGE.to_le_bytes().to_vec()));
+    let bytes: Vec<_> = writes[2..]
+        .iter()
+        .flat_map(|(at, data)| data.iter().enumerate().map(move |(i, b)| (at + i as u64, *b)))
+        .collect();
+    assert_eq!(bytes, [(0xd000_0050, 0xab), (0xd000_0051, 0xab), (0xd000_0052, 0xab)]);
+}
+
+#[test]
+fn code_that_is_written_runs_as_written() {
+    // A loop that patches the immediate of the instruction that follows the store.
+    let bare = Bare::new(8 << 20);
+    let rip = bare.kernel_code(CODE, |a| {
+        let mut top = a.create_label();
+        let mut patched = a.create_label();
+        a.xor(ebx, ebx)?;
+        a.mov(ecx, 1000)?;
+        a.set_label(&mut top)?;
+        a.mov(dword_ptr(patched), ecx)?;
+        a.db(&[0xb8])?;
+        a.set_label(&mut patched)?;
+        a.db(&[0; 4])?;
+        a.add(rbx, rax)?;
+        a.dec(ecx)?;
+        a.jnz(top)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    assert_eq!(m.state().gpr[3], 500_500);
+}

@@ -1,0 +1,97 @@
+//! The paravirtual devices besides disks and network, as the command line asks for them.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use rustix::stdio::stdout;
+use rustix::termios::tcgetwinsize;
+use signal_hook::consts::SIGWINCH;
+use signal_hook::iterator::Signals;
+use virtio::VirtioDevice;
+use virtio::balloon::Balloon;
+use virtio::console::Console;
+use virtio::entropy::Entropy;
+use virtio::fs::{FileSystem, MAX_TAG, ShareError};
+
+use crate::disk::split_path;
+
+/// A directory of the host for the guest.
+#[derive(Clone, Debug)]
+pub struct ShareArg {
+    path: PathBuf,
+    /// The name by which the guest mounts it.
+    tag: String,
+    read_only: bool,
+}
+
+/// Parses `DIRECTORY[,tag=NAME][,ro]`.
+pub fn parse_share(text: &str) -> Result<ShareArg, String> {
+    let (path, settings) = split_path(text);
+    if path.is_empty() {
+        return Err("the path of a directory is missing".into());
+    }
+    let mut share = ShareArg { path: path.into(), tag: "share".into(), read_only: false };
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        match setting.split_once('=').unwrap_or((setting, "")) {
+            ("ro", "") => share.read_only = true,
+            ("tag", tag) if (1..=MAX_TAG).contains(&tag.len()) && tag.bytes().all(|b| b.is_ascii_graphic()) => {
+                share.tag = tag.into();
+            }
+            ("tag", _) => return Err(format!("a tag has 1 to {MAX_TAG} ASCII characters, and no space")),
+            _ => return Err(format!("\"{setting}\" is not known: allowed after the path are tag=NAME and ro")),
+        }
+    }
+    Ok(share)
+}
+
+/// Makes a device of each directory.
+pub fn shares(shares: &[ShareArg]) -> Result<Vec<Arc<dyn VirtioDevice>>, ShareError> {
+    let device = |share: &ShareArg| {
+        let device = FileSystem::new(&share.path, &share.tag, share.read_only)?;
+        Ok(Arc::new(device) as Arc<dyn VirtioDevice>)
+    };
+    shares.iter().map(device).collect()
+}
+
+/// What every machine has: random numbers, and a balloon that is asked to hold `balloon` bytes.
+pub fn common(balloon: u64) -> Vec<Arc<dyn VirtioDevice>> {
+    let device = Balloon::new();
+    device.set_target(balloon);
+    vec![Arc::new(Entropy::new()), Arc::new(device)]
+}
+
+/// Tells the guest how large the terminal on stdout is, now and whenever that changes. Without one, nothing happens.
+pub fn follow_terminal_size(console: &Arc<Console>) -> io::Result<()> {
+    let tell = |console: &Console| {
+        if let Ok(size) = tcgetwinsize(stdout()) {
+            console.resize(size.ws_col, size.ws_row);
+        }
+    };
+    tell(console);
+    let mut changes = Signals::new([SIGWINCH])?;
+    let console = Arc::downgrade(console);
+    thread::Builder::new().name("terminal-size".into()).spawn(move || {
+        for _ in changes.forever() {
+            let Some(console) = console.upgrade() else { return };
+            tell(&console);
+        }
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_directory_with_a_tag() {
+        let share = parse_share("/home/a,,b,tag=home,ro").unwrap();
+        assert_eq!((share.path.to_str(), share.tag.as_str(), share.read_only), (Some("/home/a,b"), "home", true));
+        assert_eq!(parse_share(".").unwrap().tag, "share");
+        for text in ["", ",ro", "x,rw", "x,tag=", "x,tag=a b", "x,tag=1234567890123456789012345678901234567"] {
+            assert!(parse_share(text).is_err(), "{text}");
+        }
+    }
+}
