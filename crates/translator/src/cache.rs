@@ -33,6 +33,8 @@ const RESERVE: usize = 256 << 10;
 
 /// Entries in each slot of the jump table.
 const JUMP_ENTRIES: usize = 16384;
+/// Jump table entries that are listed for clearing at most.
+const MAX_LISTED: usize = 1 << 20;
 /// Modes that have a slot.
 pub const JUMP_SLOTS: usize = 16;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
@@ -313,7 +315,9 @@ pub struct Cache {
     by_page: FxHashMap<u64, Vec<BlockId>>,
     pub sensitive: Vec<SensitiveInsn>,
     slots: Vec<Mode>,
-    filled_jumps: Vec<u32>,
+    /// Entries of the jump table that are in use, for code in global pages and in others.
+    global_jumps: Vec<u32>,
+    local_jumps: Vec<u32>,
     pub stats: Stats,
     /// Where `perf` looks for the names of emitted code, if asked for.
     perf_map: Option<PerfMap>,
@@ -340,7 +344,8 @@ impl Cache {
             by_page: FxHashMap::default(),
             sensitive: Vec::new(),
             slots: Vec::new(),
-            filled_jumps: Vec::new(),
+            global_jumps: Vec::new(),
+            local_jumps: Vec::new(),
             stats: Stats::default(),
             perf_map,
         }
@@ -484,7 +489,7 @@ impl Cache {
     }
 
     /// Lets the jump table lead from a block's address to it.
-    pub fn enter_jump(&mut self, id: BlockId) {
+    pub fn enter_jump(&mut self, id: BlockId, global: bool) {
         let key = self.block(id).key;
         let Some(slot) = self.jump_slot(key.mode) else { return };
         let entry = self.entry(id);
@@ -492,8 +497,14 @@ impl Cache {
         let parked_entry = self.host_address(self.block(id).parked_entry as usize);
         let index = jump_index(key.rip);
         let tag_index = tags as usize / 8 + index;
-        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == empty_tag(tag_index) {
-            self.filled_jumps.push(tag_index as u32);
+        // An entry may be listed for what it held before as well: clearing it too often does no harm.
+        let word = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
+        if word != !key.rip {
+            let list = if global { &mut self.global_jumps } else { &mut self.local_jumps };
+            list.push(tag_index as u32);
+            if list.len() > MAX_LISTED {
+                self.clear_jumps(true);
+            }
         }
         self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
@@ -502,18 +513,33 @@ impl Cache {
     }
 
     /// [`Cache::enter_jump`], unless the code segment has a base: the jump table knows offsets only.
-    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64) {
+    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64, global: bool) {
         if base == 0 {
-            self.enter_jump(id);
+            self.enter_jump(id, global);
         }
     }
 
-    /// Forgets which addresses lead to which blocks.
-    pub fn clear_jumps(&mut self) {
-        for &tag_index in &self.filled_jumps {
-            self.empty_jump(tag_index as usize);
+    /// Forgets which addresses lead to which blocks, those in global pages perhaps excepted.
+    pub fn clear_jumps(&mut self, global: bool) {
+        let cleared = if global { std::mem::take(&mut self.global_jumps) } else { Vec::new() };
+        let local = std::mem::take(&mut self.local_jumps);
+        cleared.iter().chain(&local).for_each(|&tag_index| self.empty_jump(tag_index as usize));
+        // The allocations are used again.
+        self.local_jumps = local;
+        self.local_jumps.clear();
+        if global {
+            self.global_jumps = cleared;
+            self.global_jumps.clear();
         }
-        self.filled_jumps.clear();
+    }
+
+    /// The host code that the jump table has for a guest address.
+    pub fn find_jump(&self, mode: Mode, rip: u64) -> Option<u64> {
+        let slot = jump_slot_offsets(self.slots.iter().position(|&m| m == mode)?);
+        let index = jump_index(rip);
+        let tag = self.memory.jump_word(slot.tags as usize / 8 + index).load(Ordering::Relaxed);
+        (tag == !rip && rip != u64::MAX)
+            .then(|| self.memory.jump_word(slot.codes as usize / 8 + index).load(Ordering::Relaxed))
     }
 
     fn empty_jump(&self, tag_index: usize) {
@@ -586,7 +612,7 @@ impl Cache {
 
     /// Drops everything. No emitted code may be running or be returned to.
     pub fn reset(&mut self) -> impl Iterator<Item = u64> + use<> {
-        self.clear_jumps();
+        self.clear_jumps(true);
         self.next = CODE_START;
         self.blocks.clear();
         self.by_key.clear();

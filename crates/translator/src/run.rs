@@ -46,6 +46,11 @@ pub struct EngineState {
     /// Where in the bounce buffer the operand is.
     pub bounce_at: usize,
     fetches: Box<[Fetch; FETCH_ENTRIES]>,
+    /// Those of global pages.
+    global_fetches: Box<[Fetch; FETCH_ENTRIES]>,
+    /// The [`area`]s in which code was fetched since the last flush.
+    local_pages: FxHashSet<u64>,
+    global_pages: FxHashSet<u64>,
     /// The mode of the block that runs.
     mode: Option<Mode>,
     /// The next block runs in careful mode.
@@ -67,6 +72,9 @@ impl EngineState {
             bounce: Bounce::default(),
             bounce_at: 0,
             fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
+            global_fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
+            local_pages: FxHashSet::default(),
+            global_pages: FxHashSet::default(),
             mode: None,
             careful: false,
             crossings: FxHashMap::default(),
@@ -92,8 +100,28 @@ impl EngineState {
 
     /// Forgets which virtual address leads to which block.
     pub fn drop_address_caches(&mut self) {
-        self.cache.clear_jumps();
+        self.cache.clear_jumps(true);
         self.fetches.fill(Fetch::default());
+        self.global_fetches.fill(Fetch::default());
+        self.local_pages.clear();
+        self.global_pages.clear();
+    }
+
+    /// The same for what is not in global pages.
+    pub fn drop_local_addresses(&mut self) {
+        self.cache.clear_jumps(false);
+        self.fetches.fill(Fetch::default());
+        self.local_pages.clear();
+    }
+
+    /// The same for what is in one page, or in a large page around it.
+    pub fn drop_address(&mut self, va: u64) {
+        let around = [area(va, false), area(va, true)];
+        if around.iter().any(|a| self.global_pages.contains(a)) {
+            self.drop_address_caches();
+        } else if around.iter().any(|a| self.local_pages.contains(a)) {
+            self.drop_local_addresses();
+        }
     }
 }
 
@@ -105,10 +133,14 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
         return Left::Stop as i32;
     };
     cpu.engine.counts.sensitive += 1;
+    if cpu.machine.config.stats {
+        *cpu.engine.counts.mnemonics.entry(s.insn.mnemonic()).or_default() += 1;
+    }
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
     let invalidated = cpu.engine.cache.stats.invalidated;
     match (s.exec)(cpu, &s.insn) {
+        Ok(()) if s.ends_block && cpu.next_code().is_some() => CHAINED,
         Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
         // It may have stored to the block it is in (a string operation, say): what follows must be translated anew.
@@ -121,6 +153,9 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     }
 }
 
+/// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
+const CHAINED: i32 = -2;
+
 /// How a step ended that did not fail.
 enum Next {
     /// Straight on: no events need to be looked for.
@@ -130,6 +165,29 @@ enum Next {
 }
 
 impl Vcpu {
+    /// After an instruction that ended a block: where the next one is, if nothing needs the dispatcher. It becomes the
+    /// return address.
+    fn next_code(&mut self) -> Option<()> {
+        if self.shared.poll.is_set()
+            || self.pending_debug != 0
+            || self.interrupt_shadow
+            || self.dr7 & 0xff != 0
+            || self.rflags & (rflags::TF | rflags::RF) != 0
+            || self.mode_is_single()
+            || self.activity != Activity::Running
+            || self.event_deliverable()
+        {
+            return None;
+        }
+        let mode = Mode::of(self);
+        if !mode.long() {
+            return None;
+        }
+        self.hot.return_address = self.engine.cache.find_jump(mode, self.rip)?;
+        self.engine.mode = Some(mode);
+        Some(())
+    }
+
     /// The block that is running was translated to run one instruction.
     pub fn mode_is_single(&self) -> bool {
         self.engine.mode.is_some_and(Mode::is_single)
@@ -296,42 +354,50 @@ impl Vcpu {
             return Err(Exception::general_protection(0).into());
         }
         let linear = self.linear_rip();
-        let gpa = self.fetch_address(linear)?;
+        let (gpa, global) = self.fetch_address(linear)?;
         let key = Key { rip, page: gpa & !(PAGE_SIZE - 1), mode };
         let base = linear.wrapping_sub(rip);
         if let Some(id) = self.engine.cache.get(&key) {
             let same = match self.engine.cache.block(id).second_page {
                 None => true,
-                Some(page) => self.fetch_address(next_page(linear))? == page,
+                Some(page) => self.fetch_address(next_page(linear))?.0 == page,
             };
             // Outside 64-bit mode another CS base moves the code to the same RIP elsewhere.
             if same && (base == 0 || gpa % PAGE_SIZE == linear % PAGE_SIZE) {
-                self.engine.cache.enter_jump_if_flat(id, base);
+                self.engine.cache.enter_jump_if_flat(id, base, global);
                 return Ok(id);
             }
         }
-        self.translate(key, gpa, linear)
+        self.translate(key, gpa, linear, global)
     }
 
-    /// The physical address of code at a linear address.
-    fn fetch_address(&mut self, linear: u64) -> Result<u64, Exception> {
+    /// The physical address of code at a linear address, and whether its page is global.
+    fn fetch_address(&mut self, linear: u64) -> Result<(u64, bool), Exception> {
         let context = self.fetch_context();
         let tag = linear >> 12 << 2 | context as u64 | 1 << 63;
         let index = (linear >> 12) as usize % FETCH_ENTRIES;
-        let entry = self.engine.fetches[index];
-        if entry.tag == tag {
-            return Ok(entry.gpa | linear % PAGE_SIZE);
+        for (fetches, global) in [(&self.engine.global_fetches, true), (&self.engine.fetches, false)] {
+            if fetches[index].tag == tag {
+                return Ok((fetches[index].gpa | linear % PAGE_SIZE, global));
+            }
         }
         let mapping = walk(self, linear, Access::Execute, context)?;
-        self.engine.fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
-        Ok(mapping.gpa)
+        let engine = &mut self.engine;
+        let (fetches, pages) = if mapping.global {
+            (&mut engine.global_fetches, &mut engine.global_pages)
+        } else {
+            (&mut engine.fetches, &mut engine.local_pages)
+        };
+        fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
+        pages.insert(area(linear, mapping.large));
+        Ok((mapping.gpa, mapping.global))
     }
 
     fn fetch_context(&self) -> Context {
         if self.cpl() == 3 { Context::User } else { Context::Supervisor }
     }
 
-    fn translate(&mut self, key: Key, gpa: u64, linear: u64) -> Result<BlockId, Stop> {
+    fn translate(&mut self, key: Key, gpa: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
         if !self.engine.cache.has_room() {
             self.drop_all_blocks();
         }
@@ -344,7 +410,7 @@ impl Vcpu {
         let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
         let mut translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
-            let next = self.fetch_address(next_page(linear))?;
+            let (next, _) = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
             bytes.resize(PAGE_SIZE as usize + 15, 0);
             let mut tail = [0; 15];
@@ -362,7 +428,7 @@ impl Vcpu {
         }
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
         let id = self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
-        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip));
+        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip), global);
         Ok(id)
     }
 
@@ -450,6 +516,11 @@ impl Vcpu {
         let site = self.locate_site()?;
         Some((site.insn, site.parked))
     }
+}
+
+/// What INVLPG of an address concerns: its page, or all of the largest page that there is.
+fn area(linear: u64, large: bool) -> u64 {
+    if large { linear >> 30 << 1 | 1 } else { linear >> 12 << 1 }
 }
 
 fn next_page(linear: u64) -> u64 {
