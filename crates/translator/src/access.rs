@@ -136,6 +136,12 @@ pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
     if va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE || !canonical(va) {
         return 0;
     }
+    // The stack often moves to a page that the TLB has.
+    if kind.is_stack()
+        && let Some(addend) = cpu.tlb.enter_stack(kind.context(), va)
+    {
+        return addend;
+    }
     if cpu.fill_tlb(va, kind.access(), kind.context()).is_err() {
         return 0;
     }

@@ -617,6 +617,7 @@ impl Cache {
         self.blocks.clear();
         self.by_key.clear();
         self.sensitive.clear();
+        self.slots.clear();
         self.stats.full_flushes += 1;
         std::mem::take(&mut self.by_page).into_keys()
     }

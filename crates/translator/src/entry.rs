@@ -69,6 +69,8 @@ pub struct Hot {
     pub signal_code: u64,
     pub signal_address: u64,
     pub signal_pc: u64,
+    /// Guest TSC minus host TSC, less the guest's own adjustment.
+    pub tsc_offset: u64,
     /// Addends of groups: see [`crate::codegen::groups`].
     pub group_addends: [u64; crate::codegen::groups::SLOTS],
     /// xmm0-xmm15 across the light path.
@@ -120,6 +122,7 @@ impl Hot {
             signal_code: 0,
             signal_address: 0,
             signal_pc: 0,
+            tsc_offset: 0,
             group_addends: [0; crate::codegen::groups::SLOTS],
             xmm: [0; 16],
         }

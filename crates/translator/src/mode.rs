@@ -33,7 +33,7 @@ impl Mode {
             _ => 2,
         };
         let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-        m |= flag(cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
+        m |= flag(bits != 64 && cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
         m |= (cpu.cpl() as u32) << 3 | (cpu.context() as u32) << 5;
         m |= flag(bits == 64 || bits == 32 && flat(cpu), FLAT);
         if bits == 32 {
@@ -63,6 +63,10 @@ impl Mode {
 
     pub fn is_single(self) -> bool {
         self.0 & SINGLE != 0
+    }
+
+    pub fn cpl(self) -> u8 {
+        (self.0 >> 3 & 3) as u8
     }
 
     /// 16, 32 or 64.

@@ -170,15 +170,32 @@ impl Vcpu {
     fn next_code(&mut self) -> Option<()> {
         if self.shared.poll.is_set()
             || self.pending_debug != 0
-            || self.interrupt_shadow
             || self.dr7 & 0xff != 0
             || self.rflags & (rflags::TF | rflags::RF) != 0
             || self.mode_is_single()
             || self.activity != Activity::Running
-            || self.event_deliverable()
         {
             return None;
         }
+        if self.shadow_shades() {
+            return None;
+        }
+        self.find_next_code()?;
+        self.interrupt_shadow = false;
+        self.debug_shadow = false;
+        Some(())
+    }
+
+    /// Whether something is pending that only the shadow of STI or MOV SS may hold off, or that nothing does. If not, the
+    /// next instruction can run in company: it runs before anything new is looked for.
+    fn shadow_shades(&mut self) -> bool {
+        let shadows = (std::mem::take(&mut self.interrupt_shadow), std::mem::take(&mut self.debug_shadow));
+        let pending = self.event_deliverable();
+        (self.interrupt_shadow, self.debug_shadow) = shadows;
+        pending
+    }
+
+    fn find_next_code(&mut self) -> Option<()> {
         let mode = Mode::of(self);
         if !mode.long() {
             return None;
@@ -243,7 +260,7 @@ impl Vcpu {
     fn step(&mut self, link: &mut Option<u64>) -> Result<Next, Stop> {
         let stepping = self.rflags & rflags::TF != 0;
         let breakpoints = self.dr7 & 0xff != 0;
-        let single = stepping || self.interrupt_shadow || breakpoints;
+        let single = stepping || breakpoints || self.interrupt_shadow && self.shadow_shades();
         let mut mode = Mode::of(self);
         if single {
             mode = mode.single();
@@ -262,6 +279,7 @@ impl Vcpu {
             self.engine.cache.link(site, id);
         }
         self.engine.mode = Some(mode);
+        self.hot.tsc_offset = self.machine.time.tsc_offset().unwrap_or_default();
         let code = self.engine.cache.entry(id);
         self.shared.invalidations.set_running(true);
         // A request made before `running` was seen must be taken before the block may run on what it changes.
@@ -434,7 +452,9 @@ impl Vcpu {
 
     fn block_place(&mut self, key: Key, mode: Mode) -> Place {
         let cache = &mut self.engine.cache;
+        let inline_tsc = self.machine.time.tsc_offset().is_some();
         Place {
+            inline_tsc,
             groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&key),
             origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
     }

@@ -49,6 +49,8 @@ pub struct Translated {
 
 /// Where things are that emitted code reaches by fixed addresses, and what came before.
 pub struct Place {
+    /// RDTSC is the host's plus an offset.
+    pub inline_tsc: bool,
     /// Accesses may share checks: see [`groups`].
     pub groups: bool,
     /// Where the block will stand in code memory.
@@ -103,6 +105,8 @@ enum Kind {
     Branch,
     /// PUSH, POP, LEAVE, emitted inline.
     Stack,
+    /// A privileged instruction, emitted inline.
+    System,
     Skip,
     Native,
 }
@@ -143,7 +147,7 @@ impl<'a> GuestCode<'a> {
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
 pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Option<Translated> {
     let bytes = code.from_start();
-    let (mut items, lookahead) = decode(code, start, mode)?;
+    let (mut items, lookahead) = decode(code, start, mode, place.inline_tsc)?;
     if place.groups && mode.long() && !mode.checks_alignment() {
         plan_groups(&mut items, mode);
     }
@@ -201,7 +205,7 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
 }
 
 /// Decodes up to the end of the block and finds where flags are live.
-fn decode(code: GuestCode, start: u64, mode: Mode) -> Option<(Vec<Item>, Lookahead)> {
+fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Option<(Vec<Item>, Lookahead)> {
     let bytes = code.from_start();
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
@@ -227,7 +231,7 @@ fn decode(code: GuestCode, start: u64, mode: Mode) -> Option<(Vec<Item>, Lookahe
             // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
             break;
         }
-        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode) };
+        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode, inline_tsc) };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
             // Where a conditional branch leads every flag may be needed.
@@ -292,7 +296,7 @@ fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut
     let mut count = 0;
     while count < MAX_LOOKAHEAD && decoder.can_decode() {
         let insn = decoder.decode();
-        if !matches!(classify(&insn, mode), Kind::Native | Kind::Skip | Kind::Stack) {
+        if !matches!(classify(&insn, mode, false), Kind::Native | Kind::Skip | Kind::Stack) {
             break;
         }
         chain[count] = Effect::of(&insn);
@@ -318,7 +322,7 @@ fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
     let push = Access { base: 4, displacement: -word, size: word, write: true };
     let pop = Access { base: 4, displacement: 0, size: word, write: false };
     match kind {
-        Kind::Skip => Step::Plain(None),
+        Kind::Skip | Kind::System => Step::Plain(None),
         Kind::Sensitive(..) => Step::Barrier,
         Kind::Native => Step::Plain(based_access(insn)),
         Kind::Stack => match insn.mnemonic() {
@@ -373,13 +377,16 @@ fn raise_device_not_available(_: &mut crate::Vcpu, _: &Instruction) -> Result<()
     Err(arch::Exception::device_not_available().into())
 }
 
-fn classify(insn: &Instruction, mode: Mode) -> Kind {
+fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if insn.is_invalid() {
         return Kind::Sensitive(raise_invalid_opcode, true);
     }
     let fp = facts(insn.code()).fp;
     if let Some(exec) = fp_blocked(insn, fp, mode) {
         return Kind::Sensitive(exec, true);
+    }
+    if super::system::emits(insn, mode, inline_tsc) {
+        return Kind::System;
     }
     if let Some(s) = semantics::lookup(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);
@@ -821,6 +828,10 @@ impl Builder<'_> {
             Kind::Branch => self.branch(insn),
             Kind::Stack => {
                 self.stack_instruction(insn);
+                false
+            }
+            Kind::System => {
+                self.system_instruction(insn);
                 false
             }
             Kind::Native => {

@@ -14,3 +14,4 @@ mod liveness;
 mod operand;
 pub mod reencode;
 mod stack;
+mod system;
