@@ -32,7 +32,7 @@ pub const DEFAULT_SIZE: usize = 32 << 20;
 const RESERVE: usize = 256 << 10;
 
 /// Entries in each slot of the jump table.
-const JUMP_ENTRIES: usize = 16384;
+const JUMP_ENTRIES: usize = 65536;
 /// Jump table entries that are listed for clearing at most.
 const MAX_LISTED: usize = 1 << 20;
 /// Modes that have a slot.

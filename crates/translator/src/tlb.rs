@@ -213,11 +213,12 @@ impl Tlb {
             *stack = NO_STACK;
         }
         for table in &mut self.tables {
-            let used: Vec<usize> = table.used().collect();
-            for i in used {
-                let entry = &mut table.entries[i];
-                if entry.gpa & !0xfff == gpa & !0xfff {
-                    entry.write = INVALID;
+            for word in 0..ENTRIES / 64 {
+                for bit in bits(table.local[word] | table.global[word]) {
+                    let entry = &mut table.entries[word * 64 + bit];
+                    if entry.gpa & !0xfff == gpa & !0xfff {
+                        entry.write = INVALID;
+                    }
                 }
             }
         }

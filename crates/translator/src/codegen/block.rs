@@ -1,9 +1,12 @@
 //! From a run of guest instructions to one block of host code.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
+    OpKind, Register,
+};
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
-use super::facts::{FpClass, facts};
+use super::facts::{FpClass, Memo, facts};
 use super::groups::{self, Access, Member, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::{FlagState, memory_operand, park_flags, unpark_flags};
@@ -388,7 +391,7 @@ fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if super::system::emits(insn, mode, inline_tsc) {
         return Kind::System;
     }
-    if let Some(s) = semantics::lookup(insn) {
+    if let Some(s) = sensitive(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);
     }
     let inline = mode.flat() && !mode.checks_alignment();
@@ -415,6 +418,22 @@ fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
         return Kind::Skip;
     }
     if native(insn) { Kind::Native } else { Kind::Sensitive(raise_invalid_opcode, true) }
+}
+
+/// [`semantics::lookup`], which for most forms has nothing: that is remembered, apart for forms with and without a
+/// memory operand.
+fn sensitive(insn: &Instruction) -> Option<semantics::Sensitive> {
+    static INNOCUOUS: [Memo; 2] = [Memo::new(), Memo::new()];
+    if insn.op_mask() != Register::None {
+        return semantics::lookup(insn);
+    }
+    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some())];
+    let mut found = None;
+    let innocuous = memo.get(insn.code(), || {
+        found = semantics::lookup(insn);
+        found.is_none()
+    });
+    if innocuous { None } else { found.or_else(|| semantics::lookup(insn)) }
 }
 
 /// The exception that CR0, CR4 and XCR0 call for, if any (Intel SDM 3A 2.5, 13.1).
@@ -702,14 +721,15 @@ fn operand_size(insn: &Instruction) -> usize {
 
 /// Whether the memory operand is written.
 fn writes(insn: &Instruction, operand: u32) -> bool {
-    use iced_x86::{InstructionInfoFactory, InstructionInfoOptions, OpAccess};
-    let mut factory = InstructionInfoFactory::new();
-    let info =
-        factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE);
-    matches!(
-        info.op_access(operand),
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
+    static WRITES: Memo = Memo::new();
+    WRITES.get(insn.code(), || {
+        let mut factory = InstructionInfoFactory::new();
+        let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        matches!(
+            factory.info_options(insn, options).op_access(operand),
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        )
+    })
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand.
