@@ -139,9 +139,14 @@ pub struct Ignore {
     /// Of an area of several hundred bytes (XSAVE and the like) and of MASKMOV, it is the implementation's choice which byte
     /// a page fault names, and how much has been written before it.
     pub large_area: bool,
+    /// Of a masked operand that crosses pages, it is the implementation's choice which byte of the page a fault names.
+    pub masked: bool,
     /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU), and so may its alignment be checked.
     pub may_fault_in_vain: bool,
-    /// Where the XSAVE area of a guest ends. The host's is longer by AMX's components, and all of it is probed. Zero: no such area.
+    /// Not an instruction: #UD, or #GP if it would be longer than 15 bytes, which only a processor knows.
+    pub undecodable: bool,
+    /// Where the XSAVE area of a guest ends. The host's is longer by AMX's components, and all of it is probed; so is what 32-bit
+    /// code doesn't write. Zero: no such area.
     pub guest_area_end: u64,
     /// An x87 store that raises an unmasked exception does not store; the translator has the operand's page checked before.
     pub x87_store: bool,
@@ -158,9 +163,14 @@ impl Ignore {
     /// Whether the native side may take a fault that the guest doesn't, or the other way round.
     fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
-        self.may_fault_in_vain
-            && (native.vector == 14 && !memory_fault(guest) || native.vector == 17 || guest.vector == 17)
-            || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2000 && self.guest_area_end != 0
+        self.undecodable && matches!((native.vector, guest.vector), (6, 13) | (13, 6))
+            || self.large_area && (native.vector, guest.vector) == (17, 13)
+            || self.may_fault_in_vain
+                && (matches!(native.vector, 13 | 14) && !memory_fault(guest)
+                    || native.vector == 17
+                    || guest.vector == 17)
+            || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
+            || self.large_area && native.vector == 14 && guest.vector == 13 && native.cr2 >> 12 == TASK_SIZE >> 12
             || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
             || self.converting_store && memory_fault(guest) && native.vector == 19
     }
@@ -194,7 +204,8 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
         word("error code", u64::from(native.error & mask), u64::from(guest.error & mask));
     }
     if native.vector == 14 && guest.vector == 14 && !ignore.large_area {
-        word("cr2", native.cr2, guest.cr2);
+        let bits = if ignore.masked { !0xfff } else { !0 };
+        word("cr2", native.cr2 & bits, guest.cr2 & bits);
     }
     word("rip", native.rip, guest.rip);
     let fault = matches!(native.vector, 12 | 13 | 14 | 16 | 17 | 19);

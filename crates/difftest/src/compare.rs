@@ -107,7 +107,12 @@ fn run(plan: &Plan, make: impl Fn(u64) -> Case) -> Report {
             report.cases += 1;
             if native.status != Status::Exception {
                 report.died += 1;
-                report.shown.push(format!("case {}: the native process died\n{}", case.index, case.disassemble()));
+                report.shown.push(format!(
+                    "case {}: the native process died\n{}{}",
+                    case.index,
+                    case.disassemble(),
+                    describe(&case.input)
+                ));
                 continue;
             }
             *report.vectors.entry(native.vector).or_default() += 1;

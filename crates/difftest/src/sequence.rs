@@ -472,7 +472,7 @@ impl Writer<'_> {
         // `mov eax, imm32`, or with another register: the label is at the immediate.
         self.a.db(&[0xb8 + self.rng.below(3) as u8])?;
         self.a.set_label(&mut target)?;
-        self.a.db(&(self.rng.next() as u32).to_le_bytes())
+        self.a.db(&(self.rng.next_u64() as u32).to_le_bytes())
     }
 
     fn indirect(&mut self) -> Result {

@@ -9,6 +9,8 @@ use iced_x86::code_asm::*;
 const USER: u64 = 0x40_0000;
 const USER_STACK: u64 = 0x50_1000;
 
+type Code = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
 /// A guest with one page of user code and one of user stack.
 fn bare_with_user() -> Bare {
     let mut bare = Bare::new(4 << 20);
@@ -110,7 +112,7 @@ fn a_segment_that_is_not_present_is_not_loaded() {
 
 #[test]
 fn control_registers_refuse_what_is_reserved() {
-    let refused: &[(&str, fn(&mut CodeAssembler) -> Result<(), IcedError>)] = &[
+    let refused: &[(&str, Code)] = &[
         ("paging without protection", |a| {
             a.mov(rax, cr0)?;
             a.and(eax, !1)?;

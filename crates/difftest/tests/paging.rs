@@ -13,6 +13,9 @@ const U: u64 = pte::U;
 
 type Code = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
+/// Vector, error code and CR2.
+type Ending = (u64, u64, u64);
+
 /// A machine whose page at [`PAGE`] is mapped with `bits`, running kernel or user code.
 fn machine(bits: u64, user: bool, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Machine {
     let mut bare = Bare::new(8 << 20);
@@ -35,7 +38,7 @@ fn machine(bits: u64, user: bool, write: impl FnOnce(&mut CodeAssembler) -> Resu
 }
 
 /// The vector the code ends in, and for page faults the error code and address.
-fn outcome(machine: &mut Machine) -> (u64, u64, u64) {
+fn outcome(machine: &mut Machine) -> Ending {
     assert_eq!(machine.run(), End::Exit);
     let frame = machine.frame();
     (frame.vector, frame.error, machine.state().cr2)
@@ -59,10 +62,10 @@ const EXECUTE: Code = |a| {
 
 #[test]
 fn permissions_are_those_of_the_page_and_the_level() {
-    const OK: (u64, u64, u64) = (3, 0, 0);
+    const OK: Ending = (3, 0, 0);
     let fault = |error: u64, offset: u64| (14, error, PAGE + offset);
     let nx = pte::NX;
-    let cases: [(&str, u64, bool, Code, (u64, u64, u64)); 17] = [
+    let cases: [(&str, u64, bool, Code, Ending); 17] = [
         ("kernel reads a kernel page", P, false, READ, OK),
         ("kernel writes a writable page", P | W, false, WRITE, OK),
         ("kernel writes a read-only page (CR0.WP)", P, false, WRITE, fault(3, 8)),

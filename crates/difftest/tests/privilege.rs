@@ -140,7 +140,7 @@ fn sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel() {
     let frame = m.frame();
     // SYSEXIT takes its selectors from SYSENTER_CS: +16 and +24 for 32-bit code.
     assert_eq!((frame.vector, frame.rip, frame.rsp), (3, USER + 3, USER_STACK - 16));
-    assert_eq!((frame.cs, frame.ss), (u64::from(KERNEL_CODE) + 16 | 3, u64::from(KERNEL_CODE) + 24 | 3));
+    assert_eq!((frame.cs, frame.ss), ((u64::from(KERNEL_CODE) + 16) | 3, (u64::from(KERNEL_CODE) + 24) | 3));
     assert_eq!(m.state().gpr[3], 7);
 }
 
@@ -237,7 +237,7 @@ fn a_far_call_goes_between_64_bit_and_compatibility_mode() {
     let bare = guest(
         64,
         |a| {
-            a.mov(rax, u64::from(USER_CODE32) << 32 | USER + 0x100)?;
+            a.mov(rax, u64::from(USER_CODE32) << 32 | (USER + 0x100))?;
             a.mov(qword_ptr(rsp - 16), rax)?;
             a.call(fword_ptr(rsp - 16))?;
             a.int3()

@@ -7,18 +7,19 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
-use crate::devices::{self, ShareArg};
+use crate::devices::{self, ShareArg, VsockArg};
 use crate::disk::{self, DiskArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
+use crate::seed::{self, SeedArg};
 use crate::units::{parse_size, show_size};
 
 const EXAMPLES: &str = "\
 Examples:
   ringer run                                     Debian's kernel and a busybox shell
   ringer run --cpus 2 --memory 2G                the same on a larger machine
-  ringer image debian debian.img                 a bootable Debian server, which then runs by
-  ringer run --disk debian.img --memory 1G
+  ringer image debian debian.qcow2               a bootable Debian server, which then runs by
+  ringer run --disk debian.qcow2 --memory 1G
   ringer run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
   printf 'uname -a\\npoweroff -f\\n' | ringer run >log
 
@@ -73,9 +74,15 @@ pub struct RunArgs {
     /// A disk image: PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
     #[arg(long, value_name = "DISK", value_parser = disk::parse, group = "what")]
     pub disk: Vec<DiskArg>,
+    /// Configuration for a guest with cloud-init: USER-DATA[,meta-data=FILE][,network-config=FILE]
+    #[arg(long, value_name = "FILE", value_parser = seed::parse)]
+    pub cloud_init: Option<SeedArg>,
     /// A directory of the host: DIR[,tag=NAME][,ro]; repeatable. In the guest: mount -t virtiofs NAME /mnt [tag: share]
     #[arg(long, value_name = "DIR", value_parser = devices::parse_share)]
     pub share: Vec<ShareArg>,
+    /// A Unix socket that leads to the guest's vsock ports, as Firecracker has it: PATH[,cid=N]
+    #[arg(long, value_name = "PATH", value_parser = devices::parse_vsock)]
+    pub vsock: Option<VsockArg>,
     /// Where the first serial port leads: stdio, file:PATH, none [default: stdio, if the console is not there]
     #[arg(long, value_name = "TO", value_parser = serial)]
     pub serial: Option<Serial>,

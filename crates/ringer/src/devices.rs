@@ -1,5 +1,6 @@
 //! The paravirtual devices besides disks and network, as the command line asks for them.
 
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +15,9 @@ use virtio::balloon::Balloon;
 use virtio::console::Console;
 use virtio::entropy::Entropy;
 use virtio::fs::{FileSystem, MAX_TAG, ShareError};
+use virtio::vsock::{GUEST_CIDS, Vsock};
 
+use crate::cleanup::{self, Guard};
 use crate::disk::split_path;
 
 /// A directory of the host for the guest.
@@ -44,6 +47,34 @@ pub fn parse_share(text: &str) -> Result<ShareArg, String> {
         }
     }
     Ok(share)
+}
+
+/// Where the guest's sockets lead.
+#[derive(Clone, Debug)]
+pub struct VsockArg {
+    pub path: PathBuf,
+    cid: u64,
+}
+
+/// Parses `PATH[,cid=N]`.
+pub fn parse_vsock(text: &str) -> Result<VsockArg, String> {
+    let (path, settings) = split_path(text);
+    if path.is_empty() {
+        return Err("the path of a Unix socket is missing".into());
+    }
+    let mut vsock = VsockArg { path: path.into(), cid: GUEST_CIDS.start };
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        let cid = setting.strip_prefix("cid=").ok_or_else(|| format!("\"{setting}\" is not known: there is cid=N"))?;
+        vsock.cid = cid.parse().ok().filter(|cid| GUEST_CIDS.contains(cid)).ok_or("a cid is a number from 3 on")?;
+    }
+    Ok(vsock)
+}
+
+/// Makes the socket device. Its socket is removed when the process ends, and when the guard goes.
+pub fn vsock(arg: &VsockArg) -> io::Result<(Arc<dyn VirtioDevice>, Guard)> {
+    let device = Vsock::new(&arg.path, arg.cid)?;
+    let path = arg.path.clone();
+    Ok((Arc::new(device), cleanup::register(move || _ = fs::remove_file(path))))
 }
 
 /// Makes a device of each directory.
@@ -92,6 +123,16 @@ mod tests {
         assert_eq!(parse_share(".").unwrap().tag, "share");
         for text in ["", ",ro", "x,rw", "x,tag=", "x,tag=a b", "x,tag=1234567890123456789012345678901234567"] {
             assert!(parse_share(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_vsock_is_a_path_with_a_context_identifier() {
+        let vsock = parse_vsock("/run/v,cid=42").unwrap();
+        assert_eq!((vsock.path.to_str(), vsock.cid), (Some("/run/v"), 42));
+        assert_eq!(parse_vsock("v").unwrap().cid, 3);
+        for text in ["", ",cid=3", "v,cid=2", "v,cid=4294967295", "v,cid=x", "v,port=1"] {
+            assert!(parse_vsock(text).is_err(), "{text}");
         }
     }
 }

@@ -98,7 +98,7 @@ pub enum Error {
     Debian(#[from] debian::Error),
 }
 
-fn format(text: &str) -> Result<Format, String> {
+pub fn format(text: &str) -> Result<Format, String> {
     match text {
         "raw" => Ok(Format::Raw),
         "qcow2" => Ok(Format::Qcow2),

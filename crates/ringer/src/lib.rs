@@ -18,6 +18,7 @@ pub mod guest;
 mod image;
 mod net;
 mod run;
+mod seed;
 mod signals;
 mod terminal;
 mod units;

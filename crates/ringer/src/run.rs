@@ -16,7 +16,7 @@ use virtio::VirtioDevice;
 use crate::cli::{RunArgs, Serial};
 use crate::disk_boot::{self, Taken};
 use crate::guest::{self, Guest};
-use crate::{console, devices, disk, net, terminal};
+use crate::{console, devices, disk, net, seed, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -39,7 +39,11 @@ pub enum Error {
     #[error("{flag} file:{}: {source}", path.display())]
     OutputFile { flag: &'static str, path: PathBuf, source: io::Error },
     #[error(transparent)]
+    Seed(#[from] seed::Error),
+    #[error(transparent)]
     Share(#[from] virtio::fs::ShareError),
+    #[error("--vsock {}: {source}", path.display())]
+    Vsock { path: PathBuf, source: io::Error },
     #[error("only one of --serial and --console can lead to stdio")]
     TwoOnStdio,
     #[error("can't make the console: {0}")]
@@ -83,8 +87,16 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         None => None,
     };
     let mut devices = disk::devices(&args.disk, args.cpus)?;
+    if let Some(seed) = &args.cloud_init {
+        devices.push(seed::device(seed)?);
+    }
     devices.extend(net::devices(&args.net)?);
     devices.extend(devices::shares(&args.share)?);
+    let vsock = match &args.vsock {
+        Some(vsock) => Some(devices::vsock(vsock).map_err(|source| Error::Vsock { path: vsock.path.clone(), source })?),
+        None => None,
+    };
+    devices.extend(vsock.iter().map(|(device, _)| device.clone()));
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
     let config = Config {
@@ -134,10 +146,13 @@ fn boot_config(args: &RunArgs, disk: Option<&Taken>) -> Result<BootConfig, Error
         return Ok(BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus });
     }
     if let Some(disk) = disk {
-        let mut command_line = format!("{} ro console=ttyS0", disk.root);
-        if args.console != Serial::None {
-            command_line += " console=hvc0";
-        }
+        // The last console named is the system's own.
+        let consoles = match args.console {
+            Serial::None => "console=ttyS0",
+            Serial::Stdio => "console=ttyS0 console=hvc0",
+            Serial::File(_) => "console=hvc0 console=ttyS0",
+        };
+        let mut command_line = format!("{} ro {consoles}", disk.root);
         if let Some(append) = &args.append {
             command_line += &format!(" {append}");
         }

@@ -3,6 +3,7 @@
 mod support;
 
 use std::process::Stdio;
+use std::time::Instant;
 
 use support::{Process, Script, Step, default_guest, one_machine_at_a_time, ringer};
 
@@ -159,6 +160,35 @@ fn a_reset_starts_the_guest_again_unless_told_not_to() {
     machine.wait_for("the guest is up");
     machine.forget_output();
     machine.wait_for("the guest is up");
+}
+
+/// The guest's clock beside the host's, with a minute in between. A reading reaches the host some time after it was taken:
+/// of many readings the one that was on its way the shortest counts.
+#[test]
+fn a_minute_of_the_guest_is_a_minute_of_the_host_to_a_thousandth() {
+    const READINGS: usize = 20;
+    let text = format!(
+        "readings() {{ while [ $i -lt $1 ]; do read now _ </proc/uptime; echo reading $i $now; i=$((i + 1)); sleep 0.1; done }}
+        i=0; readings {READINGS}; sleep 58; readings {}",
+        2 * READINGS
+    );
+    let (mut command, _files) = Script::new().step("clock", &text).command("");
+    let mut machine = Process::start(command.arg("--no-reboot").stdin(Stdio::null()));
+    let start = Instant::now();
+    let mut arrivals = Vec::new();
+    for reading in 0..2 * READINGS {
+        machine.wait_for(&format!("reading {reading} "));
+        arrivals.push(start.elapsed().as_secs_f64());
+    }
+    let ended = machine.end();
+    let readings = ended.stdout.lines().filter_map(|line| line.strip_prefix("reading "));
+    let guest: Vec<f64> = readings.map(|line| line.split_whitespace().last().unwrap().parse().unwrap()).collect();
+    assert_eq!(guest.len(), 2 * READINGS, "{}", ended.stdout);
+    let delays: Vec<_> = arrivals.iter().zip(&guest).map(|(host, guest)| host - guest).collect();
+    let least = |delays: &[f64]| delays.iter().copied().fold(f64::INFINITY, f64::min);
+    let drift = least(&delays[READINGS..]) - least(&delays[..READINGS]);
+    let minute = guest[READINGS] - guest[0];
+    assert!(drift.abs() <= minute / 1000.0, "{drift} s in {minute} s");
 }
 
 #[test]

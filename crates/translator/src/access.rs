@@ -102,6 +102,9 @@ type Piece = (u64, usize);
 pub struct Bounce {
     /// The operand lies at its own offset modulo 64, since instructions check alignment.
     buffer: [u8; 3 * MAX_OPERAND],
+    /// The operand's linear address, and that of its copy in the buffer.
+    va: u64,
+    copy: u64,
     pieces: [Piece; 2],
     write: bool,
     /// The instruction runs on RAM itself, not on the buffer.
@@ -118,6 +121,8 @@ impl Default for Bounce {
     fn default() -> Self {
         Bounce {
             buffer: [0; 3 * MAX_OPERAND],
+            va: 0,
+            copy: 0,
             pieces: [(0, 0); 2],
             write: false,
             direct: false,
@@ -126,6 +131,14 @@ impl Default for Bounce {
             next_rip: 0,
             block: crate::cache::BlockId::default(),
         }
+    }
+}
+
+impl Bounce {
+    /// The guest's address of a byte in the buffer.
+    pub fn guest_address(&self, host: u64) -> Option<u64> {
+        let inside = host.wrapping_sub(self.buffer.as_ptr() as u64) < self.buffer.len() as u64;
+        inside.then(|| self.va.wrapping_add(host).wrapping_sub(self.copy))
     }
 }
 
@@ -184,6 +197,9 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     let Some(operand) = crate::codegen::block::access_operand(&insn) else {
         return lost(cpu, "operand");
     };
+    if waits_for_fpu(&insn) && cpu.xsave.x87_pending() {
+        return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
+    }
     let (segment, offset) = cpu.effective_address(&insn, operand);
     let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
@@ -192,9 +208,6 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
             let base =
                 if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
             return access(cpu, base.wrapping_add(offset), kind, &site);
-        }
-        Err(_) if waits_for_fpu(&insn) && cpu.xsave.x87_pending() => {
-            return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
         }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };
@@ -278,7 +291,7 @@ fn misaligned(insn: &Instruction, va: u64) -> bool {
         14 | 94 => 2,
         _ => return false,
     };
-    va % width != 0
+    !va.is_multiple_of(width)
 }
 
 /// x87 and MMX instructions report what is pending from earlier ones before they access memory.
@@ -313,7 +326,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
     }
     let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
-    if must_be_aligned(&site.insn) && mask != Some(0) && va % size as u64 != 0 {
+    if must_be_aligned(&site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
         return stop(cpu, Stop::Fault(Exception::general_protection(0)));
     }
     let touched = mask.unwrap_or(u64::MAX) & low_bits(size);
@@ -383,6 +396,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         _ => cpu.engine.bounce.buffer[buffer_at..].as_ptr() as u64,
     };
     let bounce = &mut cpu.engine.bounce;
+    (bounce.va, bounce.copy) = (va, host);
     bounce.pieces = [(pieces[0].0, first), (pieces[1].0, size - first)];
     if pieces[0].1 == 0 {
         bounce.pieces[0].0 = u64::MAX;

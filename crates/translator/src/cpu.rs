@@ -206,10 +206,8 @@ impl Vcpu {
         let cs = self.seg(SegmentRegister::Cs);
         if self.code64() {
             64
-        } else if self.protected_mode() && !self.v8086() && cs.default_big() {
-            32
-        } else if !self.protected_mode() && cs.default_big() {
-            32 // unreal mode keeps the D bit until CS is loaded
+        } else if cs.default_big() && !self.v8086() {
+            32 // in real mode too: the D bit stays until CS is loaded
         } else {
             16
         }

@@ -47,6 +47,8 @@ pub struct Hot {
     /// The host's stack pointer while guest code runs.
     pub host_rsp: u64,
     pub target: u64,
+    /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
+    pub branch: u64,
     /// Bits of a RIP that index the jump table.
     pub jump_mask: u64,
     /// A guest register lent to the translator within one instruction.
@@ -77,6 +79,9 @@ pub struct Hot {
     pub xmm: [u128; 16],
 }
 
+/// Of [`Hot::branch`]: no instruction is at such an address.
+pub const NO_BRANCH: u64 = 1 << 63;
+
 /// The offset of a [`Vcpu`] field from what rsp points at.
 macro_rules! context_offset {
     ($($field:tt)+) => { (std::mem::offset_of!($crate::Vcpu, $($field)+) - std::mem::offset_of!($crate::Vcpu, gpr)) as i32 };
@@ -105,6 +110,7 @@ impl Hot {
             return_address: 0,
             host_rsp: 0,
             target: 0,
+            branch: NO_BRANCH,
             jump_mask: crate::cache::JUMP_MASK,
             lent: 0,
             saved_ax: 0,

@@ -43,7 +43,7 @@ impl Vcpu {
     /// An aligned 64-bit word of RAM, for page tables and other structures that are updated atomically.
     pub fn phys_atomic(&self, gpa: u64) -> Option<&AtomicU64> {
         let p = self.ram(gpa)?;
-        debug_assert!(gpa % 8 == 0);
+        debug_assert!(gpa.is_multiple_of(8));
         // SAFETY: aligned, within one mapped page, and `Ram` outlives the vCPU.
         Some(unsafe { AtomicU64::from_ptr(p.cast()) })
     }

@@ -15,7 +15,7 @@ use crate::cache::{BlockId, Cache, CodeMemory, Key};
 use crate::codegen::block::{self, GuestCode, Place};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
-use crate::entry::{Left, enter};
+use crate::entry::{Left, NO_BRANCH, enter};
 use crate::mmu::{Access, walk};
 use crate::mode::Mode;
 use crate::perf_map::PerfMap;
@@ -294,9 +294,13 @@ impl Vcpu {
         }
         self.rflags &= !rflags::RF;
         self.engine.delivered = false;
+        self.hot.branch = NO_BRANCH;
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
+        if self.hot.branch != NO_BRANCH && !canonical(self.rip) && self.code64() {
+            return Err(self.branch_fault());
+        }
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
         if stepping && !matches!(left, Left::Stop | Left::Signal | Left::Careful) && !self.engine.delivered {
             self.pending_debug |= debug::DR6_BS;
@@ -316,6 +320,33 @@ impl Vcpu {
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
+    }
+
+    /// An indirect branch or return whose target isn't canonical raises #GP itself, before the stack pointer has moved (Intel SDM 2A,
+    /// CALL; 2B, RET). Emitted code looks only at the table of known targets, so this undoes the branch.
+    fn branch_fault(&mut self) -> Stop {
+        use iced_x86::Mnemonic;
+        let at = self.hot.branch;
+        let mut bytes = [0; 15];
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            match self.fetch_address(at.wrapping_add(i as u64)) {
+                Ok((gpa, _)) => self.phys_read(gpa, std::slice::from_mut(byte)),
+                Err(_) => break, // the instruction ends before
+            }
+        }
+        let insn = crate::access::decode(&bytes, 64, at);
+        let rsp = &mut self.gpr[arch::registers::gpr::RSP];
+        match insn.mnemonic() {
+            Mnemonic::Ret => {
+                let release = if insn.op_count() == 1 { u64::from(insn.immediate16()) } else { 0 };
+                *rsp = rsp.wrapping_sub(8 + release);
+            }
+            Mnemonic::Call => *rsp = rsp.wrapping_add(8),
+            _ => {}
+        }
+        self.insn_rip = at;
+        self.rip = at;
+        Exception::general_protection(0).into()
     }
 
     /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.
@@ -486,7 +517,7 @@ impl Vcpu {
     /// What a host signal in emitted code means for the guest.
     fn signal_stop(&mut self) -> Stop {
         let (pc, trap) = (self.hot.signal_pc, self.hot.signal_code);
-        let Some((insn, parked)) = self.instruction_at(pc) else {
+        let Some((insn, _, parked)) = self.instruction_at(pc) else {
             return Stop::Exit(Exit::Failed(format!(
                 "host trap {trap} at {pc:#x} in emitted code of no known instruction"
             )));
@@ -496,12 +527,19 @@ impl Vcpu {
         }
         self.insn_rip = insn.ip();
         self.rip = insn.ip();
+        if crate::codegen::reencode::lends(&insn) {
+            self.gpr[arch::registers::gpr::RDI] = self.hot.lent;
+        }
         let exception = match trap {
             0 => Exception::new(Vector::DivideError),
             6 => Exception::invalid_opcode(),
             12 => Exception::with_code(Vector::StackFault, 0),
             13 => {
-                let stack = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
+                let memory = crate::codegen::block::access_operand(&insn).is_some();
+                let implicit = !memory && matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
+                let explicit = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                let stack = implicit || explicit;
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
             }
             16 => Exception::new(Vector::X87FloatingPoint),
@@ -520,7 +558,7 @@ impl Vcpu {
     }
 
     /// The guest instruction whose operation is at a host address.
-    fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, bool)> {
+    pub fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, [u8; 15], bool)> {
         let cache = &self.engine.cache;
         let offset = cache.offset_of(pc)? as u32;
         if let Some((_, block)) = cache.find_by_host(pc)
@@ -528,13 +566,14 @@ impl Vcpu {
         {
             let i = block.points.partition_point(|p| p.host_offset <= offset).checked_sub(1)?;
             let point = block.points[i];
-            return Some((block.decode(point.guest_offset)?.0, point.parked));
+            let (insn, bytes) = block.decode(point.guest_offset)?;
+            return Some((insn, bytes, point.parked));
         }
         // The copy of a bounced instruction.
         let (&site, _) = self.engine.snippets.iter().filter(|(_, at)| **at <= pc).max_by_key(|(_, at)| **at)?;
         self.hot.return_address = site;
         let site = self.locate_site()?;
-        Some((site.insn, site.parked))
+        Some((site.insn, site.bytes, site.parked))
     }
 }
 

@@ -56,10 +56,6 @@ struct Table {
 }
 
 impl Table {
-    fn new() -> Self {
-        Table { entries: [EMPTY; ENTRIES], local: [0; ENTRIES / 64], global: [0; ENTRIES / 64], large: 0 }
-    }
-
     fn flush(&mut self) {
         for word in 0..ENTRIES / 64 {
             let used = std::mem::take(&mut self.local[word]) | std::mem::take(&mut self.global[word]);
@@ -128,11 +124,30 @@ pub fn table_offset(context: Context) -> usize {
     std::mem::offset_of!(Tlb, tables) + context as usize * size_of::<Table>() + std::mem::offset_of!(Table, entries)
 }
 
-impl Default for Tlb {
-    fn default() -> Self {
-        Tlb { stack: [NO_STACK; CONTEXTS], tables: [Table::new(), Table::new(), Table::new()], flushes: 0, fills: 0 }
+impl Tlb {
+    /// Writes an empty TLB to where it will stay.
+    ///
+    /// # Safety
+    /// `place` must be valid for writing a [`Tlb`].
+    pub unsafe fn initialize(place: *mut Tlb) {
+        // SAFETY: every field is written, entry by entry, since the whole is too large for a thread's stack.
+        unsafe {
+            (&raw mut (*place).stack).write([NO_STACK; CONTEXTS]);
+            for context in 0..CONTEXTS {
+                let table = &raw mut (*place).tables[context];
+                for index in 0..ENTRIES {
+                    (&raw mut (*table).entries[index]).write(EMPTY);
+                }
+                (&raw mut (*table).local).write([0; ENTRIES / 64]);
+                (&raw mut (*table).global).write([0; ENTRIES / 64]);
+                (&raw mut (*table).large).write(0);
+            }
+            (&raw mut (*place).flushes).write(0);
+            (&raw mut (*place).fills).write(0);
+        }
     }
 }
+
 
 impl Tlb {
     pub fn index(va: u64) -> usize {

@@ -7,6 +7,7 @@
 
 use std::sync::OnceLock;
 
+use arch::SegmentRegister;
 use arch::registers::xcr0;
 
 use crate::cpu::{Vcpu, XSAVE_SIZE, XsaveArea};
@@ -319,39 +320,46 @@ impl XsaveArea {
 }
 
 impl Vcpu {
-    /// Makes x87's instruction pointer the guest's: while guest code runs, the processor notes where the emitted code is.
-    /// Its data pointer, a host address, is taken back if a mapping in the TLB explains it.
+    /// Makes x87's pointers the guest's: while guest code runs, the processor notes where the emitted code is, and what its
+    /// operand and opcode are.
     pub fn settle_x87_pointers(&mut self) {
         if !self.xsave.has(component::X87) {
             return;
         }
+        // Opcode and data pointer are noted only with an exception: then they are those of the instruction that FIP names.
+        let mut base = 0;
         let instruction = self.xsave.u64_at(legacy::FIP);
-        if let Some(guest) = self.guest_code_address(instruction) {
-            self.xsave.put(legacy::FIP, &guest.to_le_bytes());
+        if self.engine.cache.offset_of(instruction).is_some() {
+            let guest = self.instruction_at(instruction);
+            self.xsave.put(legacy::FIP, &guest.map_or(0, |(insn, ..)| insn.ip()).to_le_bytes());
+            if let (Some((insn, bytes, _)), true) = (guest, self.xsave.x87_pending()) {
+                self.xsave.put(legacy::FOP, &x87_opcode(&bytes).to_le_bytes());
+                base = match self.operand_segment(&insn) {
+                    s @ (SegmentRegister::Fs | SegmentRegister::Gs) => self.seg(s).base,
+                    _ => 0,
+                };
+            }
         }
         let data = self.xsave.u64_at(legacy::FDP);
         if let Some(guest) = self.guest_data_address(data) {
-            self.xsave.put(legacy::FDP, &guest.to_le_bytes());
+            self.xsave.put(legacy::FDP, &guest.wrapping_sub(base).to_le_bytes());
         }
-    }
-
-    /// The RIP of the guest instruction whose translation holds a host address; zero if the translation is gone. `None`:
-    /// not an address in translated code, so the guest's own.
-    fn guest_code_address(&self, host: u64) -> Option<u64> {
-        let cache = &self.engine.cache;
-        let offset = cache.offset_of(host)? as u32;
-        let guest = cache.find_by_host(host).and_then(|(_, block)| {
-            let after = block.points.partition_point(|p| p.host_offset <= offset);
-            let point = block.points.get(after.checked_sub(1)?)?;
-            Some(block.key.rip.wrapping_add(u64::from(point.guest_offset)))
-        });
-        Some(guest.unwrap_or(0))
     }
 
     /// The guest's address of RAM at a host address, as the TLB maps it now; zero if it is RAM that the TLB does not
     /// map. `None`: not a host address, so the guest's own.
     fn guest_data_address(&self, host: u64) -> Option<u64> {
+        if let Some(bounced) = self.engine.bounce.guest_address(host) {
+            return Some(bounced);
+        }
         let inside = self.machine.ram.regions().iter().any(|r| host.wrapping_sub(r.host as u64) < r.size);
         inside.then(|| self.tlb.guest_address(host).unwrap_or(0))
     }
+}
+
+/// FOP for an instruction: the low bits of its opcode, and its ModRM byte (Intel SDM 1 8.1.9).
+fn x87_opcode(bytes: &[u8; 15]) -> u16 {
+    let mut opcode = bytes.iter().skip_while(|b| !matches!(b, 0xd8..=0xdf)).copied();
+    let (first, second) = (opcode.next().unwrap_or(0), opcode.next().unwrap_or(0));
+    u16::from(first & 7) << 8 | u16::from(second)
 }

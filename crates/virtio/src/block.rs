@@ -1,7 +1,6 @@
 //! The block device (virtio 1.2, 5.2): a disk image as a disk, with several queues.
 //!
-//! Each queue has a thread. It takes requests as they come, does them one by one on the image, and interrupts when
-//! it has found no further request or has a batch done: one interrupt then stands for many requests.
+//! Each queue has a thread, which takes requests as they come and does them one by one on the image.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block::{Disk, SECTOR};
 
-use crate::{Activation, Chain, DeviceType, Error, Event, Queue, VirtioDevice, Worker, wait_any};
+use crate::serve::serve;
+use crate::{Activation, Chain, DeviceType, Error, VirtioDevice, Worker};
 
 /// Feature bits (5.2.3).
 const SEG_MAX: u64 = 1 << 2;
@@ -50,8 +50,6 @@ const MAX_RANGE: u32 = 1 << 22;
 const MAX_RANGES: u32 = 16;
 /// The image's blocks are best used 2^3 sectors at a time: a page of the host.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
-/// Requests after which the driver hears of them though there are more.
-const BATCH: u32 = 16;
 
 /// A disk on the PCI bus.
 pub struct Block {
@@ -131,7 +129,8 @@ impl VirtioDevice for Block {
         for queue in activation.queues.into_iter().flatten() {
             let shared = self.shared.clone();
             let name = format!("disk-queue{}", queue.index());
-            let worker = Worker::start(&name, move |stop| shared.work(queue, flush_writes, stop));
+            let worker =
+                Worker::start(&name, move |stop| serve(queue, stop, |chain| shared.answer(chain, flush_writes)));
             let device = DeviceType::Block.name();
             workers.push(worker.map_err(|source| Error::Host { device, what: "can't start a thread", source })?);
         }
@@ -148,43 +147,9 @@ impl VirtioDevice for Block {
 }
 
 impl Shared {
-    fn work(&self, mut queue: Queue, flush_writes: bool, stop: &Event) {
-        let kick = queue.kick().clone();
-        loop {
-            wait_any(&[stop, &kick]);
-            kick.clear();
-            loop {
-                queue.disable_kicks();
-                let mut unannounced = 0;
-                while let Some(chain) = queue.pop() {
-                    let Some(written) = self.serve(&chain, flush_writes) else {
-                        queue.fail("a block request has no header or no status");
-                        break;
-                    };
-                    queue.push(chain, written);
-                    unannounced += 1;
-                    if unannounced == BATCH {
-                        queue.notify();
-                        unannounced = 0;
-                    }
-                    if stop.is_set() {
-                        break;
-                    }
-                }
-                queue.notify();
-                if stop.is_set() {
-                    return;
-                }
-                if !queue.enable_kicks() {
-                    break;
-                }
-            }
-        }
-    }
-
     /// Does a request and writes its status. Returns how many device-writable bytes were written; `None`: it is not
     /// a block request at all.
-    fn serve(&self, chain: &Chain, flush_writes: bool) -> Option<u32> {
+    fn answer(&self, chain: &Chain, flush_writes: bool) -> Option<u32> {
         let mut header = [0; HEADER];
         chain.reader().read_exact(&mut header).ok()?;
         let data_length = chain.writable_len().checked_sub(1)?;

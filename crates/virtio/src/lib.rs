@@ -26,6 +26,7 @@ pub mod net;
 pub mod pci;
 mod queue;
 mod serve;
+pub mod vsock;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, DeviceType, Signals, VirtioDevice};

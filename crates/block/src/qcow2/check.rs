@@ -273,6 +273,44 @@ impl Walk<'_> {
     }
 }
 
+/// Whether the image's reference counts can be trusted as far as is needed to write it: they keep header, tables and
+/// themselves from being given out as free clusters. Cheap, as it reads no L2 table.
+pub fn metadata_is_counted(file: &File, header: &Header) -> io::Result<bool> {
+    let (size, length) = (header.cluster_size(), file.metadata()?.len());
+    let table_bytes = header.refcount_table_clusters << header.cluster_bits;
+    let table = read_padded(file, header.refcount_table_offset, table_bytes as usize)?;
+    let per_block = (size * 8) >> header.refcount_order;
+    // Clusters that must be counted, by the block that counts them.
+    let mut needed: HashMap<u64, Vec<u64>> = HashMap::new();
+    let mut need = |offset: u64, bytes: u64| {
+        for cluster in offset / size..offset.saturating_add(bytes).div_ceil(size) {
+            needed.entry(cluster / per_block).or_default().push(cluster % per_block);
+        }
+    };
+    need(0, size);
+    need(header.l1_offset, header.l1_entries * 8);
+    need(header.refcount_table_offset, table_bytes);
+    let block_at = |index: u64| be64(&table, usize::try_from(index * 8).unwrap_or(usize::MAX)) & OFFSET;
+    for index in 0..table_bytes / 8 {
+        match block_at(index) {
+            0 => {}
+            block if !block.is_multiple_of(size) || block >= length => return Ok(false),
+            block => need(block, size),
+        }
+    }
+    for (index, clusters) in needed {
+        let block = if index < table_bytes / 8 { block_at(index) } else { 0 };
+        if block == 0 {
+            return Ok(false);
+        }
+        let data = read_padded(file, block, size as usize)?;
+        if clusters.into_iter().any(|cluster| count_at(&data, cluster, header.refcount_order) == 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Entry `index` of a reference count block; counts of less than a byte begin at its low bits.
 fn count_at(block: &[u8], index: u64, order: u32) -> u64 {
     let bits = 1u64 << order;

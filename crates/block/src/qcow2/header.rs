@@ -20,8 +20,10 @@ pub const INCOMPATIBLE: u64 = 72;
 const V2_SIZE: usize = 72;
 const V3_SIZE: usize = 104;
 const COMPRESSION: usize = 104;
-/// Header extensions: the end, and the format of the backing file.
+/// Header extensions: the end, names of features (each takes 48 bytes), and the format of the backing file.
 const END: u32 = 0;
+const FEATURE_NAMES: u32 = 0x6803_f857;
+const FEATURE_NAME: u32 = 48;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// Limits, as QEMU has them: larger ones are no real image.
@@ -123,7 +125,8 @@ impl Header {
             };
         }
         header.validate(header_length)?;
-        header.read_backing(file, &bytes, header_length)?;
+        header.read_backing(file, &bytes)?;
+        header.read_extensions(file, &bytes, header_length)?;
         Ok(header)
     }
 
@@ -172,7 +175,7 @@ impl Header {
         Ok(())
     }
 
-    fn read_backing(&mut self, file: &File, bytes: &[u8], header_length: usize) -> io::Result<()> {
+    fn read_backing(&mut self, file: &File, bytes: &[u8]) -> io::Result<()> {
         let (offset, length) = (be64(bytes, 8), be32(bytes, 16));
         if offset == 0 {
             return Ok(());
@@ -180,14 +183,25 @@ impl Header {
         if length > MAX_BACKING_NAME || offset.saturating_add(length.into()) > self.cluster_size() {
             return Err(invalid("the name of the backing file is not within the first cluster"));
         }
-        let text = |bytes| String::from_utf8(bytes).map_err(|_| invalid("the name of the backing file is not UTF-8"));
         self.backing_file = Some(text(read_padded(file, offset, length as usize)?)?);
+        Ok(())
+    }
+
+    /// Header extensions follow the header, up to the name of the backing file or the end of the first cluster.
+    fn read_extensions(&mut self, file: &File, bytes: &[u8], header_length: usize) -> io::Result<()> {
+        let end = match be64(bytes, 8) {
+            0 => self.cluster_size(),
+            name => name.min(self.cluster_size()),
+        };
         let mut at = header_length as u64;
-        while at + 8 <= offset {
+        while at + 8 <= end {
             let extension = read_padded(file, at, 8)?;
             let (kind, length) = (be32(&extension, 0), be32(&extension, 4));
-            if kind == END || at + 8 + u64::from(length) > offset {
+            if kind == END {
                 break;
+            }
+            if at + 8 + u64::from(length) > end || kind == FEATURE_NAMES && !length.is_multiple_of(FEATURE_NAME) {
+                return Err(invalid(format!("the header extension at {at:#x} is not possible")));
             }
             if kind == BACKING_FORMAT {
                 self.backing_format = Some(text(read_padded(file, at + 8, length as usize)?)?);
@@ -196,4 +210,8 @@ impl Header {
         }
         Ok(())
     }
+}
+
+fn text(bytes: Vec<u8>) -> io::Result<String> {
+    String::from_utf8(bytes).map_err(|_| invalid("the name or format of the backing file is not UTF-8"))
 }

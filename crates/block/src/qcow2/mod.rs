@@ -8,7 +8,9 @@ mod unpack;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File as Storage;
@@ -26,6 +28,7 @@ use header::EXTERNAL_DATA;
 pub use header::{CORRUPT, Compression, DIRTY, Header};
 
 type Access = FormatAccess<Storage>;
+type ImagoQcow2 = imago::qcow2::Qcow2<Storage, Arc<Access>>;
 
 /// The most images that stand behind one another.
 const DEEPEST: usize = 16;
@@ -36,6 +39,8 @@ pub struct Qcow2 {
     access: RwLock<Access>,
     /// The same open file, for what imago would do with all reads and writes locked out.
     file: File,
+    /// The library has panicked: what it holds in memory may be anything, so nothing of it may reach the file.
+    broken: AtomicBool,
     /// What an image of another image grows to is thrown away: nothing of it needs to be on disk.
     ephemeral: bool,
 }
@@ -64,7 +69,7 @@ impl Qcow2 {
         let twin = file.try_clone().map_err(failed)?;
         let storage = Storage::try_from(file).map_err(failed)?;
         let size = below.size().next_multiple_of(SECTOR);
-        let create = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+        let create = ImagoQcow2::create_builder(storage).size(size);
         let below = Arc::new(below);
         let image = create.create_open(DenyImplicitOpenGate::default(), |storage| {
             Ok(imago::qcow2::Qcow2::builder(storage).backing(Some(below)).write(true))
@@ -76,7 +81,7 @@ impl Qcow2 {
     pub fn next_data(&self, mut offset: u64) -> io::Result<Option<u64>> {
         let access = self.access();
         while offset < access.size() {
-            match access.get_mapping(offset, access.size() - offset)? {
+            match self.contain(|| access.get_mapping(offset, access.size() - offset))? {
                 (imago::Mapping::Zero { .. }, length) if length > 0 => offset += length,
                 (imago::Mapping::Eof { .. }, _) => return Ok(None),
                 _ => return Ok(Some(offset)),
@@ -94,7 +99,7 @@ impl Qcow2 {
     }
 
     fn new(access: Access, file: File, ephemeral: bool) -> Self {
-        Qcow2 { access: RwLock::new(access), file, ephemeral }
+        Qcow2 { access: RwLock::new(access), file, broken: AtomicBool::new(false), ephemeral }
     }
 
     fn access(&self) -> RwLockReadGuard<'_, Access> {
@@ -105,27 +110,40 @@ impl Qcow2 {
         self.access().size()
     }
 
+    /// Does something with the image. A panic in there, over an image that is not what the library expects, ends the
+    /// use of the image and not the machine.
+    fn contain<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let broken = || io::Error::other("the image can't be used any more after an internal error");
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(broken());
+        }
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            self.broken.store(true, Ordering::Relaxed);
+            Err(broken())
+        })
+    }
+
     pub fn read<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
         let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
-        self.access().readv(vector, offset)
+        self.contain(|| self.access().readv(vector, offset))
     }
 
     pub fn write<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(slices);
-        self.access().writev(vector, offset)
+        self.contain(|| self.access().writev(vector, offset))
     }
 
     pub fn flush(&self) -> io::Result<()> {
         if self.ephemeral {
             return Ok(());
         }
-        self.access().flush()?;
+        self.contain(|| self.access().flush())?;
         self.file.sync_data()
     }
 
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
-        match access.discard_to_any(offset, length) {
+        match self.contain(|| access.discard_to_any(offset, length)) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             other => other,
         }
@@ -133,11 +151,13 @@ impl Qcow2 {
 
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         if !unmap {
-            return self.access().write_zeroes(offset, length);
+            return self.contain(|| self.access().write_zeroes(offset, length));
         }
         let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
-        match access.discard_to_zero(offset, length) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => access.write_zeroes(offset, length),
+        match self.contain(|| access.discard_to_zero(offset, length)) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.contain(|| access.write_zeroes(offset, length))
+            }
             other => other,
         }
     }
@@ -146,7 +166,7 @@ impl Qcow2 {
 /// Makes an empty image of `size` bytes in `file`, over `backing`: its name as the image is to have it, and its format.
 pub fn create(file: File, size: u64, backing: Option<(String, Format)>) -> io::Result<()> {
     let storage = Storage::try_from(file)?;
-    let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::create_builder(storage).size(size);
+    let mut image = ImagoQcow2::create_builder(storage).size(size);
     if let Some((name, format)) = backing {
         let format = match format {
             Format::Raw => "raw",
@@ -193,14 +213,17 @@ impl Chain {
         if header.incompatible & EXTERNAL_DATA != 0 {
             return Err(Error::ExternalData { path: path.into() });
         }
-        if header.incompatible & (DIRTY | CORRUPT) != 0 {
+        let sound = || check::metadata_is_counted(&file, &header).map_err(bad);
+        if header.incompatible & (DIRTY | CORRUPT) != 0 || write && !sound()? {
             return Err(Error::Damaged { path: path.into() });
         }
         if header.compression == Compression::Zstd {
             return self.zstd(file, path, write, &header);
         }
         let storage = storage(file, path, write, self.direct)?;
-        let mut image = imago::qcow2::Qcow2::<Storage, Arc<Access>>::open_image(storage, write).map_err(bad)?;
+        let image = catch_unwind(AssertUnwindSafe(|| ImagoQcow2::open_image(storage, write)));
+        let panicked = |_| Err(io::Error::other("an internal error of the image library"));
+        let mut image = image.unwrap_or_else(panicked).map_err(bad)?;
         image.set_data_file(None);
         image.set_backing(self.backing_of(path, &header)?.map(Arc::new));
         Ok(FormatAccess::new(image))

@@ -244,7 +244,7 @@ impl Form<'_> {
     }
 
     fn immediate(&mut self, i: u32, kind: OpKind, bits: u32) {
-        let value = if self.rng.one_in(3) { self.rng.next() } else { super::values::integer(self.rng) };
+        let value = if self.rng.one_in(3) { self.rng.next_u64() } else { super::values::integer(self.rng) };
         self.insn.set_op_kind(i, kind);
         match kind {
             OpKind::Immediate8 => self.insn.set_immediate8((value & ((1 << bits) - 1)) as u8),
@@ -287,7 +287,7 @@ impl Form<'_> {
             if self.rng.one_in(2) { 16 + self.rng.below(100) } else { 0u64.wrapping_sub(8 + self.rng.below(100)) };
         let mut target = self.rip.wrapping_add(distance);
         if !matches!(kind, K::br16_1 | K::br32_1 | K::br64_1) && self.rng.one_in(16) {
-            target = self.rip.wrapping_add((self.rng.next() as i32 >> 1) as u64);
+            target = self.rip.wrapping_add((self.rng.next_u64() as i32 >> 1) as u64);
         }
         match kind {
             K::br16_1 | K::br16_2 => {
@@ -363,11 +363,11 @@ impl Form<'_> {
                 insn.set_memory_displ_size(1);
                 // Displacements of EVEX instructions are scaled by up to 64.
                 let scale = if self.evex { 64 } else { 1 };
-                insn.set_memory_displacement64(((rng.next() as i8 as i64) * scale) as u64 & mask(wide));
+                insn.set_memory_displacement64(((rng.next_u64() as i8 as i64) * scale) as u64 & mask(wide));
             }
             _ => {
                 insn.set_memory_displ_size(wide);
-                let far = rng.next() as i32 >> rng.below(28);
+                let far = rng.next_u64() as i32 >> rng.below(28);
                 insn.set_memory_displacement64(i64::from(far) as u64 & mask(wide));
             }
         }

@@ -22,6 +22,7 @@ pub const MNEMONICS: &[(Mnemonic, &str)] = &[
     (Mnemonic::Rdrand, "random"),
     (Mnemonic::Rdseed, "random"),
     // What it does is the implementation's choice.
+    (Mnemonic::Xsaveopt64, "may skip components that were not modified since the last XRSTOR of this area"),
     (Mnemonic::Xsaveopt, "may skip components that were not modified since the last XRSTOR of this area"),
     (Mnemonic::Xbegin, "transactions abort at the processor's discretion; the guest has none"),
     (Mnemonic::Xend, "the guest has no transactions"),

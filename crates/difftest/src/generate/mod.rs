@@ -101,6 +101,8 @@ impl Generator {
                 }
             } else if !self.admits(&insn) {
                 continue;
+            } else if state::uses_its_mask_as_address(&insn) {
+                continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one
             }
@@ -117,7 +119,8 @@ impl Generator {
             let mut ignore = ignore(&insn);
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
-                ignore.guest_area_end = address.unwrap_or(0).wrapping_add(2688);
+                let size = if self.bits == 64 { 2688 } else { 1664 };
+                ignore.guest_area_end = address.unwrap_or(0).wrapping_add(size);
             }
             return Case { index, input, code, bits: self.bits, ignore };
         }
@@ -154,7 +157,9 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         flags: flags(insn.rflags_undefined()),
         flags_at_fault: flags(insn.rflags_modified()),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
+        masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
+        undecodable: insn.is_invalid(),
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",
@@ -225,7 +230,7 @@ fn redundant_prefixes(rng: &mut Rng, mut bytes: Vec<u8>, bits: u32) -> Vec<u8> {
     }
     if bits == 64 && rng.one_in(40) {
         // A REX prefix before another prefix has no effect; before the opcode it has.
-        bytes.insert(0, 0x40 | rng.next() as u8 & 0xf);
+        bytes.insert(0, 0x40 | rng.next_u64() as u8 & 0xf);
     }
     bytes
 }
@@ -238,23 +243,23 @@ fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
         bytes.push(rng.pick(&PREFIXES));
     }
     if bits == 64 && rng.one_in(3) {
-        bytes.push(0x40 | rng.next() as u8 & 0xf);
+        bytes.push(0x40 | rng.next_u64() as u8 & 0xf);
     }
     match rng.below(8) {
         0..3 => {}
         3..5 => bytes.push(0x0f),
         5 => bytes.extend([0x0f, rng.pick(&[0x38, 0x3a])]),
         6 => {
-            let second = rng.next() as u8;
-            bytes.extend([0xc4, second & 0xe0 | 1 + second % 3, rng.next() as u8]);
+            let second = rng.next_u64() as u8;
+            bytes.extend([0xc4, second & 0xe0 | (1 + second % 3), rng.next_u64() as u8]);
         }
         _ => {
-            let p = rng.next().to_le_bytes();
+            let p = rng.next_u64().to_le_bytes();
             bytes.extend([0x62, p[0] & 0xf0 | rng.pick(&[1, 2, 3, 5, 6]), p[1] | 4, p[2]]);
         }
     }
     while bytes.len() < 15 {
-        bytes.push(rng.next() as u8);
+        bytes.push(rng.next_u64() as u8);
     }
     bytes
 }

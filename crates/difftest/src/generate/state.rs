@@ -41,7 +41,7 @@ pub fn randomize(rng: &mut Rng, input: &mut Input, bits: u32) {
         *r = values::integer(rng);
     }
     input.gpr[4] = data_address(rng) & !7;
-    input.rflags |= rng.next() & rflags::ARITHMETIC;
+    input.rflags |= rng.next_u64() & rflags::ARITHMETIC;
     if rng.one_in(8) {
         input.rflags |= rflags::DF;
     }
@@ -57,7 +57,7 @@ pub fn randomize(rng: &mut Rng, input: &mut Input, bits: u32) {
     if bits == 64 {
         // Both below CODE and DATA, so that a positive displacement leads to them.
         input.fs_base = rng.pick(&[0, 0x1000, 0x0fff_f123, 0xffff_8000]) & 0x0fff_ffff;
-        input.gs_base = rng.next() & 0x0fff_ffff;
+        input.gs_base = rng.next_u64() & 0x0fff_ffff;
     } else {
         input.selectors =
             [USER_CODE32, USER_DATA, USER_DATA, USER_DATA, rng.pick(&[0, USER_DATA]), rng.pick(&[0, USER_DATA])];
@@ -74,27 +74,27 @@ pub fn randomize(rng: &mut Rng, input: &mut Input, bits: u32) {
 }
 
 fn vectors(rng: &mut Rng, xsave: &mut [u8]) {
-    let control = if rng.one_in(4) { 0x40 | rng.next() as u16 & 0x0f3f } else { 0x37f };
+    let control = if rng.one_in(4) { 0x40 | rng.next_u64() as u16 & 0x0f3f } else { 0x37f };
     xsave[0..2].copy_from_slice(&control.to_le_bytes());
     // Status: top of stack and condition codes; pending exceptions seldom, as they keep all x87 instructions from running.
-    let mut status = rng.next() as u16 & 0x7f00;
+    let mut status = rng.next_u64() as u16 & 0x7f00;
     if rng.one_in(6) {
-        status |= rng.next() as u16 & 0x7f;
+        status |= rng.next_u64() as u16 & 0x7f;
         if status & !control & 0x3f != 0 {
             status |= 0x8080;
         }
     }
     xsave[2..4].copy_from_slice(&status.to_le_bytes());
-    xsave[4] = rng.pick(&[0xff, 0xff, 0, rng.clone().next() as u8]);
+    xsave[4] = rng.pick(&[0xff, 0xff, 0, rng.clone().next_u64() as u8]);
     let mut mxcsr = 0x1f80;
     if rng.one_in(4) {
-        mxcsr = rng.next() as u32 & 0xffc0 | 0x1f80;
+        mxcsr = rng.next_u64() as u32 & 0xffc0 | 0x1f80;
     }
     if rng.one_in(6) {
-        mxcsr &= !(rng.next() as u32 & 0x1f80);
+        mxcsr &= !(rng.next_u64() as u32 & 0x1f80);
     }
     if rng.one_in(6) {
-        mxcsr |= rng.next() as u32 & 0x3f;
+        mxcsr |= rng.next_u64() as u32 & 0x3f;
     }
     xsave[24..28].copy_from_slice(&mxcsr.to_le_bytes());
     for i in 0..8 {
@@ -116,7 +116,7 @@ fn vectors(rng: &mut Rng, xsave: &mut [u8]) {
 pub fn data_address(rng: &mut Rng) -> u64 {
     let page = PAGE as u64;
     match rng.below(32) {
-        0..15 => DATA + rng.below(2 * page - 128) & !63,
+        0..15 => (DATA + rng.below(2 * page - 128)) & !63,
         15..22 => DATA + rng.below(2 * page - 128),
         22..25 => DATA + page - 1 - rng.below(70), // crosses into a writable page
         25 => DATA + 2 * page - 1 - rng.below(70), // crosses into the read-only one
@@ -146,6 +146,14 @@ pub fn data_address(rng: &mut Rng) -> u64 {
 fn gpr_index(r: Register) -> Option<usize> {
     let full = r.full_register();
     (r.is_gpr() && full != Register::None).then(|| full as usize - Register::RAX as usize)
+}
+
+/// XSAVE and its kin, addressed by RAX or RDX, which name the components: those must be ones that the guest has too.
+pub fn uses_its_mask_as_address(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let masked = matches!(insn.mnemonic(), M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64);
+    let registers = [insn.memory_base().full_register(), insn.memory_index().full_register()];
+    masked && registers.iter().any(|r| matches!(r, Register::RAX | Register::RDX))
 }
 
 /// The value of a register that addresses are made of.
@@ -192,19 +200,26 @@ pub fn solve(
         memory_operand(rng, input, insn, constants, code);
     }
     for i in 0..insn.op_count() {
-        if insn.op_kind(i) == OpKind::Register && insn.mnemonic() == Mnemonic::Movdir64b && i == 0 {
-            if let Some(r) = gpr_index(insn.op_register(0)) {
-                input.gpr[r] = data_address(rng) & !if rng.one_in(8) { 0 } else { 63 };
-            }
+        if insn.op_kind(i) == OpKind::Register
+            && insn.mnemonic() == Mnemonic::Movdir64b
+            && i == 0
+            && let Some(r) = gpr_index(insn.op_register(0))
+        {
+            input.gpr[r] = data_address(rng) & !if rng.one_in(8) { 0 } else { 63 };
         }
     }
     if bits == 32 {
         input.gpr.iter_mut().for_each(|r| *r &= 0xffff_ffff);
+        if input.gpr[4] < 64 {
+            // A push there reaches beyond 4 GiB on some processors, and Linux takes that page fault for an erratum of others
+            // (is_errata100): it returns from it for ever.
+            input.gpr[4] = DATA + 64;
+        }
     } else if insn.memory_base().is_gpr32() || insn.memory_index().is_gpr32() {
         // An address size of 32 bits ignores what is above.
         for r in [insn.memory_base(), insn.memory_index()] {
             if let Some(r) = gpr_index(r) {
-                input.gpr[r] |= rng.next() << 32;
+                input.gpr[r] |= rng.next_u64() << 32;
             }
         }
     }
@@ -320,7 +335,7 @@ fn contents(rng: &mut Rng, input: &mut Input, insn: &Instruction, target: u64, s
                 image[..576].copy_from_slice(&blank().xsave[..576]);
                 vectors(rng, &mut image);
                 image[464..512].fill(0);
-                let bv = rng.next() & crate::case::XSAVE_COMPONENTS;
+                let bv = rng.next_u64() & crate::case::XSAVE_COMPONENTS;
                 image[512..520].copy_from_slice(&bv.to_le_bytes());
                 if rng.one_in(8) {
                     let at = rng.range(512, 576) as usize;
@@ -331,7 +346,7 @@ fn contents(rng: &mut Rng, input: &mut Input, insn: &Instruction, target: u64, s
         }
         Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr if !rng.one_in(4) => {
             if let Some(offset) = memory_offset(target, 4) {
-                input.overlay(offset, &(rng.next() as u32 & 0xffff).to_le_bytes());
+                input.overlay(offset, &(rng.next_u64() as u32 & 0xffff).to_le_bytes());
             }
         }
         Mnemonic::Cmpxchg | Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b if rng.one_in(2) => {
@@ -403,7 +418,7 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
         }
         M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 => {
             // Only components that the guest has too.
-            input.gpr[0] = rng.next() & 0xffff_ffff_0000_00e7;
+            input.gpr[0] = rng.next_u64() & 0xffff_ffff_0000_00e7;
             input.gpr[2] &= 0xffff_ffff_0000_0000;
         }
         // The stack has something sensible to return to.
@@ -425,7 +440,7 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
             let frame = [
                 CODE + 0x200 + rng.below(200),
                 cs.into(),
-                rng.next() & 0xdd5 | 0x202,
+                rng.next_u64() & 0xdd5 | 0x202,
                 data_address(rng) & !7,
                 ss.into(),
             ];
@@ -455,7 +470,7 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
         }
         M::Wrfsbase | M::Wrgsbase => {
             if let (Some(r), true) = (gpr_index(insn.op_register(0)), rng.one_in(2)) {
-                input.gpr[r] = rng.next() >> 17;
+                input.gpr[r] = rng.next_u64() >> 17;
             }
         }
         M::Jmp | M::Call if insn.op0_kind() == OpKind::Register => {

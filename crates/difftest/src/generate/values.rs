@@ -113,21 +113,21 @@ pub fn integer(rng: &mut Rng) -> u64 {
     match rng.below(8) {
         0..4 => rng.pick(&EDGES),
         4 => 1 << rng.below(64),
-        5 => rng.next() >> rng.below(64),
-        6 => (rng.next() as i64 >> rng.below(64)) as u64,
-        _ => rng.next(),
+        5 => rng.next_u64() >> rng.below(64),
+        6 => (rng.next_u64() as i64 >> rng.below(64)) as u64,
+        _ => rng.next_u64(),
     }
 }
 
 fn half(rng: &mut Rng) -> u16 {
-    if rng.one_in(2) { rng.pick(&HALVES) } else { rng.next() as u16 }
+    if rng.one_in(2) { rng.pick(&HALVES) } else { rng.next_u64() as u16 }
 }
 
 fn single(rng: &mut Rng) -> u32 {
     match rng.below(4) {
         0 | 1 => rng.pick(&SINGLES),
         2 => (rng.range(-2000, 2000) as f32 / 8.0).to_bits(),
-        _ => rng.next() as u32,
+        _ => rng.next_u64() as u32,
     }
 }
 
@@ -135,7 +135,7 @@ fn double(rng: &mut Rng) -> u64 {
     match rng.below(4) {
         0 | 1 => rng.pick(&DOUBLES),
         2 => (rng.range(-200_000, 200_000) as f64 / 64.0).to_bits(),
-        _ => rng.next(),
+        _ => rng.next_u64(),
     }
 }
 
@@ -143,8 +143,8 @@ fn double(rng: &mut Rng) -> u64 {
 pub fn extended(rng: &mut Rng) -> [u8; 10] {
     let (exponent, significand) = match rng.below(4) {
         0 | 1 => rng.pick(&EXTENDED),
-        2 => ((0x3fff + rng.range(-70, 70)) as u16 | (rng.next() as u16 & 0x8000), rng.next() | 1 << 63),
-        _ => (rng.next() as u16, rng.next()),
+        2 => ((0x3fff + rng.range(-70, 70)) as u16 | (rng.next_u64() as u16 & 0x8000), rng.next_u64() | 1 << 63),
+        _ => (rng.next_u64() as u16, rng.next_u64()),
     };
     let mut bytes = [0; 10];
     bytes[..8].copy_from_slice(&significand.to_le_bytes());
@@ -156,7 +156,7 @@ pub fn extended(rng: &mut Rng) -> [u8; 10] {
 pub fn fill_vector(rng: &mut Rng, bytes: &mut [u8]) {
     match rng.below(10) {
         0 => bytes.fill(rng.pick(&[0, 0xff, 0x80, 0x7f, 1])),
-        1 => bytes.iter_mut().for_each(|b| *b = rng.next() as u8),
+        1 => bytes.iter_mut().for_each(|b| *b = rng.next_u64() as u8),
         2 => each(bytes, || (integer(rng) as u8).to_le_bytes()),
         3 => each(bytes, || (integer(rng) as u16).to_le_bytes()),
         4 => each(bytes, || (integer(rng) as u32).to_le_bytes()),

@@ -105,6 +105,8 @@ pub struct Connection {
     highest: u32,
     sending: Ring,
     window: u32,
+    /// The largest one that the guest has offered.
+    largest_window: u32,
     guest_shift: u8,
     mss: u16,
     readable: bool,
@@ -143,6 +145,7 @@ impl Connection {
             highest: sequence,
             sending: Ring::default(),
             window: 0,
+            largest_window: 0,
             guest_shift: 0,
             mss: if key.guest.is_ipv4() { DEFAULT_MSS4 } else { DEFAULT_MSS6 },
             readable: false,
@@ -279,6 +282,7 @@ impl Connection {
             return;
         }
         let window = u32::from(segment.window) << self.guest_shift;
+        self.largest_window = self.largest_window.max(window);
         if acknowledgment == self.unacknowledged {
             if segment.length() == 0 && window == self.window && self.next != self.unacknowledged {
                 self.duplicates = self.duplicates.saturating_add(1);
@@ -433,8 +437,10 @@ impl Connection {
         } else {
             let window = (self.window as usize).saturating_sub(self.in_flight()).max(usize::from(self.probe));
             let length = self.unsent().min(window).min(most);
-            // Silly windows (RFC 9293, 3.8.6.2.1): wait until at least a segment fits, if an answer is due anyhow.
-            let silly = length < usize::from(self.mss) && length < self.unsent() && self.in_flight() > 0;
+            // Silly windows (RFC 9293, 3.8.6.2.1): if an answer is due anyhow, wait until a segment fits, or half of the
+            // largest window.
+            let worth = usize::from(self.mss).min(self.largest_window as usize / 2);
+            let silly = length < worth && length < self.unsent() && self.in_flight() > 0;
             (self.in_flight().min(self.sending.len()), if silly { 0 } else { length })
         };
         let last = offset + length == self.sending.len();

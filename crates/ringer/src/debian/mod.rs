@@ -11,6 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use block::{Format, Options};
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
@@ -38,6 +39,8 @@ pub enum Error {
     Key { path: PathBuf, source: io::Error },
     #[error("can't run {program}: {source} (as root: apt-get install mmdebstrap e2fsprogs uidmap)")]
     Program { program: &'static str, source: io::Error },
+    #[error(transparent)]
+    Image(#[from] block::Error),
     #[error("mmdebstrap failed: {why}")]
     Build { why: String },
 }
@@ -47,6 +50,9 @@ pub struct Args {
     /// The disk to make
     #[arg(value_name = "FILE")]
     pub output: PathBuf,
+    /// raw or qcow2
+    #[arg(long, short, value_name = "FORMAT", default_value = "qcow2", value_parser = crate::image::format)]
+    pub format: Format,
     /// How large the disk is for the guest; the file takes what is used of it
     #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = size)]
     pub size: u64,
@@ -95,7 +101,7 @@ fn hostname(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes the disk, as a raw image.
+/// Makes the disk.
 pub fn build(args: &Args) -> Result<(), Error> {
     let output = &args.output;
     if output.exists() {
@@ -122,6 +128,15 @@ pub fn build(args: &Args) -> Result<(), Error> {
     let disk = directory.join("disk");
     install(args, &directory, &suite, &sources, &steps)?;
     fs::set_permissions(&disk, Permissions::from_mode(0o644)).map_err(at)?;
+    let disk = match args.format {
+        Format::Raw => disk,
+        Format::Qcow2 => {
+            steps.start("making a qcow2 image of it");
+            let image = directory.join("disk.qcow2");
+            block::image::convert(&Options::new(&disk), &image, Format::Qcow2, &mut |_, _| ())?;
+            image
+        }
+    };
     File::open(&disk).and_then(|file| file.sync_all()).map_err(at)?;
     fs::hard_link(&disk, output).map_err(at)
 }
@@ -245,6 +260,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let args = Args {
             output: file.path().into(),
+            format: Format::Raw,
             size: 1 << 30,
             suite: None,
             include: Vec::new(),

@@ -26,6 +26,8 @@ struct Member {
 pub struct Initramfs {
     /// By path without a leading slash; the order of the map puts directories before what they hold.
     members: BTreeMap<String, Member>,
+    /// Another archive, which the kernel unpacks after this one.
+    appended: Vec<u8>,
 }
 
 impl Initramfs {
@@ -54,6 +56,12 @@ impl Initramfs {
         self.member(path, CHARACTER_DEVICE | mode & 0o7777, (major, minor), Vec::new())
     }
 
+    /// Adds what is in another archive.
+    pub fn append(mut self, archive: &[u8]) -> Self {
+        self.appended.extend_from_slice(archive);
+        self
+    }
+
     /// The archive.
     pub fn build(&self) -> Vec<u8> {
         let mut archive = Vec::new();
@@ -61,6 +69,7 @@ impl Initramfs {
             write_member(&mut archive, inode, path, member);
         }
         write_member(&mut archive, 0, TRAILER, &Member { mode: 0, device: (0, 0), data: Vec::new() });
+        archive.extend_from_slice(&self.appended);
         archive
     }
 

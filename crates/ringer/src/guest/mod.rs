@@ -23,10 +23,34 @@ use apt::Apt;
 use initramfs::Initramfs;
 
 /// Changes whenever what is fetched or how it is stored changes, so that older caches are not taken for this one.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 /// The package that always depends on Debian's newest kernel for virtual machines.
 const KERNEL_META_PACKAGE: &str = "linux-image-cloud-amd64";
 const INIT: &str = include_str!("init");
+const DHCP_SCRIPT: &str = include_str!("udhcpc.script");
+
+/// The modules that the guest loads at its start, in an order that has what others need before them. Where a kernel has
+/// one of them built in, its package has no such file.
+const MODULES: [&str; 18] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_console",
+    "rng_core",
+    "virtio_rng",
+    "virtio_balloon",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "fuse",
+    "virtiofs",
+];
 
 /// Where a script may be put into the default initramfs that runs instead of the shell.
 pub const RUN_SCRIPT: &str = "/etc/ringer/run";
@@ -49,6 +73,8 @@ pub enum Error {
 pub struct Guest {
     pub kernel: PathBuf,
     pub busybox: PathBuf,
+    /// An archive of the drivers for paravirtual devices.
+    modules: PathBuf,
 }
 
 impl Guest {
@@ -68,14 +94,17 @@ impl Guest {
             Ok(vec![
                 ("vmlinuz", deb::extract(&kernel, |path| path.starts_with("boot/vmlinuz-"))?),
                 ("busybox", deb::extract(&busybox, |path| path.ends_with("bin/busybox"))?),
+                ("modules.cpio", modules_archive(&kernel)?),
             ])
         })?;
-        Ok(Guest { kernel: directory.join("vmlinuz"), busybox: directory.join("busybox") })
+        let path = |name| directory.join(name);
+        Ok(Guest { kernel: path("vmlinuz"), busybox: path("busybox"), modules: path("modules.cpio") })
     }
 
     /// The initramfs, to which more files may be added.
     pub fn initramfs(&self) -> Result<Initramfs, Error> {
-        let busybox = fs::read(&self.busybox).map_err(|source| Error::Cache { path: self.busybox.clone(), source })?;
+        let read = |path: &PathBuf| fs::read(path).map_err(|source| Error::Cache { path: path.clone(), source });
+        let (busybox, modules) = (read(&self.busybox)?, read(&self.modules)?);
         let mut image = Initramfs::new();
         for directory in ["dev", "etc", "proc", "root", "sbin", "sys", "tmp", "usr/bin", "usr/sbin"] {
             image = image.directory(directory);
@@ -84,7 +113,9 @@ impl Guest {
             .character_device("dev/console", 0o600, 5, 1)
             .file("bin/busybox", 0o755, busybox)
             .symlink("bin/sh", "busybox")
-            .file("init", 0o755, INIT))
+            .file("etc/udhcpc.script", 0o755, DHCP_SCRIPT)
+            .file("init", 0o755, INIT)
+            .append(&modules))
     }
 
     /// The initramfs as a file beside the kernel, written when what it would hold has changed.
@@ -103,6 +134,15 @@ impl Guest {
         write().map_err(|source| Error::Cache { path: path.clone(), source })?;
         Ok(path)
     }
+}
+
+/// The modules of a kernel package, and the order in which to load them.
+fn modules_archive(kernel: &Path) -> Result<Vec<u8>, Error> {
+    let modules = deb::modules(kernel, &MODULES)?;
+    let order: String = modules.iter().map(|(name, _)| format!("{name}\n")).collect();
+    let image = Initramfs::new().file("lib/modules/order", 0o644, order);
+    let add = |image: Initramfs, (name, data)| image.file(&format!("lib/modules/{name}.ko"), 0o644, data);
+    Ok(modules.into_iter().fold(image, add).build())
 }
 
 /// Debian's static busybox for i386, to run 32-bit programs in the guest.

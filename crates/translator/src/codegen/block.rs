@@ -868,6 +868,13 @@ impl Builder<'_> {
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.helper)));
     }
 
+    /// Notes where the flags are now: the guest's instruction itself can fault only from here on.
+    pub fn note_flags(&mut self) {
+        if let Some(point) = self.points.last_mut() {
+            point.parked = self.flags == FlagState::Parked;
+        }
+    }
+
     fn native(&mut self, insn: &Instruction) {
         let item = &self.items[self.current];
         let (effect, live_in, offset) = (item.effect, item.live_in, item.offset);
@@ -891,10 +898,7 @@ impl Builder<'_> {
                 self.need_flags();
             }
         }
-        if let Some(point) = self.points.last_mut() {
-            // The operation itself can fault only now.
-            point.parked = self.flags == FlagState::Parked;
-        }
+        self.note_flags();
         let before = self.asm.position();
         let bytes = &self.bytes[offset..offset + insn.len()];
         if emit_operation(&mut self.asm, bytes, insn, form).is_none() {

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::asm::{Alu, Label, Mem, RCX, RSP, S0, S1, S2, cc};
+use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
 use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
@@ -175,8 +175,17 @@ impl Builder<'_> {
     }
 
     fn lookup_known(&mut self, target: Option<u64>) {
+        let ip = self.current_ip();
+        // Only a branch to a computed address can lead to one that isn't canonical.
+        let note = |asm: &mut Asm| {
+            if target.is_none() {
+                asm.mov_imm(S1, ip);
+                asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
+            }
+        };
         let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
             self.need_flags();
+            note(&mut self.asm);
             let exit =
                 if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
@@ -205,6 +214,7 @@ impl Builder<'_> {
             asm.jcc(cc::NE ^ 1, hit);
             asm.not(S0);
             unpark_flags(asm);
+            note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
             asm.bind(hit);
             asm.jmp_mem(at(parked_codes));
@@ -216,6 +226,7 @@ impl Builder<'_> {
         asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
         asm.unless_rcx_zero(|asm| {
             asm.load(RCX, context(1));
+            note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
         });
         asm.load(RCX, context(1));

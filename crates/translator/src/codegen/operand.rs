@@ -75,15 +75,11 @@ impl Builder<'_> {
         let (base, index, scale) = (insn.memory_base(), insn.memory_index(), insn.memory_index_scale() as u8);
         let displacement = insn.memory_displacement64();
         if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
-            let address = if self.mode.long() && base != Register::EIP && insn.memory_displ_size() != 4
-                || base == Register::RIP
-            {
-                displacement
-            } else if self.mode.long() && base == Register::None && !self.address_size_32(insn) {
-                displacement
-            } else {
-                displacement & 0xffff_ffff
-            };
+            let wide = base == Register::RIP
+                || self.mode.long()
+                    && (base != Register::EIP && insn.memory_displ_size() != 4
+                        || base == Register::None && !self.address_size_32(insn));
+            let address = if wide { displacement } else { displacement & 0xffff_ffff };
             self.asm.mov_imm(S0, address);
             return;
         }
@@ -243,6 +239,7 @@ impl Builder<'_> {
     pub fn stack_slot(&mut self, displacement: i32, write: bool) -> Mem {
         if let Some(member) = self.member() {
             self.group_addend(member, write);
+            self.note_flags();
             return Mem::Index(S0, GUEST_RSP, 1, displacement);
         }
         self.free_flags();
@@ -252,6 +249,7 @@ impl Builder<'_> {
             self.asm.lea32(S0, Mem::Base(GUEST_RSP, displacement));
         }
         self.check(AccessKind::new(self.word(), write, self.mode.context()));
+        self.note_flags();
         Mem::Base(S0, 0)
     }
 

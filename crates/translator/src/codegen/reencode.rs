@@ -4,7 +4,7 @@
 //! `[S0]`, and general-purpose registers that live elsewhere are renamed ([`Names`]). Working on the bytes, and not on a
 //! decoded form, keeps every encoding the processor knows, also those an encoder would normalize.
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, OpKind};
 
 use super::asm::{Asm, GUEST_RSP, Mem, RDI, RSP, Reg, S0, S1, S2};
 use super::facts::facts;
@@ -364,6 +364,14 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     }
     names.store(asm);
     Some(())
+}
+
+/// Whether RDI is lent while an instruction accesses memory: AH, CH, DH and BH exclude the register that addresses are in.
+pub fn lends(insn: &Instruction) -> bool {
+    use iced_x86::Register::{AH, BH, CH, DH};
+    let operands = || 0..insn.op_count();
+    operands().any(|i| insn.op_kind(i) == OpKind::Register && matches!(insn.op_register(i), AH | BH | CH | DH))
+        && operands().any(|i| insn.op_kind(i) == OpKind::Memory)
 }
 
 type BytePair = (bool, Option<u8>, Option<u8>);

@@ -217,7 +217,7 @@ fn a_halted_processor_wakes_when_its_timer_expires() {
     let start = Instant::now();
     cpu.halt();
     let slept = start.elapsed();
-    assert!(slept >= Duration::from_micros(4_500) && slept < Duration::from_secs(2), "{slept:?}");
+    assert!(slept >= Duration::from_micros(4_500) && slept < Duration::from_secs(60), "{slept:?}");
     cpu.take_events().unwrap();
     assert_eq!(cpu.rip, handler(0xec));
 }

@@ -116,11 +116,12 @@ impl Vcpu {
     /// Reads a far pointer in memory: its offset of `size` bytes, then its selector.
     pub fn read_far_pointer(&mut self, insn: &Instruction, operand: u32, size: usize) -> Result<(u64, u16), Exception> {
         let (segment, offset) = self.effective_address(insn, operand);
-        let address = self.linear_unaligned(segment, offset, size + 2, false)?;
-        // Alignment is that of the offset.
-        self.check_alignment(address, size)?;
+        // The offset is read first, and its alignment counts.
+        let address = self.linear(segment, offset, size, false)?;
         let mut data = [0; 10];
-        self.read_linear(address, &mut data[..size + 2], self.context())?;
+        self.read_linear(address, &mut data[..size], self.context())?;
+        let address = self.linear_unaligned(segment, offset.wrapping_add(size as u64), 2, false)?;
+        self.read_linear(address, &mut data[size..size + 2], self.context())?;
         let value = data.iter().take(size + 2).rev().fold(0u128, |value, &byte| value << 8 | u128::from(byte));
         Ok(((value & ((1 << (8 * size)) - 1)) as u64, (value >> (8 * size)) as u16))
     }

@@ -22,7 +22,13 @@ impl Vcpu {
     }
 
     /// The same without the check of alignment.
-    pub fn linear_unaligned(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
+    pub fn linear_unaligned(
+        &self,
+        seg: SegmentRegister,
+        offset: u64,
+        size: usize,
+        write: bool,
+    ) -> Result<u64, Exception> {
         Ok(if self.code64() {
             let base = match seg {
                 SegmentRegister::Fs | SegmentRegister::Gs => self.seg(seg).base,

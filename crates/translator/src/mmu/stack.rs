@@ -87,6 +87,7 @@ impl Stack {
     pub fn push_selector(&mut self, cpu: &mut Vcpu, selector: u16) -> Result<(), Exception> {
         let pointer = self.moved(4u64.wrapping_neg());
         let address = self.address(pointer, 2)?;
+        cpu.check_alignment(address, 4)?;
         cpu.write_sized(address, 2, u64::from(selector), self.context)?;
         self.pointer = pointer;
         Ok(())

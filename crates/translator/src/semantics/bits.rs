@@ -62,7 +62,14 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 
     let byte_va = va.wrapping_add(u64::from(bit / 8));
     let byte_va = if cpu.long_mode() { byte_va } else { byte_va & 0xffff_ffff };
-    let old = match Span::find(cpu, byte_va, access, context)? {
+    // A fault is that of the word.
+    let at_word = |mut e: arch::Exception| {
+        if !crosses && e.vector == arch::Vector::PageFault {
+            e.fault_address = va;
+        }
+        e
+    };
+    let old = match Span::find(cpu, byte_va, access, context).map_err(at_word)? {
         Some(span) => {
             // SAFETY: the span is a byte of guest RAM, which only atomic and raw accesses touch.
             let byte = unsafe { AtomicU8::from_ptr(span.host) };

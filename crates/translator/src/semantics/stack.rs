@@ -18,10 +18,10 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         }
         Call => {
             let target = target(cpu, insn)?;
-            check_target(cpu, target)?;
             let size = operand_size(insn);
             let mut stack = Stack::current(cpu);
             stack.push(cpu, size, cpu.rip)?;
+            check_target(cpu, target)?;
             cpu.gpr[gpr::RSP] = stack.pointer;
             cpu.rip = target;
         }
@@ -134,7 +134,8 @@ fn counter_width(insn: &Instruction) -> u32 {
     use iced_x86::Code::*;
     match insn.code() {
         Jcxz_rel8_16 | Jcxz_rel8_32 => 16,
-        Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX | Loopne_rel8_32_CX => 16,
+        Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
+        | Loopne_rel8_32_CX => 16,
         Jrcxz_rel8_16 | Jrcxz_rel8_64 => 64,
         Loop_rel8_16_RCX | Loop_rel8_64_RCX | Loope_rel8_16_RCX | Loope_rel8_64_RCX | Loopne_rel8_16_RCX
         | Loopne_rel8_64_RCX => 64,

@@ -45,6 +45,13 @@ impl Layout {
         if self.wide { 28 } else { 14 }
     }
 
+    /// The linear address of an image that begins with an environment, whose words have to be aligned where that is checked.
+    fn address(self, cpu: &Vcpu, insn: &Instruction, size: usize, write: bool) -> Result<u64, Exception> {
+        let va = cpu.operand_address(insn, 0, size, write)?;
+        cpu.check_alignment(va, if self.wide { 4 } else { 2 })?;
+        Ok(va)
+    }
+
     fn encode(self, state: &XsaveArea) -> Vec<u8> {
         let (fop, fip, fdp) = match state.in_use() & xcr0::X87 {
             0 => (0, 0, 0),
@@ -128,7 +135,7 @@ fn require_waiting(cpu: &Vcpu) -> Result<(), Exception> {
 fn fnstenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     require_x87(cpu)?;
     let layout = Layout::of(cpu, insn);
-    let va = cpu.operand_address(insn, 0, layout.size(), true)?;
+    let va = layout.address(cpu, insn, layout.size(), true)?;
     cpu.settle_x87_pointers();
     let environment = layout.encode(&cpu.xsave);
     let context = cpu.context();
@@ -142,7 +149,7 @@ fn fnstenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 fn fldenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     require_waiting(cpu)?;
     let layout = Layout::of(cpu, insn);
-    let va = cpu.operand_address(insn, 0, layout.size(), false)?;
+    let va = layout.address(cpu, insn, layout.size(), false)?;
     let mut bytes = [0; 28];
     let context = cpu.context();
     cpu.read_linear(va, &mut bytes[..layout.size()], context)?;
@@ -153,7 +160,7 @@ fn fldenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 fn fnsave(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     require_x87(cpu)?;
     let layout = Layout::of(cpu, insn);
-    let va = cpu.operand_address(insn, 0, layout.size() + 80, true)?;
+    let va = layout.address(cpu, insn, layout.size() + 80, true)?;
     cpu.settle_x87_pointers();
     let mut image = layout.encode(&cpu.xsave);
     cpu.xsave.materialize(component::X87);
@@ -173,7 +180,7 @@ fn frstor(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     require_waiting(cpu)?;
     let layout = Layout::of(cpu, insn);
     let size = layout.size();
-    let va = cpu.operand_address(insn, 0, size + 80, false)?;
+    let va = layout.address(cpu, insn, size + 80, false)?;
     let mut bytes = [0; 108];
     let context = cpu.context();
     cpu.read_linear(va, &mut bytes[..size + 80], context)?;

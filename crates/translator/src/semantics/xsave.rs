@@ -128,9 +128,18 @@ fn guest_pkru(cpu: &Vcpu) -> Component {
 }
 
 /// The linear address of the area, checked for alignment and `size` bytes.
-fn area(cpu: &Vcpu, insn: &Instruction, size: usize, alignment: u64, write: bool) -> Result<u64, Exception> {
+fn area(cpu: &mut Vcpu, insn: &Instruction, size: usize, alignment: u64, write: bool) -> Result<u64, Exception> {
     let va = cpu.operand_address(insn, 0, size, write)?;
-    if va % alignment != 0 { Err(Exception::general_protection(0)) } else { Ok(va) }
+    // Where alignment is checked, processors look at the low bits first.
+    cpu.check_alignment(va, 4)?;
+    if va % alignment != 0 {
+        return Err(Exception::general_protection(0));
+    }
+    if write {
+        // Processors try the last byte before they write any, even if it is of a part that is not written.
+        cpu.probe_write(va.wrapping_add(size as u64 - 1), 1, cpu.context())?;
+    }
+    Ok(va)
 }
 
 /// #NM where the operating system restores state lazily or emulates x87.
@@ -200,9 +209,10 @@ fn image_xmm(image: &mut Image, state: &XsaveArea, registers: usize) {
     }
 }
 
-/// XINUSE as the guest sees it.
+/// XINUSE as the guest sees it: outside 64-bit mode, ZMM16 to ZMM31 count as in their initial state.
 fn in_use(cpu: &Vcpu) -> u64 {
-    let native = cpu.xsave.in_use() & layout().native;
+    let visible = if cpu.code64() { u64::MAX } else { !xcr0::HI16_ZMM };
+    let native = cpu.xsave.in_use() & layout().native & visible;
     if cpu.pkru != 0 { native | xcr0::PKRU } else { native }
 }
 

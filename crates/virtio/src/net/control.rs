@@ -44,7 +44,9 @@ impl Control {
                 }
             }
             queue.notify();
-            wait_any(&[stop, &kick]);
+            if !queue.enable_kicks() {
+                wait_any(&[stop, &kick]);
+            }
         }
     }
 

@@ -15,6 +15,9 @@ use crate::{DeviceType, Error, Event, VirtioDevice};
 const VENDOR: u16 = 0x1af4;
 const FIRST_DEVICE: u16 = 0x1040;
 const REVISION: u8 = 1;
+/// The status register's bit for "the interrupt line would be asserted" (PCI local bus 3.0, 6.2.3).
+const STATUS: u16 = 6;
+const INTERRUPT_STATUS: u8 = 1 << 3;
 /// Subsystem device ids from here on are for modern devices.
 const SUBSYSTEM: u16 = 0x40;
 
@@ -176,6 +179,10 @@ impl PciFunction for VirtioPci {
             return;
         }
         self.config().read(offset, data);
+        let status = STATUS.checked_sub(offset).and_then(|index| data.get_mut(usize::from(index)));
+        if let (Some(status), true) = (status, self.window.interrupter.wants_line()) {
+            *status |= INTERRUPT_STATUS;
+        }
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {

@@ -97,6 +97,11 @@ impl Interrupter {
         self.drive_line();
     }
 
+    /// Whether there is an interrupt for the line, be it disabled or not.
+    pub fn wants_line(&self) -> bool {
+        self.isr.load(Ordering::SeqCst) != 0
+    }
+
     fn drive_line(&self) {
         // Again if it changed meanwhile, so that the last change wins.
         loop {

@@ -1,7 +1,7 @@
 //! IRET, IRETD and IRETQ (Intel SDM 2A): back from a handler to any mode and level, or to the previous task.
 
 use arch::registers::{gpr, rflags};
-use arch::{Exception, SegmentRegister};
+use arch::{Exception, SegmentRegister, Vector};
 
 use super::{
     check_target, drop_privileged_segments, iopl, load_stack, real_code_segment, return_code, return_stack, v8086,
@@ -62,8 +62,10 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     let from_64 = cpu.code64();
     let mut frame = [0; 5];
     let count = if from_64 { 5 } else { 3 };
+    let start = stack;
     if let Err(e) = stack.pop_frame(cpu, size, &mut frame[..count]) {
-        return Err(frame_fault(cpu, &stack, size).err().unwrap_or(e));
+        let aligned = e.vector != Vector::AlignmentCheck;
+        return Err(if aligned { frame_fault(cpu, &start, size).err().unwrap_or(e) } else { e });
     }
     let [rip, selector, image, ..] = frame;
     let selector = selector as u16;

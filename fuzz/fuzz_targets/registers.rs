@@ -1,0 +1,6 @@
+//! Any accesses to a virtio function.
+#![no_main]
+
+mod bench;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| bench::BENCH.with(|bench| bench::support::hostile::registers(bench, data)));
