@@ -583,7 +583,6 @@ impl Cache {
         let incoming = std::mem::take(&mut block.incoming);
         let outgoing: Vec<(u16, BlockId)> =
             block.links.iter().enumerate().filter_map(|(i, l)| Some((i as u16, l.to?))).collect();
-        block.bytes = Box::default();
         if self.by_key.get(&key) == Some(&id) {
             self.by_key.remove(&key);
         }

@@ -538,7 +538,10 @@ impl Vcpu {
                 use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
                 let memory = crate::codegen::block::access_operand(&insn).is_some();
                 let implicit = !memory && matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
-                let explicit = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                let explicit = crate::codegen::block::access_operand(&insn).is_some_and(|operand| {
+                    let (segment, offset) = self.effective_address(&insn, operand);
+                    segment == SegmentRegister::Ss && !canonical(offset)
+                });
                 let stack = implicit || explicit;
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
             }
