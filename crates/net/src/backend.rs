@@ -16,6 +16,8 @@ pub trait Backend: Send {
     fn offloads(&self) -> Offloads;
     /// What the guest does itself to the frames that it receives.
     fn set_guest_offloads(&mut self, offloads: Offloads);
+    /// Whether the guest uses this pair of queues. A back-end is enabled at first if it is the first of its card.
+    fn set_enabled(&mut self, enabled: bool);
     /// Takes a frame from the guest. What can't be sent is dropped, as on any network.
     fn send(&mut self, header: &Header, frame: &[u8]);
     /// Hands over frames for the guest until there are no more or the sink is full.

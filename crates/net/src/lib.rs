@@ -4,7 +4,7 @@
 //! There are two:
 //! - [`UserNet`] is a whole small network inside this process that needs no privilege: a gateway that answers ARP,
 //!   neighbour discovery, DHCP and pings, and turns the guest's connections into connections of ordinary sockets.
-//! - `Tap` is a network interface of the host.
+//! - [`Tap`] is a network interface of the host.
 //!
 //! The data flow to follow is [`UserNet::send`] → `packet` → `tcp` | `udp` | `icmp` → a socket, and from a socket by
 //! way of `poller` back to [`UserNet::receive`]. Nothing here knows guest memory or virtqueues, so all of it is tested
@@ -46,6 +46,7 @@ mod packet;
 mod plan;
 mod poller;
 mod resolver;
+mod tap;
 mod tcp;
 mod udp;
 mod user;
@@ -57,6 +58,7 @@ pub use backend::{Backend, LONGEST_FRAME, Sink};
 pub use forward::{Forward, Protocol};
 pub use header::{DATA_VALID, GSO_ECN, GSO_NONE, GSO_TCP4, GSO_TCP6, HEADER_LENGTH, Header, NEEDS_CHECKSUM, Offloads};
 pub use packet::Mac;
+pub use tap::Tap;
 pub use user::{UserConfig, UserNet};
 
 /// Why a back-end could not be made.
@@ -64,6 +66,8 @@ pub use user::{UserConfig, UserNet};
 pub enum Error {
     #[error("can't forward {forward}: {source}{}", hint(source))]
     Forward { forward: Forward, source: std::io::Error },
+    #[error("can't attach to the tap interface {name:?}: {source}{}", tap_hint(source))]
+    Tap { name: String, source: std::io::Error },
     #[error("can't watch sockets: {0}")]
     Poller(std::io::Error),
 }
@@ -74,6 +78,18 @@ fn hint(error: &std::io::Error) -> &'static str {
         std::io::ErrorKind::AddrInUse => " (something else listens there; choose another port of the host)",
         std::io::ErrorKind::PermissionDenied => " (ports below 1024 need privilege; choose a higher port of the host)",
         std::io::ErrorKind::AddrNotAvailable => " (this host does not have that address)",
+        _ => "",
+    }
+}
+
+/// What the user can do about a tap interface.
+fn tap_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            " (it must exist and be yours: as root, ip tuntap add dev NAME mode tap user YOU)"
+        }
+        std::io::ErrorKind::NotFound => " (this host has no /dev/net/tun)",
+        std::io::ErrorKind::ResourceBusy => " (something else is attached to it)",
         _ => "",
     }
 }

@@ -253,6 +253,10 @@ impl Backend for UserNet {
         self.offloads = offloads;
     }
 
+    fn set_enabled(&mut self, _: bool) {
+        // It is attached to a card's only pair.
+    }
+
     fn send(&mut self, header: &Header, frame: &[u8]) {
         let known = matches!(header.gso_type & !GSO_ECN, GSO_NONE | GSO_TCP4 | GSO_TCP6);
         if !known || frame.len() > LONGEST_FRAME {

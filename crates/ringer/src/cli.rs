@@ -92,7 +92,7 @@ pub struct RunArgs {
     /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub balloon: u64,
-    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,mac=M], none; repeatable [default: user]
+    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,mac=M], tap[,name=T][,mac=M], none; repeatable [default: user]
     #[arg(long, value_name = "NET", value_parser = net::parse)]
     pub net: Vec<NetArg>,
     /// End when the guest resets the machine, instead of starting it again

@@ -90,7 +90,7 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
-    devices.extend(net::devices(&args.net)?);
+    devices.extend(net::devices(&args.net, args.cpus)?);
     devices.extend(devices::shares(&args.share)?);
     let vsock = match &args.vsock {
         Some(vsock) => Some(devices::vsock(vsock).map_err(|source| Error::Vsock { path: vsock.path.clone(), source })?),

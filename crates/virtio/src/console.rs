@@ -6,12 +6,15 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chipset::serial::Output;
 
-use crate::{Activation, Chain, DeviceType, Error, Event, Queue, Signals, VirtioDevice, Worker, wait_any};
+use crate::{
+    Activation, Chain, DeviceType, Error, Event, Queue, Signals, VirtioDevice, Worker, wait_any, wait_any_for,
+};
 
 /// Feature bit (5.3.3): columns and rows are in the configuration space.
 const SIZE: u64 = 1;
@@ -21,6 +24,10 @@ const TRANSMIT: usize = 1;
 const INPUT_CAPACITY: usize = 64 << 10;
 /// What is copied at once.
 const PIECE: usize = 4096;
+/// How long the guest must have written nothing after it first wrote something, until it is told of the terminal's size.
+/// Linux registers the console, writes its log to it, and only then can take a change of size; if one comes
+/// earlier, it is a bug to it (`set_console_size` in `virtio_console.c`).
+const SETTLING: Duration = Duration::from_secs(2);
 /// How long a sink may take nothing at the end of the machine.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -47,6 +54,8 @@ struct Shared {
     taken: Condvar,
     /// Columns and rows.
     size: Mutex<(u16, u16)>,
+    /// The guest can take changes of the size.
+    settled: AtomicBool,
 }
 
 impl Console {
@@ -61,6 +70,7 @@ impl Console {
             came: Event::new()?,
             taken: Condvar::new(),
             size: Mutex::default(),
+            settled: AtomicBool::new(false),
         };
         Ok(Console { shared: Arc::new(shared), active: Mutex::default() })
     }
@@ -84,7 +94,8 @@ impl Console {
     /// Tells the guest how large the terminal is.
     pub fn resize(&self, columns: u16, rows: u16) {
         let old = std::mem::replace(&mut *lock(&self.shared.size), (columns, rows));
-        if let (true, Some(active)) = (old != (columns, rows), lock(&self.active).as_ref()) {
+        let changed = old != (columns, rows) && self.shared.settled.load(Ordering::SeqCst);
+        if let (true, Some(active)) = (changed, lock(&self.active).as_ref()) {
             active.signals.config_changed();
         }
     }
@@ -123,13 +134,16 @@ impl VirtioDevice for Console {
         let shared = self.shared.clone();
         let receiver = Worker::start("console-input", move |stop| shared.receive(receive, stop)).map_err(failed)?;
         let shared = self.shared.clone();
-        let sender = Worker::start("console-output", move |stop| shared.transmit(transmit, stop)).map_err(failed)?;
+        let signals = activation.signals.clone();
+        let sender = Worker::start("console-output", move |stop| shared.transmit(transmit, &*signals, stop));
+        let sender = sender.map_err(failed)?;
         *lock(&self.active) = Some(Active { signals: activation.signals, _workers: [receiver, sender] });
         Ok(())
     }
 
     fn reset(&self) {
         let was_active = lock(&self.active).take().is_some();
+        self.shared.settled.store(false, Ordering::SeqCst);
         if was_active && !self.shared.output.flush(PATIENCE) {
             tracing::warn!("the guest's last console output has not been taken");
         }
@@ -168,12 +182,20 @@ impl Shared {
     }
 
     /// Hands the guest's buffers to the output as it has room.
-    fn transmit(&self, mut queue: Queue, stop: &Event) {
+    fn transmit(&self, mut queue: Queue, signals: &dyn Signals, stop: &Event) {
         let kick = queue.kick().clone();
         // The buffer that is being sent, and how much of it has gone.
         let mut sending: Option<(Chain, usize)> = None;
+        let mut wrote = false;
         while !stop.is_set() {
-            wait_any(&[stop, if sending.is_some() { &self.room } else { &kick }]);
+            let settling = (wrote && !self.settled.load(Ordering::SeqCst)).then_some(SETTLING);
+            if !wait_any_for(&[stop, if sending.is_some() { &self.room } else { &kick }], settling) {
+                self.settled.store(true, Ordering::SeqCst);
+                if *lock(&self.size) != (0, 0) {
+                    signals.config_changed();
+                }
+                continue;
+            }
             kick.clear();
             self.room.clear();
             while !stop.is_set() {
@@ -191,6 +213,7 @@ impl Shared {
                 }
                 let taken = self.output.push_slice(piece.get(..length).unwrap_or_default());
                 sending = Some((chain, sent + taken));
+                wrote = true;
                 if taken < length {
                     break;
                 }

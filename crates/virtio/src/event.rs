@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 /// Something that has happened and that a thread can wait for: a flag with a file descriptor, readable while it is set.
@@ -53,8 +54,21 @@ impl AsFd for Event {
 
 /// Waits until one of the events is set (or something odd has happened to the descriptors, which looks the same).
 pub fn wait_any(events: &[&Event]) {
+    wait_any_for(events, None);
+}
+
+/// The same, but no longer than `limit`. Returns whether it was an event.
+pub fn wait_any_for(events: &[&Event], limit: Option<Duration>) -> bool {
     let mut fds: Vec<PollFd<'_>> = events.iter().map(|event| PollFd::new(*event, PollFlags::IN)).collect();
-    while let Err(Errno::INTR) = poll(&mut fds, None) {}
+    let end = limit.map(|limit| Instant::now() + limit);
+    loop {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        match poll(&mut fds, left.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return result != Ok(0),
+        }
+    }
 }
 
 /// A thread of a device. It ends when this is dropped: its `stop` event is set, and the drop waits for it.

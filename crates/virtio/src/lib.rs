@@ -30,7 +30,7 @@ pub mod vsock;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, DeviceType, Signals, VirtioDevice};
-pub use event::{Event, Worker, wait_any};
+pub use event::{Event, Worker, wait_any, wait_any_for};
 pub use queue::Queue;
 
 /// Feature bits that belong to the transport and the rings (virtio 1.2, 6); a device leaves them alone.

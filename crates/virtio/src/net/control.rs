@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Shared, SharedBackend, feature, lock};
+use super::{Shared, feature, lock};
 use crate::{Chain, Event, Queue, wait_any};
 
 /// `struct virtio_net_ctrl`: class and command, before what the command says.
@@ -23,12 +23,13 @@ const ERROR: u8 = 1;
 pub struct Control {
     shared: Arc<Shared>,
     features: u64,
-    backends: Vec<SharedBackend>,
+    /// Wakes the pairs' threads.
+    pairs: Vec<Arc<Event>>,
 }
 
 impl Control {
-    pub fn new(shared: Arc<Shared>, features: u64, backends: Vec<SharedBackend>) -> Self {
-        Control { shared, features, backends }
+    pub fn new(shared: Arc<Shared>, features: u64, pairs: Vec<Arc<Event>>) -> Self {
+        Control { shared, features, pairs }
     }
 
     pub fn work(self, mut queue: Queue, stop: &Event) {
@@ -77,6 +78,7 @@ impl Control {
                     return None;
                 }
                 self.shared.guest_offloads.store(offloads, Ordering::SeqCst);
+                self.pairs.iter().for_each(|pair| pair.set());
             }
             _ => return None,
         }
@@ -88,7 +90,7 @@ impl Control {
             return None;
         }
         self.shared.active_pairs.store(pairs.into(), Ordering::SeqCst);
-        debug_assert!(usize::from(pairs) <= self.backends.len());
+        self.pairs.iter().for_each(|pair| pair.set());
         Some(())
     }
 }

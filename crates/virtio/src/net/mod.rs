@@ -117,13 +117,7 @@ impl Net {
         let mergeable = activation.has(feature::MERGEABLE);
         self.shared.guest_offloads.store(activation.features, Ordering::SeqCst);
         self.shared.active_pairs.store(1, Ordering::SeqCst);
-        if activation.has(feature::CTRL_QUEUE) {
-            // Without several queues it comes behind the first pair (5.1.2).
-            let index = if multi { 2 * self.backends.len() } else { 2 };
-            let queue = activation.queue(NET, index)?;
-            let control = Control::new(self.shared.clone(), activation.features, self.backends.clone());
-            workers.push(Worker::start("net-control", move |stop| control.work(queue, stop)).map_err(host)?);
-        }
+        let mut kicks = Vec::new();
         for (number, backend) in self.backends.iter().enumerate().take(if multi { self.backends.len() } else { 1 }) {
             // Pairs that the driver does not use need not be set up, but for the first.
             let queues = (activation.queue(NET, 2 * number), activation.queue(NET, 2 * number + 1));
@@ -132,9 +126,18 @@ impl Net {
                 (Err(error), _) | (_, Err(error)) if number == 0 => return Err(error),
                 _ => continue,
             };
-            let (shared, backend) = (self.shared.clone(), backend.clone());
-            let work = move |stop: &crate::Event| Pair::new(shared, receive, transmit, mergeable).work(&backend, stop);
+            kicks.push(receive.kick().clone());
+            let backend = backend.clone();
+            let pair = Pair::new(self.shared.clone(), number as u64, receive, transmit, mergeable);
+            let work = move |stop: &crate::Event| pair.work(&backend, stop);
             workers.push(Worker::start(&format!("net-queue{number}"), work).map_err(host)?);
+        }
+        if activation.has(feature::CTRL_QUEUE) {
+            // Without several queues it comes behind the first pair (5.1.2).
+            let index = if multi { 2 * self.backends.len() } else { 2 };
+            let queue = activation.queue(NET, index)?;
+            let control = Control::new(self.shared.clone(), activation.features, kicks);
+            workers.push(Worker::start("net-control", move |stop| control.work(queue, stop)).map_err(host)?);
         }
         Ok(())
     }

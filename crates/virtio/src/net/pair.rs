@@ -15,15 +15,16 @@ const BATCH: usize = 64;
 
 pub struct Pair {
     shared: Arc<Shared>,
+    number: u64,
     transmit: Queue,
     receive: Buffers,
     frame: Vec<u8>,
 }
 
 impl Pair {
-    pub fn new(shared: Arc<Shared>, receive: Queue, transmit: Queue, mergeable: bool) -> Self {
+    pub fn new(shared: Arc<Shared>, number: u64, receive: Queue, transmit: Queue, mergeable: bool) -> Self {
         let receive = Buffers { queue: receive, mergeable, full: false, taken: Vec::new() };
-        Pair { shared, transmit, receive, frame: vec![0; HEADER_LENGTH + LONGEST_FRAME] }
+        Pair { shared, number, transmit, receive, frame: vec![0; HEADER_LENGTH + LONGEST_FRAME] }
     }
 
     pub fn work(mut self, backend: &SharedBackend, stop: &Event) {
@@ -39,6 +40,7 @@ impl Pair {
             if features.replace(wanted) != Some(wanted) {
                 backend.set_guest_offloads(guest_offloads(wanted));
             }
+            backend.set_enabled(self.number < self.shared.active_pairs.load(Ordering::SeqCst));
             self.transmit.disable_kicks();
             let more = self.take_frames(&mut **backend);
             self.receive.full = false;

@@ -1,0 +1,125 @@
+//! Disks in whole machines: what the guest writes is in the image, also when Ringer is killed.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use block::{Disk, Format, Options, image};
+use memory::vm_memory::VolatileSlice;
+use support::{Process, Script, one_machine_at_a_time, ringer};
+
+const MIB: u64 = 1 << 20;
+
+fn read(path: &Path, offset: u64, length: usize) -> Vec<u8> {
+    let mut options = Options::new(path);
+    options.read_only = true;
+    let mut data = vec![0; length];
+    Disk::open(&options).unwrap().read(&[VolatileSlice::from(data.as_mut_slice())], offset).unwrap();
+    data
+}
+
+fn assert_consistent(path: &Path) {
+    let report = image::check(path, false).unwrap();
+    // Clusters may be counted before they are used: those leak when Ringer is killed in between.
+    assert_eq!(report.errors, 0, "{:?}", report.details);
+}
+
+#[test]
+fn every_kind_of_disk_is_read_and_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    for (name, format) in [("a", Format::Qcow2), ("b", Format::Raw), ("c", Format::Qcow2), ("d", Format::Raw)] {
+        image::create(Path::new(&at(name)), format, Some(16 * MIB), None).unwrap();
+    }
+    fs::write(at("d"), vec![b'd'; MIB as usize]).unwrap();
+    let steps = Script::new()
+        .step("names", "cat /sys/block/vda/serial /sys/block/vd?/size /sys/block/vd?/ro")
+        .step("write", "for d in a b c; do dd if=/bin/busybox of=/dev/vd$d bs=64k count=8 seek=32 conv=fsync; done")
+        .step("same", "for d in a b c; do dd if=/dev/vd$d bs=64k skip=32 count=8 | cmp -n 524288 - /bin/busybox; done")
+        .step("read-only", "cat /dev/vdd | tr -d d | wc -c; echo x >/dev/vdd")
+        .run(&[
+            "--disk",
+            &format!("{},serial=disk-a", at("a")),
+            "--disk",
+            &format!("{},cache=none", at("b")),
+            "--disk",
+            &format!("{},snapshot", at("c")),
+            "--disk",
+            &format!("{},ro,cache=writethrough", at("d")),
+            "--net",
+            "none",
+        ]);
+    assert_eq!(steps["names"].output, "disk-a32768\n32768\n32768\n2048\n0\n0\n0\n1\n");
+    assert_eq!((steps["write"].status, steps["same"].status), (0, 0), "{steps:?}");
+    assert!(steps["read-only"].output.starts_with("0\n") && steps["read-only"].status != 0, "{steps:?}");
+    let written = read(Path::new(&at("a")), 2 * MIB, MIB as usize / 2);
+    assert!(written.starts_with(b"\x7fELF"));
+    assert!(read(Path::new(&at("b")), 2 * MIB, MIB as usize / 2) == written);
+    assert!(read(Path::new(&at("c")), 2 * MIB, 4096) == [0; 4096]);
+    assert_consistent(Path::new(&at("a")));
+}
+
+/// The guest writes numbered blocks, each flushed before its number is told.
+const WRITER: &str = "n=0; while [ $n -lt 4000 ]; do printf 'block %08d' $n >/tmp/b; \
+    dd if=/tmp/b of=/dev/vda bs=4096 count=1 seek=$n conv=sync,fsync 2>/dev/null || break; echo \"@@done $n\"; n=$((n+1)); done";
+
+#[test]
+fn what_was_flushed_survives_the_death_of_ringer() {
+    let directory = tempfile::tempdir().unwrap();
+    for (round, format) in [Format::Qcow2, Format::Raw, Format::Qcow2].into_iter().enumerate() {
+        let path = directory.path().join(round.to_string());
+        image::create(&path, format, Some(16 * MIB), None).unwrap();
+        let (mut command, _initrd) = Script::new().step("write", WRITER).command("");
+        command.arg("--disk").arg(&path).args(["--net", "none"]).stdin(Stdio::null());
+        let turn = one_machine_at_a_time();
+        let mut machine = Process::start(&mut command);
+        machine.wait_for(&format!("@@done {}\r", 10 + 7 * round));
+        std::thread::sleep(Duration::from_millis(37 * round as u64));
+        machine.child.kill().unwrap();
+        machine.child.wait().unwrap();
+        let log = machine.end().stdout;
+        drop(turn);
+        // A line that is not complete says nothing.
+        let done: Vec<u64> =
+            log.split("@@done ").skip(1).filter_map(|rest| rest.split_once('\r')?.0.parse().ok()).collect();
+        let last = *done.last().unwrap();
+        for block in 0..=last {
+            let data = read(&path, block * 4096, 4096);
+            assert!(data.starts_with(format!("block {block:08}").as_bytes()), "{block} of {last} is lost");
+        }
+        if format == Format::Qcow2 {
+            assert_consistent(&path);
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_had_is_refused_before_anything_starts() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    fs::write(at("bad.qcow2"), b"QFI\xfb and nothing else").unwrap();
+    fs::write(at("empty"), b"").unwrap();
+    fs::write(at("used"), vec![0; 4096]).unwrap();
+    let _writer = Disk::open(&Options::new(at("used"))).unwrap();
+    for (disk, status, words) in [
+        (at("missing"), 1, "No such file"),
+        (at("bad.qcow2"), 1, "not a usable qcow2 image"),
+        (at("empty"), 1, "empty"),
+        (at("used"), 1, "in use by another process"),
+        (at(""), 1, "a directory"),
+        ("/dev/null".into(), 1, "a character device"),
+        ("x,rw".into(), 2, "\"rw\" is not known"),
+        ("x,format=vmdk".into(), 2, "format=raw|qcow2"),
+        ("".into(), 2, "the path of a disk image is missing"),
+    ] {
+        let kernel = support::default_guest().kernel.to_str().unwrap().to_owned();
+        let mut command = ringer();
+        command.args(["run", "--kernel", &kernel, "--disk", &disk]).stdin(Stdio::null());
+        let ended = Process::start(&mut command).end();
+        assert_eq!(ended.status.code(), Some(status), "{disk}: {ended:?}");
+        assert!(ended.stderr.lines().count() == 1 && ended.stderr.contains(words), "{disk}: {}", ended.stderr);
+    }
+}
