@@ -12,6 +12,7 @@ use memory::PAGE_SIZE;
 use arch::{Exception, SegmentRegister, Vector};
 
 use crate::codegen::asm::{Asm, Mem, RSP};
+use crate::codegen::reencode::Operand;
 use crate::codegen::facts::{FpClass, facts};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, context_offset};
@@ -24,6 +25,33 @@ pub struct AccessKind(u32);
 impl AccessKind {
     pub fn new(size: usize, write: bool, context: Context) -> Self {
         AccessKind(size as u32 | (write as u32) << 16 | (context as u32) << 17)
+    }
+
+    /// The access is that of a group (see `codegen::groups`): the size is its span, and the answer an addend.
+    pub fn group(self) -> Self {
+        AccessKind(self.0 | 1 << 19)
+    }
+
+    /// The access is to the stack, whose page is remembered; the answer is an addend.
+    pub fn stack(self) -> Self {
+        AccessKind(self.0 | 1 << 20)
+    }
+
+    /// The first member of a group writes.
+    pub fn writes_first(self) -> Self {
+        AccessKind(self.0 | 1 << 21)
+    }
+
+    fn wants_addend(self) -> bool {
+        self.0 & (1 << 19 | 1 << 20) != 0
+    }
+
+    fn is_group(self) -> bool {
+        self.0 & 1 << 19 != 0
+    }
+
+    fn is_stack(self) -> bool {
+        self.0 & 1 << 20 != 0
     }
 
     pub fn bits(self) -> u32 {
@@ -44,7 +72,9 @@ impl AccessKind {
         }
     }
     fn access(self) -> Access {
-        if self.write() { Access::Write } else { Access::Read }
+        // A group asks only for what its first member does: the rest may never happen.
+        let write = if self.wants_addend() { self.0 & 1 << 21 != 0 } else { self.write() };
+        if write { Access::Write } else { Access::Read }
     }
 }
 
@@ -119,12 +149,24 @@ pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
     if va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE || !canonical(va) {
         return 0;
     }
+    // The stack often moves to a page that the TLB has.
+    if kind.is_stack()
+        && let Some(addend) = cpu.tlb.enter_stack(kind.context(), va)
+    {
+        return addend;
+    }
     if cpu.fill_tlb(va, kind.access(), kind.context()).is_err() {
         return 0;
     }
+    if kind.is_stack() {
+        return cpu.tlb.enter_stack(kind.context(), va).unwrap_or(0);
+    }
     let entry = cpu.tlb.entry(kind.context(), va);
     let tag = if kind.write() { entry.write } else { entry.read };
-    if tag == va & !(PAGE_SIZE - 1) { va.wrapping_add(entry.addend) } else { 0 }
+    if tag != va & !(PAGE_SIZE - 1) {
+        return 0;
+    }
+    if kind.wants_addend() { entry.addend } else { va.wrapping_add(entry.addend) }
 }
 
 /// A TLB miss that is no plain page of RAM.
@@ -133,7 +175,15 @@ pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Acce
         return lost(cpu, "memory access");
     };
     cpu.enter_instruction(&site);
-    access(cpu, va, AccessKind(kind), &site)
+    let kind = AccessKind(kind);
+    if kind.is_group() || kind.is_stack() {
+        // The instruction runs again, with its own check.
+        cpu.rip = cpu.insn_rip;
+        let crosses = va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE;
+        cpu.engine.run_carefully(site.block, crosses);
+        return Accessed::leave(Left::Careful);
+    }
+    access(cpu, va, kind, &site)
 }
 
 /// An operand whose address only Rust computes: segments with bases and limits, alignment checks.
@@ -447,7 +497,7 @@ impl Vcpu {
         }
         let origin = self.engine.cache.next_offset();
         let mut asm = Asm::new(origin);
-        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn)?;
+        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn, Operand::Host)?;
         asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.bounced)));
         asm.finish();
         let offset = self.engine.cache.append(&asm.code)?;

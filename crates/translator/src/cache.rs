@@ -32,12 +32,15 @@ pub const DEFAULT_SIZE: usize = 32 << 20;
 const RESERVE: usize = 256 << 10;
 
 /// Entries in each slot of the jump table.
-const JUMP_ENTRIES: usize = 4096;
+const JUMP_ENTRIES: usize = 65536;
+/// Jump table entries that are listed for clearing at most.
+const MAX_LISTED: usize = 1 << 20;
 /// Modes that have a slot.
 pub const JUMP_SLOTS: usize = 16;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
 pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << 2;
-const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * 16;
+const JUMP_WORDS: usize = 3;
+const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS * 8;
 
 /// The host has PEXT, which extracts an index without touching the flags.
 pub fn index_by_pext() -> bool {
@@ -52,13 +55,24 @@ pub fn jump_index(rip: u64) -> usize {
 /// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
 /// zero stands for the address of all ones, except in the entry where that one belongs.
 fn empty_tag(tag_index: usize) -> u64 {
-    if tag_index % (2 * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
+    if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
 }
 
-/// Offsets of a slot's tags and code addresses from the jump table's base.
-pub fn jump_slot_offsets(slot: usize) -> (i32, i32) {
-    let tags = slot * JUMP_ENTRIES * 16;
-    (tags as i32, (tags + JUMP_ENTRIES * 8) as i32)
+/// Offsets of a slot's arrays from the jump table's base.
+#[derive(Clone, Copy, Debug)]
+pub struct JumpSlot {
+    /// The complements of the addresses.
+    pub tags: i32,
+    /// Where to enter with the flags in EFLAGS.
+    pub codes: i32,
+    /// Where to enter with the flags parked.
+    pub parked: i32,
+}
+
+pub fn jump_slot_offsets(slot: usize) -> JumpSlot {
+    let array = (JUMP_ENTRIES * 8) as i32;
+    let tags = (slot * JUMP_WORDS) as i32 * array;
+    JumpSlot { tags, codes: tags + array, parked: tags + 2 * array }
 }
 
 /// An anonymous or file mapping of the process.
@@ -236,6 +250,8 @@ pub struct Link {
     pub patch_offset: u32,
     /// Guest address.
     pub target: u64,
+    /// The branch leaves with the flags parked.
+    pub parked: bool,
     pub to: Option<BlockId>,
 }
 
@@ -256,6 +272,10 @@ pub struct Block {
     pub bytes: Box<[u8]>,
     /// In code memory.
     pub code: Range<u32>,
+    /// Where to enter with the flags parked, in code memory.
+    pub parked_entry: u32,
+    /// Bytes of the page that were only looked at, to see which flags are needed where a branch leads.
+    lookahead: Range<usize>,
     pub points: Box<[Point]>,
     pub sites: Box<[Site]>,
     pub links: Box<[Link]>,
@@ -295,7 +315,9 @@ pub struct Cache {
     by_page: FxHashMap<u64, Vec<BlockId>>,
     pub sensitive: Vec<SensitiveInsn>,
     slots: Vec<Mode>,
-    filled_jumps: Vec<u32>,
+    /// Entries of the jump table that are in use, for code in global pages and in others.
+    global_jumps: Vec<u32>,
+    local_jumps: Vec<u32>,
     pub stats: Stats,
     /// Where `perf` looks for the names of emitted code, if asked for.
     perf_map: Option<PerfMap>,
@@ -322,7 +344,8 @@ impl Cache {
             by_page: FxHashMap::default(),
             sensitive: Vec::new(),
             slots: Vec::new(),
-            filled_jumps: Vec::new(),
+            global_jumps: Vec::new(),
+            local_jumps: Vec::new(),
             stats: Stats::default(),
             perf_map,
         }
@@ -361,7 +384,7 @@ impl Cache {
 
     /// The part of the jump table for a mode; none once there are more modes than slots.
     pub fn jump_slot(&mut self, mode: Mode) -> Option<usize> {
-        if mode.is_single() {
+        if mode.is_single() || mode.is_careful() {
             return None;
         }
         if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
@@ -372,7 +395,7 @@ impl Cache {
         }
         let slot = self.slots.len();
         self.slots.push(mode);
-        self.empty_jump(jump_slot_offsets(slot).0 as usize / 8 + jump_index(u64::MAX));
+        self.empty_jump(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX));
         Some(slot)
     }
 
@@ -391,6 +414,8 @@ impl Cache {
             second_page,
             bytes: bytes.into(),
             code: offset as u32..(offset + t.code.len()) as u32,
+            parked_entry: t.parked_entry,
+            lookahead: t.lookahead,
             points: t.points.into(),
             sites: t.sites.into(),
             links: t.links.into(),
@@ -445,15 +470,15 @@ impl Cache {
         if !source.live || target.second_page.is_some() || target.key.mode != source.key.mode {
             return;
         }
-        let target_start = target.code.start;
+        let (entry, parked_entry) = (target.code.start, target.parked_entry);
         let Some(i) = source.links.iter().position(|l| l.return_offset == offset as u32) else { return };
         let link = &mut self.blocks[from.0 as usize].links[i];
         if link.to.is_some() {
             return;
         }
         link.to = Some(to);
-        let patch = link.patch_offset;
-        self.patch(patch, target_start);
+        let (patch, target) = (link.patch_offset, if link.parked { parked_entry } else { entry });
+        self.patch(patch, target);
         self.blocks[to.0 as usize].incoming.push((from, i as u16));
         self.stats.links += 1;
     }
@@ -464,32 +489,57 @@ impl Cache {
     }
 
     /// Lets the jump table lead from a block's address to it.
-    pub fn enter_jump(&mut self, id: BlockId) {
+    pub fn enter_jump(&mut self, id: BlockId, global: bool) {
         let key = self.block(id).key;
         let Some(slot) = self.jump_slot(key.mode) else { return };
         let entry = self.entry(id);
-        let (tags, codes) = jump_slot_offsets(slot);
+        let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
+        let parked_entry = self.host_address(self.block(id).parked_entry as usize);
         let index = jump_index(key.rip);
         let tag_index = tags as usize / 8 + index;
+        // An entry may be listed for what it held before as well: clearing it too often does no harm.
+        let word = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
+        if word != !key.rip {
+            let list = if global { &mut self.global_jumps } else { &mut self.local_jumps };
+            list.push(tag_index as u32);
+            if list.len() > MAX_LISTED {
+                self.clear_jumps(true);
+            }
+        }
         self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
+        self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
         self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
-        self.filled_jumps.push(tag_index as u32);
     }
 
     /// [`Cache::enter_jump`], unless the code segment has a base: the jump table knows offsets only.
-    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64) {
+    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64, global: bool) {
         if base == 0 {
-            self.enter_jump(id);
+            self.enter_jump(id, global);
         }
     }
 
-    /// Forgets which addresses lead to which blocks.
-    pub fn clear_jumps(&mut self) {
-        for &tag_index in &self.filled_jumps {
-            self.empty_jump(tag_index as usize);
+    /// Forgets which addresses lead to which blocks, those in global pages perhaps excepted.
+    pub fn clear_jumps(&mut self, global: bool) {
+        let cleared = if global { std::mem::take(&mut self.global_jumps) } else { Vec::new() };
+        let local = std::mem::take(&mut self.local_jumps);
+        cleared.iter().chain(&local).for_each(|&tag_index| self.empty_jump(tag_index as usize));
+        // The allocations are used again.
+        self.local_jumps = local;
+        self.local_jumps.clear();
+        if global {
+            self.global_jumps = cleared;
+            self.global_jumps.clear();
         }
-        self.filled_jumps.clear();
+    }
+
+    /// The host code that the jump table has for a guest address.
+    pub fn find_jump(&self, mode: Mode, rip: u64) -> Option<u64> {
+        let slot = jump_slot_offsets(self.slots.iter().position(|&m| m == mode)?);
+        let index = jump_index(rip);
+        let tag = self.memory.jump_word(slot.tags as usize / 8 + index).load(Ordering::Relaxed);
+        (tag == !rip && rip != u64::MAX)
+            .then(|| self.memory.jump_word(slot.codes as usize / 8 + index).load(Ordering::Relaxed))
     }
 
     fn empty_jump(&self, tag_index: usize) {
@@ -499,7 +549,7 @@ impl Cache {
     fn forget_jump(&mut self, id: BlockId) {
         let key = self.block(id).key;
         if let Some(slot) = self.slots.iter().position(|&m| m == key.mode) {
-            let tag_index = jump_slot_offsets(slot).0 as usize / 8 + jump_index(key.rip);
+            let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key.rip);
             if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key.rip {
                 self.empty_jump(tag_index);
             }
@@ -513,8 +563,9 @@ impl Cache {
             .iter()
             .copied()
             .filter(|&id| {
-                let span = self.block(id).span_in(page);
-                span.start < bytes.end && bytes.start < span.end
+                let block = self.block(id);
+                let overlaps = |span: Range<usize>| span.start < bytes.end && bytes.start < span.end;
+                overlaps(block.span_in(page)) || page == block.key.page && overlaps(block.lookahead.clone())
             })
             .collect();
         for id in hit {
@@ -523,7 +574,7 @@ impl Cache {
         !self.has_page(page)
     }
 
-    fn remove(&mut self, id: BlockId) {
+    pub fn remove(&mut self, id: BlockId) {
         self.forget_jump(id);
         self.stats.invalidated += 1;
         let block = &mut self.blocks[id.0 as usize];
@@ -532,7 +583,6 @@ impl Cache {
         let incoming = std::mem::take(&mut block.incoming);
         let outgoing: Vec<(u16, BlockId)> =
             block.links.iter().enumerate().filter_map(|(i, l)| Some((i as u16, l.to?))).collect();
-        block.bytes = Box::default();
         if self.by_key.get(&key) == Some(&id) {
             self.by_key.remove(&key);
         }
@@ -561,11 +611,12 @@ impl Cache {
 
     /// Drops everything. No emitted code may be running or be returned to.
     pub fn reset(&mut self) -> impl Iterator<Item = u64> + use<> {
-        self.clear_jumps();
+        self.clear_jumps(true);
         self.next = CODE_START;
         self.blocks.clear();
         self.by_key.clear();
         self.sensitive.clear();
+        self.slots.clear();
         self.stats.full_flushes += 1;
         std::mem::take(&mut self.by_page).into_keys()
     }

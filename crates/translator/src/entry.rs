@@ -35,6 +35,8 @@ pub enum Left {
     Stop = 3,
     /// A host signal hit emitted code; see `hot.signal_*`.
     Signal = 4,
+    /// The check of a group failed at `rip`: see [`crate::codegen::groups`].
+    Careful = 5,
 }
 
 /// Fields of a [`Vcpu`] that only emitted code and its entry use.
@@ -62,11 +64,17 @@ pub struct Hot {
     pub bounced: u64,
     /// XSAVE's and XRSTOR's component mask.
     pub xsave_mask: u64,
+    /// Not zero: the host has XSAVEOPT.
+    pub xsaveopt: u64,
     pub load_fp: u64,
     pub signal_number: u64,
     pub signal_code: u64,
     pub signal_address: u64,
     pub signal_pc: u64,
+    /// Guest TSC minus host TSC, less the guest's own adjustment.
+    pub tsc_offset: u64,
+    /// Addends of groups: see [`crate::codegen::groups`].
+    pub group_addends: [u64; crate::codegen::groups::SLOTS],
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
 }
@@ -114,11 +122,14 @@ impl Hot {
             resolve: address(ringer_resolve),
             bounced: address(ringer_bounced),
             xsave_mask,
+            xsaveopt: u64::from(crate::host::cpuid(0xd, 1).eax & 1),
             load_fp: address(ringer_load_fp),
             signal_number: 0,
             signal_code: 0,
             signal_address: 0,
             signal_pc: 0,
+            tsc_offset: 0,
+            group_addends: [0; crate::codegen::groups::SLOTS],
             xmm: [0; 16],
         }
     }
@@ -145,7 +156,8 @@ pub unsafe fn enter(vcpu: &mut Vcpu, code: u64) -> Left {
         1 => Left::Lookup,
         2 => Left::Event,
         3 => Left::Stop,
-        _ => Left::Signal,
+        4 => Left::Signal,
+        _ => Left::Careful,
     }
 }
 
@@ -216,7 +228,14 @@ global_asm!(
     "je 77f",
     "mov eax, [rsp + {xsave_mask}]",
     "xor edx, edx",
+    // XSAVEOPT leaves out what is in its initial state or unchanged since it was loaded.
+    "cmp qword ptr [rsp + {xsaveopt}], 0",
+    "je 78f",
+    "xsaveopt64 [rsp + {xsave}]",
+    "jmp 79f",
+    "78:",
     "xsave64 [rsp + {xsave}]",
+    "79:",
     "mov qword ptr [rsp + {fp_loaded}], 0",
     "mov dword ptr [rsp - 8], 0x1f80",
     "ldmxcsr [rsp - 8]",
@@ -286,17 +305,19 @@ global_asm!(
     "mov rsp, [rsp + {host_rsp}]",
     "call {run_sensitive}",
     "mov rsp, rbp",
-    "cmp eax, -1",
-    "jne 2f",
+    "cmp eax, -2",
+    // Another block begins: it loads the vector state itself if it needs it.
+    "je 1f",
+    "ja 3f",
+    "mov ebx, eax",
+    "jmp ringer_leave",
+    "3:",
     "test rbx, rbx",
     "je 1f",
     "call ringer_restore_fp",
     "1:",
     "LOAD_ALL",
     "jmp [rsp + {return_address}]",
-    "2:",
-    "mov ebx, eax",
-    "jmp ringer_leave",
     // A TLB miss: rdi = vCPU, rsi = address, edx = kind.
     ".global ringer_slow",
     "ringer_slow:",
@@ -446,6 +467,7 @@ global_asm!(
     target = const context_offset!(hot.target),
     return_address = const context_offset!(hot.return_address),
     xsave_mask = const context_offset!(hot.xsave_mask),
+    xsaveopt = const context_offset!(hot.xsaveopt),
     xmm = const context_offset!(hot.xmm),
     run_sensitive = sym crate::run::run_sensitive,
     fill_light = sym crate::access::fill_light,

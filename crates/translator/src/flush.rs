@@ -8,16 +8,19 @@ impl Vcpu {
     /// Forgets every translation, or, where the software TLB can tell them apart, all but global pages. Forgetting too
     /// much is always allowed (Intel SDM 3A 4.10.3.1).
     pub fn mmu_flush_all(&mut self, keep_global: bool) {
-        // Entries don't carry the global bit.
-        let _ = keep_global;
-        self.tlb.flush_all();
-        self.engine.drop_address_caches();
+        if keep_global {
+            self.tlb.flush_local();
+            self.engine.drop_local_addresses();
+        } else {
+            self.tlb.flush_all();
+            self.engine.drop_address_caches();
+        }
     }
 
     /// Forgets the translation of the page at `va`.
     pub fn mmu_flush_page(&mut self, va: u64) {
         self.tlb.flush_page(va);
-        self.engine.drop_address_caches();
+        self.engine.drop_address(va);
     }
 
     /// Sets CR3, already checked, and forgets what that invalidates (Intel SDM 3A 4.10.4.1): with bit 63 under

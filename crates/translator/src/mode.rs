@@ -19,6 +19,7 @@ const SSE: u32 = 1 << 12;
 const AVX: u32 = 1 << 13;
 const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
+const CAREFUL: u32 = 1 << 31;
 const FS_OPEN: u32 = 1 << 16;
 const GS_OPEN: u32 = 1 << 17;
 
@@ -32,7 +33,7 @@ impl Mode {
             _ => 2,
         };
         let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-        m |= flag(cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
+        m |= flag(bits != 64 && cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
         m |= (cpu.cpl() as u32) << 3 | (cpu.context() as u32) << 5;
         m |= flag(bits == 64 || bits == 32 && flat(cpu), FLAT);
         if bits == 32 {
@@ -51,8 +52,21 @@ impl Mode {
         Mode(self.0 | SINGLE)
     }
 
+    /// The same mode, but every access is checked by itself, and blocks return to the dispatcher.
+    pub fn careful(self) -> Mode {
+        Mode(self.0 | CAREFUL)
+    }
+
+    pub fn is_careful(self) -> bool {
+        self.0 & CAREFUL != 0
+    }
+
     pub fn is_single(self) -> bool {
         self.0 & SINGLE != 0
+    }
+
+    pub fn cpl(self) -> u8 {
+        (self.0 >> 3 & 3) as u8
     }
 
     /// 16, 32 or 64.

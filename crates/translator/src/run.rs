@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use engine::Exit;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use arch::registers::{debug, rflags};
 use arch::state::{Activity, SegmentRegister};
@@ -12,7 +12,7 @@ use memory::PAGE_SIZE;
 
 use crate::access::{Bounce, canonical};
 use crate::cache::{BlockId, Cache, CodeMemory, Key};
-use crate::codegen::block::{self, Place};
+use crate::codegen::block::{self, GuestCode, Place};
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, NO_BRANCH, enter};
@@ -21,6 +21,8 @@ use crate::mode::Mode;
 use crate::perf_map::PerfMap;
 use crate::shared::request;
 
+/// After so many crossings of a page's end a block loses its groups.
+const MAX_CROSSINGS: u32 = 16;
 /// Entries of the fetch cache; a power of two.
 const FETCH_ENTRIES: usize = 1024;
 
@@ -44,8 +46,18 @@ pub struct EngineState {
     /// Where in the bounce buffer the operand is.
     pub bounce_at: usize,
     fetches: Box<[Fetch; FETCH_ENTRIES]>,
+    /// Those of global pages.
+    global_fetches: Box<[Fetch; FETCH_ENTRIES]>,
+    /// The [`area`]s in which code was fetched since the last flush.
+    local_pages: FxHashSet<u64>,
+    global_pages: FxHashSet<u64>,
     /// The mode of the block that runs.
     mode: Option<Mode>,
+    /// The next block runs in careful mode.
+    careful: bool,
+    /// How often a block's groups crossed a page; and blocks that are translated without groups for it.
+    crossings: FxHashMap<Key, u32>,
+    ungrouped: FxHashSet<Key>,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
 }
@@ -60,15 +72,56 @@ impl EngineState {
             bounce: Bounce::default(),
             bounce_at: 0,
             fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
+            global_fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
+            local_pages: FxHashSet::default(),
+            global_pages: FxHashSet::default(),
             mode: None,
+            careful: false,
+            crossings: FxHashMap::default(),
+            ungrouped: FxHashSet::default(),
             delivered: false,
+        }
+    }
+
+    /// A group's check failed in a block: the code goes on carefully. Where groups cross pages again and again, the block
+    /// is made anew without any.
+    pub fn run_carefully(&mut self, id: BlockId, crosses: bool) {
+        self.careful = true;
+        if crosses && self.cache.is_live(id) {
+            let key = self.cache.block(id).key;
+            let count = self.crossings.entry(key).or_default();
+            *count += 1;
+            if *count == MAX_CROSSINGS {
+                self.ungrouped.insert(key);
+                self.cache.remove(id);
+            }
         }
     }
 
     /// Forgets which virtual address leads to which block.
     pub fn drop_address_caches(&mut self) {
-        self.cache.clear_jumps();
+        self.cache.clear_jumps(true);
         self.fetches.fill(Fetch::default());
+        self.global_fetches.fill(Fetch::default());
+        self.local_pages.clear();
+        self.global_pages.clear();
+    }
+
+    /// The same for what is not in global pages.
+    pub fn drop_local_addresses(&mut self) {
+        self.cache.clear_jumps(false);
+        self.fetches.fill(Fetch::default());
+        self.local_pages.clear();
+    }
+
+    /// The same for what is in one page, or in a large page around it.
+    pub fn drop_address(&mut self, va: u64) {
+        let around = [area(va, false), area(va, true)];
+        if around.iter().any(|a| self.global_pages.contains(a)) {
+            self.drop_address_caches();
+        } else if around.iter().any(|a| self.local_pages.contains(a)) {
+            self.drop_local_addresses();
+        }
     }
 }
 
@@ -80,10 +133,14 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
         return Left::Stop as i32;
     };
     cpu.engine.counts.sensitive += 1;
+    if cpu.machine.config.stats {
+        *cpu.engine.counts.mnemonics.entry(s.insn.mnemonic()).or_default() += 1;
+    }
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
     let invalidated = cpu.engine.cache.stats.invalidated;
     match (s.exec)(cpu, &s.insn) {
+        Ok(()) if s.ends_block && cpu.next_code().is_some() => CHAINED,
         Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
         // It may have stored to the block it is in (a string operation, say): what follows must be translated anew.
@@ -96,6 +153,9 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     }
 }
 
+/// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
+const CHAINED: i32 = -2;
+
 /// How a step ended that did not fail.
 enum Next {
     /// Straight on: no events need to be looked for.
@@ -105,6 +165,46 @@ enum Next {
 }
 
 impl Vcpu {
+    /// After an instruction that ended a block: where the next one is, if nothing needs the dispatcher. It becomes the
+    /// return address.
+    fn next_code(&mut self) -> Option<()> {
+        if self.shared.poll.is_set()
+            || self.pending_debug != 0
+            || self.dr7 & 0xff != 0
+            || self.rflags & (rflags::TF | rflags::RF) != 0
+            || self.mode_is_single()
+            || self.activity != Activity::Running
+        {
+            return None;
+        }
+        if self.shadow_shades() {
+            return None;
+        }
+        self.find_next_code()?;
+        self.interrupt_shadow = false;
+        self.debug_shadow = false;
+        Some(())
+    }
+
+    /// Whether something is pending that only the shadow of STI or MOV SS may hold off, or that nothing does. If not, the
+    /// next instruction can run in company: it runs before anything new is looked for.
+    fn shadow_shades(&mut self) -> bool {
+        let shadows = (std::mem::take(&mut self.interrupt_shadow), std::mem::take(&mut self.debug_shadow));
+        let pending = self.event_deliverable();
+        (self.interrupt_shadow, self.debug_shadow) = shadows;
+        pending
+    }
+
+    fn find_next_code(&mut self) -> Option<()> {
+        let mode = Mode::of(self);
+        if !mode.long() {
+            return None;
+        }
+        self.hot.return_address = self.engine.cache.find_jump(mode, self.rip)?;
+        self.engine.mode = Some(mode);
+        Some(())
+    }
+
     /// The block that is running was translated to run one instruction.
     pub fn mode_is_single(&self) -> bool {
         self.engine.mode.is_some_and(Mode::is_single)
@@ -160,18 +260,26 @@ impl Vcpu {
     fn step(&mut self, link: &mut Option<u64>) -> Result<Next, Stop> {
         let stepping = self.rflags & rflags::TF != 0;
         let breakpoints = self.dr7 & 0xff != 0;
-        let single = stepping || self.interrupt_shadow || breakpoints;
+        let single = stepping || breakpoints || self.interrupt_shadow && self.shadow_shades();
         let mut mode = Mode::of(self);
         if single {
             mode = mode.single();
             self.begin_single_step()?;
         }
+        if std::mem::take(&mut self.engine.careful) {
+            mode = mode.careful();
+        }
         let shadowed = self.interrupt_shadow;
+        let resets = self.engine.cache.stats.full_flushes;
         let id = self.find_block(mode)?;
-        if let Some(site) = link.take() {
+        // After a reset the stub to be linked is gone.
+        if let Some(site) = link.take()
+            && self.engine.cache.stats.full_flushes == resets
+        {
             self.engine.cache.link(site, id);
         }
         self.engine.mode = Some(mode);
+        self.hot.tsc_offset = self.machine.time.tsc_offset().unwrap_or_default();
         let code = self.engine.cache.entry(id);
         self.shared.invalidations.set_running(true);
         // A request made before `running` was seen must be taken before the block may run on what it changes.
@@ -194,7 +302,7 @@ impl Vcpu {
             return Err(self.branch_fault());
         }
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
-        if stepping && left != Left::Stop && left != Left::Signal && !self.engine.delivered {
+        if stepping && !matches!(left, Left::Stop | Left::Signal | Left::Careful) && !self.engine.delivered {
             self.pending_debug |= debug::DR6_BS;
         }
         self.engine.counts.left[left as usize] += 1;
@@ -208,6 +316,7 @@ impl Vcpu {
                 Ok(Next::Block)
             }
             Left::Event => Ok(Next::Events),
+            Left::Careful => Ok(Next::Block),
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
@@ -221,7 +330,7 @@ impl Vcpu {
         let mut bytes = [0; 15];
         for (i, byte) in bytes.iter_mut().enumerate() {
             match self.fetch_address(at.wrapping_add(i as u64)) {
-                Ok(gpa) => self.phys_read(gpa, std::slice::from_mut(byte)),
+                Ok((gpa, _)) => self.phys_read(gpa, std::slice::from_mut(byte)),
                 Err(_) => break, // the instruction ends before
             }
         }
@@ -247,7 +356,11 @@ impl Vcpu {
         if let Some((_, block)) = self.engine.cache.find_by_host(site)
             && let Some(l) = block.links.iter().find(|l| l.return_offset == offset)
         {
-            self.rip = l.target;
+            let (target, parked) = (l.target, l.parked);
+            self.rip = target;
+            if parked {
+                self.unpark();
+            }
             *link = Some(site);
         }
     }
@@ -290,86 +403,99 @@ impl Vcpu {
             return Err(Exception::general_protection(0).into());
         }
         let linear = self.linear_rip();
-        let gpa = self.fetch_address(linear)?;
+        let (gpa, global) = self.fetch_address(linear)?;
         let key = Key { rip, page: gpa & !(PAGE_SIZE - 1), mode };
         let base = linear.wrapping_sub(rip);
         if let Some(id) = self.engine.cache.get(&key) {
             let same = match self.engine.cache.block(id).second_page {
                 None => true,
-                Some(page) => self.fetch_address(next_page(linear))? == page,
+                Some(page) => self.fetch_address(next_page(linear))?.0 == page,
             };
             // Outside 64-bit mode another CS base moves the code to the same RIP elsewhere.
             if same && (base == 0 || gpa % PAGE_SIZE == linear % PAGE_SIZE) {
-                self.engine.cache.enter_jump_if_flat(id, base);
+                self.engine.cache.enter_jump_if_flat(id, base, global);
                 return Ok(id);
             }
         }
-        self.translate(key, gpa, linear)
+        self.translate(key, gpa, linear, global)
     }
 
-    /// The physical address of code at a linear address.
-    fn fetch_address(&mut self, linear: u64) -> Result<u64, Exception> {
+    /// The physical address of code at a linear address, and whether its page is global.
+    fn fetch_address(&mut self, linear: u64) -> Result<(u64, bool), Exception> {
         let context = self.fetch_context();
         let tag = linear >> 12 << 2 | context as u64 | 1 << 63;
         let index = (linear >> 12) as usize % FETCH_ENTRIES;
-        let entry = self.engine.fetches[index];
-        if entry.tag == tag {
-            return Ok(entry.gpa | (linear % PAGE_SIZE));
+        for (fetches, global) in [(&self.engine.global_fetches, true), (&self.engine.fetches, false)] {
+            if fetches[index].tag == tag {
+                return Ok((fetches[index].gpa | linear % PAGE_SIZE, global));
+            }
         }
         let mapping = walk(self, linear, Access::Execute, context)?;
-        self.engine.fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
-        Ok(mapping.gpa)
+        let engine = &mut self.engine;
+        let (fetches, pages) = if mapping.global {
+            (&mut engine.global_fetches, &mut engine.global_pages)
+        } else {
+            (&mut engine.fetches, &mut engine.local_pages)
+        };
+        fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
+        pages.insert(area(linear, mapping.large));
+        Ok((mapping.gpa, mapping.global))
     }
 
     fn fetch_context(&self) -> Context {
         if self.cpl() == 3 { Context::User } else { Context::Supervisor }
     }
 
-    fn translate(&mut self, key: Key, gpa: u64, linear: u64) -> Result<BlockId, Stop> {
+    fn translate(&mut self, key: Key, gpa: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
         if !self.engine.cache.has_room() {
             self.drop_all_blocks();
         }
         self.watch_code_page(gpa);
-        let first = (PAGE_SIZE - gpa % PAGE_SIZE) as usize;
-        let mut bytes = vec![0; first];
+        let offset = (gpa % PAGE_SIZE) as usize;
+        let first = PAGE_SIZE as usize - offset;
+        let mut bytes = vec![0; PAGE_SIZE as usize];
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
         let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
-        let mut translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+        let mut translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
-            let next = self.fetch_address(next_page(linear))?;
+            let (next, _) = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
-            bytes.resize(first + 15, 0);
+            bytes.resize(PAGE_SIZE as usize + 15, 0);
             let mut tail = [0; 15];
             self.read_code(next, &mut tail);
-            bytes[first..].copy_from_slice(&tail);
+            bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
             second_page = Some(next);
-            translated = block::translate(&bytes, key.rip, mode, self.block_place(mode));
+            translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         }
         let Some(translated) = translated else {
             return Err(Exception::invalid_opcode().into());
         };
-        let length = translated.guest_length.min(bytes.len());
+        let length = translated.guest_length.min(bytes.len() - offset);
         if length <= first {
             second_page = None;
         }
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
-        let id = self.engine.cache.insert(key, second_page, &bytes[..length], translated).ok_or_else(full)?;
-        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip));
+        let id = self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
+        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip), global);
         Ok(id)
     }
 
-    fn block_place(&mut self, mode: Mode) -> Place {
+    fn block_place(&mut self, key: Key, mode: Mode) -> Place {
         let cache = &mut self.engine.cache;
-        Place { origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
+        let inline_tsc = self.machine.time.tsc_offset().is_some();
+        Place {
+            inline_tsc,
+            groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&key),
+            origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
     }
 
+    /// Reads the page of `gpa`, or as much of it as `bytes` takes; from a device only the one instruction at `gpa`.
     fn read_code(&self, gpa: u64, bytes: &mut [u8]) {
         if self.ram(gpa).is_some() {
-            self.phys_read(gpa, bytes);
+            self.phys_read(gpa & !(PAGE_SIZE - 1), bytes);
         } else {
-            // One instruction at most is taken from a device.
-            for (i, byte) in bytes.iter_mut().take(15).enumerate() {
+            for (i, byte) in bytes.iter_mut().skip((gpa % PAGE_SIZE) as usize).take(15).enumerate() {
                 self.phys_read(gpa + i as u64, std::slice::from_mut(byte));
             }
         }
@@ -412,7 +538,10 @@ impl Vcpu {
                 use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
                 let memory = crate::codegen::block::access_operand(&insn).is_some();
                 let implicit = !memory && matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
-                let explicit = self.operand_segment(&insn) == SegmentRegister::Ss && !canonical(self.hot.signal_address);
+                let explicit = crate::codegen::block::access_operand(&insn).is_some_and(|operand| {
+                    let (segment, offset) = self.effective_address(&insn, operand);
+                    segment == SegmentRegister::Ss && !canonical(offset)
+                });
                 let stack = implicit || explicit;
                 Exception::with_code(if stack { Vector::StackFault } else { Vector::GeneralProtection }, 0)
             }
@@ -449,6 +578,11 @@ impl Vcpu {
         let site = self.locate_site()?;
         Some((site.insn, site.bytes, site.parked))
     }
+}
+
+/// What INVLPG of an address concerns: its page, or all of the largest page that there is.
+fn area(linear: u64, large: bool) -> u64 {
+    if large { linear >> 30 << 1 | 1 } else { linear >> 12 << 1 }
 }
 
 fn next_page(linear: u64) -> u64 {

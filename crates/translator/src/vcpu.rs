@@ -17,6 +17,21 @@ use crate::signals::Attached;
 use crate::tlb::Tlb;
 use crate::xstate;
 
+/// Writes every field of a [`Vcpu`] where it will stay: the whole is too large for a thread's stack. The compiler checks that none is
+/// missing.
+macro_rules! emplace {
+    ($place:expr, $tlb:ident, { $($field:ident : $value:expr),* $(,)? }) => {{
+        let _all = |vcpu: &Vcpu| {
+            let Vcpu { $tlb: _, $($field: _),* } = vcpu;
+        };
+        // SAFETY: the place is an allocation for one vCPU, and writing does not read or drop what was there.
+        unsafe {
+            Tlb::initialize(&raw mut (*$place).$tlb);
+            $((&raw mut (*$place).$field).write($value);)*
+        }
+    }};
+}
+
 impl Vcpu {
     /// Adds processor `id`, the machine's next, as power-on leaves it: the bootstrap processor (0) running, others waiting
     /// for their start-up IPI.
@@ -27,7 +42,10 @@ impl Vcpu {
         machine.add_vcpu(shared.clone());
         shared.poll.attach(memory.clone());
         let reset = CpuState::reset();
-        let mut vcpu = Box::new(Vcpu {
+        let mut place = Box::<Vcpu>::new_uninit();
+        let p = place.as_mut_ptr();
+        // `shared` and `machine` are used by other fields, which come first.
+        emplace!(p, tlb, {
             stack: [0; STACK_WORDS],
             gpr: reset.gpr,
             rip: reset.rip,
@@ -56,13 +74,14 @@ impl Vcpu {
             debug_shadow: false,
             pending_debug: 0,
             insn_rip: 0,
-            id,
-            tlb: Tlb::default(),
+            id: id,
             engine: EngineState::new(memory, perf_map),
-            shared,
-            machine,
+            shared: shared,
+            machine: machine,
             timer: Default::default(),
         });
+        // SAFETY: `emplace` has written every field, the TLB among them.
+        let mut vcpu = unsafe { place.assume_init() };
         vcpu.mmu_changed();
         Ok(vcpu)
     }

@@ -9,6 +9,7 @@ pub struct Reg(pub u8);
 
 pub const RAX: Reg = Reg(0);
 pub const RCX: Reg = Reg(1);
+pub const RDX: Reg = Reg(2);
 pub const RSP: Reg = Reg(4);
 pub const RBP: Reg = Reg(5);
 pub const RDI: Reg = Reg(7);
@@ -313,6 +314,11 @@ impl Asm {
         self.byte(value as u8);
     }
 
+    /// NOT: leaves the flags alone.
+    pub fn not(&mut self, reg: Reg) {
+        self.op_reg(true, 0xf7, 2, reg);
+    }
+
     pub fn shr32(&mut self, reg: Reg, count: u8) {
         self.op_reg(false, 0xc1, 5, reg);
         self.byte(count);
@@ -329,6 +335,34 @@ impl Asm {
         self.byte(0x80 | (!from.0 & 15) << 3 | 0x02);
         self.byte(0xf5);
         self.modrm(to.0, mask, 0);
+    }
+
+    pub fn alu(&mut self, op: Alu, to: Reg, from: Reg) {
+        self.op_reg(true, (op as u8) << 3 | 3, to.0, from);
+    }
+
+    /// `and dword [mem], imm32`
+    pub fn and_mem32_imm(&mut self, mem: Mem, value: i32) {
+        self.rex(false, 0, mem);
+        self.byte(0x81);
+        self.modrm(4, mem, 4);
+        self.imm32(value);
+    }
+
+    pub fn rdtsc(&mut self) {
+        self.bytes(&[0x0f, 0x31]);
+    }
+
+    /// `shl reg, 32`
+    pub fn shift_high(&mut self, reg: Reg) {
+        self.op_reg(true, 0xc1, 4, reg);
+        self.byte(32);
+    }
+
+    /// `shr reg, 32`
+    pub fn shift_low(&mut self, reg: Reg) {
+        self.op_reg(true, 0xc1, 5, reg);
+        self.byte(32);
     }
 
     pub fn movzx8(&mut self, to: Reg, from: Reg) {

@@ -1,12 +1,16 @@
 //! From a run of guest instructions to one block of host code.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
+    OpKind, Register,
+};
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
-use super::facts::{FpClass, facts};
+use super::facts::{FpClass, Memo, facts};
+use super::groups::{self, Access, Member, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::{FlagState, memory_operand, park_flags, unpark_flags};
-use super::reencode::{self, context};
+use super::reencode::{self, Operand, context};
 use crate::access::AccessKind;
 use crate::cache::{Link, Point, Site};
 use crate::cpu::Stop;
@@ -15,7 +19,12 @@ use crate::mode::Mode;
 use crate::semantics::{self, Exec};
 
 /// Guest instructions in one block at most.
-const MAX_INSTRUCTIONS: usize = 64;
+const MAX_INSTRUCTIONS: usize = 40;
+/// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
+/// there.
+const MAX_BRANCHES: usize = 3;
+/// Instructions looked at where a branch leads, to see which flags are needed there.
+const MAX_LOOKAHEAD: usize = 6;
 /// Host bytes in one block at most; reached only by absurd code.
 const MAX_HOST_BYTES: usize = 24 << 10;
 
@@ -35,10 +44,18 @@ pub struct Translated {
     pub sites: Vec<Site>,
     pub links: Vec<Link>,
     pub sensitive: Vec<SensitiveInsn>,
+    /// Where to enter with the flags parked, in code memory.
+    pub parked_entry: u32,
+    /// See [`crate::cache::Block`].
+    pub lookahead: std::ops::Range<usize>,
 }
 
 /// Where things are that emitted code reaches by fixed addresses, and what came before.
 pub struct Place {
+    /// RDTSC is the host's plus an offset.
+    pub inline_tsc: bool,
+    /// Accesses may share checks: see [`groups`].
+    pub groups: bool,
     /// Where the block will stand in code memory.
     pub origin: usize,
     /// The index that the block's first sensitive instruction gets.
@@ -51,6 +68,10 @@ pub struct Place {
 pub enum SlowStub {
     /// `entry`: call `slow` with `kind`; then go on at `back`.
     Access { entry: Label, back: Label, kind: AccessKind },
+    /// The same for a group: the span begins at `base + low`, and its addend is kept.
+    Group { entry: Label, back: Label, kind: AccessKind, member: Member, low: i32 },
+    /// A branch's target that is not linked directly.
+    Goto { entry: Label, target: u64, item: usize },
 }
 
 struct PendingStub {
@@ -66,6 +87,7 @@ struct PendingLink {
     target: u64,
     /// A rel32 in the body that a link patches to go straight to the target.
     patch: usize,
+    parked: bool,
 }
 
 struct Item {
@@ -75,6 +97,8 @@ struct Item {
     kind: Kind,
     /// Flags needed before the instruction.
     live_in: Flags,
+    /// The part of its access in a group.
+    member: Option<Member>,
 }
 
 #[derive(Clone, Copy)]
@@ -84,6 +108,8 @@ enum Kind {
     Branch,
     /// PUSH, POP, LEAVE, emitted inline.
     Stack,
+    /// A privileged instruction, emitted inline.
+    System,
     Skip,
     Native,
 }
@@ -92,7 +118,9 @@ pub struct Builder<'a> {
     pub asm: Asm,
     pub mode: Mode,
     pub place: Place,
+    code: GuestCode<'a>,
     bytes: &'a [u8],
+    lookahead: Lookahead,
     /// Guest address of the block.
     pub start: u64,
     items: Vec<Item>,
@@ -105,17 +133,36 @@ pub struct Builder<'a> {
     sensitive: Vec<SensitiveInsn>,
 }
 
-/// Translates the code at `start`, whose bytes up to the end of its page (or of the next one) are `bytes`. The first
-/// instruction must be complete in them; `None` if it isn't.
-pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<Translated> {
-    let items = decode(bytes, start, mode)?;
+/// The bytes of a page, and perhaps some of the next.
+#[derive(Clone, Copy)]
+pub struct GuestCode<'a> {
+    pub page: &'a [u8],
+    /// Where the block begins.
+    pub offset: usize,
+}
+
+impl<'a> GuestCode<'a> {
+    fn from_start(self) -> &'a [u8] {
+        &self.page[self.offset..]
+    }
+}
+
+/// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
+pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Option<Translated> {
+    let bytes = code.from_start();
+    let (mut items, lookahead) = decode(code, start, mode, place.inline_tsc)?;
+    if place.groups && mode.long() && !mode.checks_alignment() {
+        plan_groups(&mut items, mode);
+    }
     let mut b = Builder {
         asm: Asm::new(place.origin),
         mode,
         place,
+        code,
         bytes,
         start,
         items,
+        lookahead,
         current: 0,
         flags: FlagState::Host,
         points: Vec::new(),
@@ -150,17 +197,23 @@ pub fn translate(bytes: &[u8], start: u64, mode: Mode, place: Place) -> Option<T
         }
     }
     if !ended {
-        b.need_flags();
         let next = b.wrap_ip(start.wrapping_add(guest_length as u64));
-        b.goto(next);
+        if b.crosses_page(guest_length) {
+            b.goto_unlinked(next);
+        } else {
+            b.goto(next);
+        }
     }
     Some(b.finish(guest_length))
 }
 
 /// Decodes up to the end of the block and finds where flags are live.
-fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
+fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Option<(Vec<Item>, Lookahead)> {
+    let bytes = code.from_start();
+    let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut items: Vec<Item> = Vec::new();
+    let mut branches = 0;
     let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
     let page = 4096 - (start & 0xfff) as usize;
     while items.len() < limit {
@@ -181,24 +234,128 @@ fn decode(bytes: &[u8], start: u64, mode: Mode) -> Option<Vec<Item>> {
             // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
             break;
         }
-        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode) };
+        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode, inline_tsc) };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
+            // Where a conditional branch leads every flag may be needed.
+            Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
             _ => Effect::of(&insn),
         };
-        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL });
-        let ends = matches!(kind, Kind::Branch | Kind::Sensitive(_, true));
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None });
+        let ends = match kind {
+            Kind::Branch => {
+                branches += 1;
+                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES
+            }
+            Kind::Sensitive(_, ends) => ends,
+            _ => false,
+        };
         if ends || offset + insn.len() > page {
             break;
         }
     }
-    let mut live = Flags::ALL;
+    let mut live = live_out(&items, code, start, mode, &mut lookahead);
     for item in items.iter_mut().rev() {
         live = item.effect.before(live);
         item.live_in = live;
     }
-    Some(items)
+    Some((items, lookahead))
+}
+
+/// The range of a page's bytes that were looked at beyond the block's own.
+#[derive(Clone, Debug, Default)]
+struct Lookahead(std::ops::Range<usize>);
+
+impl Lookahead {
+    fn add(&mut self, start: usize, end: usize) {
+        self.0 = if self.0.is_empty() { start..end } else { self.0.start.min(start)..self.0.end.max(end) };
+    }
+}
+
+/// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.
+fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let Some(last) = items.last() else { return Flags::ALL };
+    let next = last.insn.next_ip();
+    match last.kind {
+        Kind::Branch if last.insn.is_jmp_short_or_near() || last.insn.is_call_near() => {
+            live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
+        }
+        Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
+        Kind::Branch | Kind::Sensitive(_, true) => Flags::ALL,
+        _ => live_at(next, code, start, mode, lookahead),
+    }
+}
+
+/// The flags that the code at `target` may need, if it is in the block's page.
+fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let page = start & !0xfff;
+    let (offset, end) = ((target & 0xfff) as usize, code.page.len().min(4096));
+    if target & !0xfff != page || offset >= end || !mode.long() || mode.is_single() {
+        return Flags::ALL;
+    }
+    let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
+    let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
+    let mut count = 0;
+    while count < MAX_LOOKAHEAD && decoder.can_decode() {
+        let insn = decoder.decode();
+        if !matches!(classify(&insn, mode, false), Kind::Native | Kind::Skip | Kind::Stack) {
+            break;
+        }
+        chain[count] = Effect::of(&insn);
+        count += 1;
+        if chain[count - 1].kills == Flags::ALL {
+            break;
+        }
+    }
+    lookahead.add(offset, offset + decoder.position());
+    chain[..count].iter().rev().fold(Flags::ALL, |live, effect| effect.before(live))
+}
+
+/// Finds accesses that share checks.
+fn plan_groups(items: &mut [Item], mode: Mode) {
+    let steps: Vec<(Instruction, Step)> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
+    for (item, member) in items.iter_mut().zip(groups::plan(&steps)) {
+        item.member = member;
+    }
+}
+
+fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
+    let word = mode.bits() as i64 / 8;
+    let push = Access { base: 4, displacement: -word, size: word, write: true };
+    let pop = Access { base: 4, displacement: 0, size: word, write: false };
+    match kind {
+        Kind::Skip | Kind::System => Step::Plain(None),
+        Kind::Sensitive(..) => Step::Barrier,
+        Kind::Native => Step::Plain(based_access(insn)),
+        Kind::Stack => match insn.mnemonic() {
+            Mnemonic::Pop => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Push if memory_operand(insn).is_none() => Step::Stack { access: Some(push), moves: -word },
+            Mnemonic::Push => Step::Stack { access: None, moves: -word },
+            _ => Step::Barrier,
+        },
+        Kind::Branch => match insn.mnemonic() {
+            Mnemonic::Ret => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Call => Step::Stack { access: Some(push), moves: -word },
+            _ => Step::Plain(None),
+        },
+    }
+}
+
+/// The access of an innocuous instruction, if its address is a base register and a displacement.
+fn based_access(insn: &Instruction) -> Option<Access> {
+    let operand = access_operand(insn)?;
+    let base = insn.memory_base();
+    let plain = groups::groupable(base)
+        && insn.memory_index() == Register::None
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+    let masked = insn.op_mask() != Register::None || matches!(insn.mnemonic(), Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq);
+    (plain && !masked).then(|| Access {
+        base: base.number() as u8,
+        displacement: insn.memory_displacement64() as i64,
+        size: operand_size(insn) as i64,
+        write: writes(insn, operand),
+    })
 }
 
 /// Whether bytes that the decoder refused are refused because 15 of them don't make an instruction yet. (If the fifteenth is the
@@ -223,7 +380,7 @@ fn raise_device_not_available(_: &mut crate::Vcpu, _: &Instruction) -> Result<()
     Err(arch::Exception::device_not_available().into())
 }
 
-fn classify(insn: &Instruction, mode: Mode) -> Kind {
+fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if insn.is_invalid() {
         return Kind::Sensitive(raise_invalid_opcode, true);
     }
@@ -231,7 +388,10 @@ fn classify(insn: &Instruction, mode: Mode) -> Kind {
     if let Some(exec) = fp_blocked(insn, fp, mode) {
         return Kind::Sensitive(exec, true);
     }
-    if let Some(s) = semantics::lookup(insn) {
+    if super::system::emits(insn, mode, inline_tsc) {
+        return Kind::System;
+    }
+    if let Some(s) = sensitive(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);
     }
     let inline = mode.flat() && !mode.checks_alignment();
@@ -258,6 +418,22 @@ fn classify(insn: &Instruction, mode: Mode) -> Kind {
         return Kind::Skip;
     }
     if native(insn) { Kind::Native } else { Kind::Sensitive(raise_invalid_opcode, true) }
+}
+
+/// [`semantics::lookup`], which for most forms has nothing: that is remembered, apart for forms with and without a
+/// memory operand.
+fn sensitive(insn: &Instruction) -> Option<semantics::Sensitive> {
+    static INNOCUOUS: [Memo; 2] = [Memo::new(), Memo::new()];
+    if insn.op_mask() != Register::None {
+        return semantics::lookup(insn);
+    }
+    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some())];
+    let mut found = None;
+    let innocuous = memo.get(insn.code(), || {
+        found = semantics::lookup(insn);
+        found.is_none()
+    });
+    if innocuous { None } else { found.or_else(|| semantics::lookup(insn)) }
 }
 
 /// The exception that CR0, CR4 and XCR0 call for, if any (Intel SDM 3A 2.5, 13.1).
@@ -545,18 +721,19 @@ fn operand_size(insn: &Instruction) -> usize {
 
 /// Whether the memory operand is written.
 fn writes(insn: &Instruction, operand: u32) -> bool {
-    use iced_x86::{InstructionInfoFactory, InstructionInfoOptions, OpAccess};
-    let mut factory = InstructionInfoFactory::new();
-    let info =
-        factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE);
-    matches!(
-        info.op_access(operand),
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
+    static WRITES: Memo = Memo::new();
+    WRITES.get(insn.code(), || {
+        let mut factory = InstructionInfoFactory::new();
+        let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        matches!(
+            factory.info_options(insn, options).op_access(operand),
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        )
+    })
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand.
-pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction) -> Option<()> {
+pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<()> {
     use Mnemonic::*;
     let bits = insn.code_size_bits();
     match insn.code() {
@@ -570,7 +747,7 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction) -> Option
         Code::Mov_moffs32_EAX => asm.bytes(&[0x41, 0x89, 0x06]),
         Code::Mov_moffs64_RAX => asm.bytes(&[0x49, 0x89, 0x06]),
         _ if insn.mnemonic() == Xlatb => asm.bytes(&[0x41, 0x8a, 0x06]),
-        _ => return reencode::emit(asm, bytes, insn, bits),
+        _ => return reencode::emit(asm, bytes, insn, bits, operand),
     }
     Some(())
 }
@@ -668,12 +845,13 @@ impl Builder<'_> {
                 self.sensitive(insn, exec, ends_block);
                 ends_block
             }
-            Kind::Branch => {
-                self.branch(insn);
-                true
-            }
+            Kind::Branch => self.branch(insn),
             Kind::Stack => {
                 self.stack_instruction(insn);
+                false
+            }
+            Kind::System => {
+                self.system_instruction(insn);
                 false
             }
             Kind::Native => {
@@ -703,9 +881,15 @@ impl Builder<'_> {
         if insn.mnemonic() == Mnemonic::Lea {
             return self.lea(insn);
         }
+        let mut form = Operand::Host;
         if let Some(operand) = access_operand(insn) {
-            let kind = AccessKind::new(operand_size(insn), writes(insn, operand), self.mode.context());
-            self.operand(insn, kind);
+            let write = writes(insn, operand);
+            if let Some(member) = self.member() {
+                self.group_addend(member, write);
+                form = Operand::Based(member.base, insn.memory_displacement64() as i32);
+            } else {
+                self.operand(insn, AccessKind::new(operand_size(insn), write, self.mode.context()));
+            }
         }
         if effect.touches {
             if live_in.is_empty() {
@@ -717,7 +901,7 @@ impl Builder<'_> {
         self.note_flags();
         let before = self.asm.position();
         let bytes = &self.bytes[offset..offset + insn.len()];
-        if emit_operation(&mut self.asm, bytes, insn).is_none() {
+        if emit_operation(&mut self.asm, bytes, insn, form).is_none() {
             self.asm.code.truncate(before);
             tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
             self.need_flags();
@@ -782,26 +966,62 @@ impl Builder<'_> {
     /// A label whose code, at the block's end, leaves for `target` until it is linked. `patch` is the rel32 field that
     /// refers to it.
     pub fn link(&mut self, label: Label, target: u64, patch: usize) {
-        self.links.push(PendingLink { label, target, patch });
+        let parked = self.flags == FlagState::Parked;
+        self.links.push(PendingLink { label, target, patch, parked });
+    }
+
+    /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
+    fn crosses_page(&self, offset: usize) -> bool {
+        let page = 4096 - (self.start & 0xfff) as usize;
+        let rest = self.bytes.get(offset..page).unwrap_or_default();
+        rest.len() < 15 && {
+            let mut decoder = Decoder::new(self.mode.bits(), rest, DecoderOptions::NONE);
+            !rest.is_empty() && decoder.decode().is_invalid()
+        }
+    }
+
+    pub fn member(&self) -> Option<Member> {
+        self.items[self.current].member
+    }
+
+    /// A conditional branch's target that needs code of its own: emitted behind the body.
+    pub fn goto_stub(&mut self, entry: Label, target: u64) {
+        self.slow_stub(SlowStub::Goto { entry, target, item: self.current });
     }
 
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
-    pub fn flags_dead_at(&self, target: u64) -> bool {
+    pub fn flags_dead_at(&mut self, target: u64) -> bool {
         let offset = target.wrapping_sub(self.start);
         if let Some(item) = self.items.iter().find(|i| i.offset as u64 == offset) {
             return item.live_in.is_empty();
         }
-        false
+        live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
     }
 
     fn finish(mut self, guest_length: usize) -> Translated {
         for pending in std::mem::take(&mut self.stubs) {
-            let SlowStub::Access { entry, back, kind } = pending.stub;
+            let (entry, back, kind) = match pending.stub {
+                SlowStub::Access { entry, back, kind } => (entry, back, kind),
+                SlowStub::Group { entry, back, kind, .. } => (entry, back, kind),
+                SlowStub::Goto { entry, target, item } => {
+                    self.asm.bind(entry);
+                    self.current = item;
+                    self.flags = FlagState::Host;
+                    self.goto(target);
+                    continue;
+                }
+            };
             self.asm.bind(entry);
+            if let SlowStub::Group { member, low, .. } = pending.stub {
+                self.asm.lea(S0, Mem::Base(member.base, low));
+            }
             self.asm.mov_imm(super::asm::S1, kind.bits() as u64);
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.slow)));
             let return_offset = self.position();
             self.sites.push(Site { return_offset, point: pending.point, parked: pending.parked, end: pending.end });
+            if let SlowStub::Group { member, .. } = pending.stub {
+                self.keep_addend(member);
+            }
             self.asm.jmp(back);
         }
         let mut links = Vec::with_capacity(self.links.len());
@@ -811,10 +1031,18 @@ impl Builder<'_> {
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
             let return_offset = self.position();
             let patch_offset = (self.place.origin + pending.patch) as u32;
-            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, to: None });
+            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, parked: pending.parked, to: None });
+        }
+        let mut parked_entry = self.place.origin;
+        if self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
+            parked_entry = self.position() as usize;
+            unpark_flags(&mut self.asm);
+            self.asm.jmp_code(self.place.origin);
         }
         self.asm.finish();
         Translated {
+            parked_entry: parked_entry as u32,
+            lookahead: self.lookahead.0,
             code: self.asm.code,
             guest_length,
             points: self.points,

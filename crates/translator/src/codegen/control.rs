@@ -2,12 +2,12 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
+use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
-use super::operand::memory_operand;
+use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
 use crate::access::AccessKind;
-use crate::cache::{self, JUMP_BASE_OFFSET, POLL_OFFSET};
+use crate::cache::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
 use crate::entry::context_offset;
 use crate::mode::Mode;
 
@@ -47,21 +47,19 @@ fn counter_bits(insn: &Instruction) -> u32 {
 }
 
 impl Builder<'_> {
-    pub fn branch(&mut self, insn: &Instruction) {
+    /// Emits a branch; false if the block goes on behind it.
+    pub fn branch(&mut self, insn: &Instruction) -> bool {
         use Mnemonic::*;
         match insn.mnemonic() {
             Jmp if insn.is_jmp_short_or_near() => {
-                self.need_flags();
                 self.goto(insn.near_branch_target());
             }
             Call if insn.is_call_near() => {
                 self.push_return_address(insn);
-                self.need_flags();
                 self.goto(insn.near_branch_target());
             }
             Jmp => {
                 self.load_target(insn);
-                self.need_flags();
                 self.lookup();
             }
             Call => {
@@ -69,16 +67,14 @@ impl Builder<'_> {
                 self.asm.store(Mem::Base(RSP, context_offset!(hot.lent)), S0);
                 self.push_return_address(insn);
                 self.asm.load(S0, Mem::Base(RSP, context_offset!(hot.lent)));
-                self.need_flags();
                 self.lookup();
             }
             Ret => {
                 let width = self.word();
-                self.stack_slot(0, AccessKind::new(width, false, self.mode.context()));
-                self.load_word(S0, Mem::Base(S0, 0));
+                let slot = self.stack_slot(0, false);
+                self.load_word(S0, slot);
                 let release = if insn.op_count() == 1 { insn.immediate16() as i32 } else { 0 };
                 self.move_stack(width as i32 + release);
-                self.need_flags();
                 self.lookup();
             }
             Loop | Loope | Loopne | Jecxz | Jrcxz => {
@@ -90,33 +86,27 @@ impl Builder<'_> {
                 let taken = self.asm.label();
                 let target = insn.near_branch_target();
                 self.conditional(insn.condition_code() as u8, taken, target);
-                let next = self.wrap_ip(insn.next_ip());
-                self.goto(next);
-                self.branch_stub(taken, target);
+                return false;
             }
         }
+        true
     }
 
-    /// A Jcc to `taken`, which [`Builder::branch_stub`] emits; where the target can be linked without a poll, the Jcc itself is patched.
+    /// A Jcc to `taken`, which stands behind the body; where the target can be linked without a poll, the Jcc itself is
+    /// patched.
     fn conditional(&mut self, condition: u8, taken: Label, target: u64) {
         // iced numbers conditions from 1 in encoding order, with `None` as 0.
         self.asm.jcc(condition - 1, taken);
         if self.linkable(target) && !self.polls(target) {
             let patch = self.asm.position() - 4;
             self.link(taken, target, patch);
-        }
-    }
-
-    /// The out-of-line part of a conditional branch, if its target isn't linked directly.
-    fn branch_stub(&mut self, taken: Label, target: u64) {
-        if !self.linkable(target) || self.polls(target) {
-            self.asm.bind(taken);
-            self.goto(target);
+        } else {
+            self.goto_stub(taken, target);
         }
     }
 
     fn linkable(&self, target: u64) -> bool {
-        !self.mode.is_single() && target >> 12 == self.start >> 12
+        !self.mode.is_single() && !self.mode.is_careful() && target >> 12 == self.start >> 12
     }
 
     /// A backward branch may close a loop: it looks at the poll word.
@@ -127,14 +117,10 @@ impl Builder<'_> {
     /// Goes to a constant address.
     pub fn goto(&mut self, target: u64) {
         if self.mode.is_single() {
-            self.asm.mov_imm(S0, target);
-            self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
-            return;
+            return self.leave_for(target);
         }
         if !self.linkable(target) {
-            self.asm.mov_imm(S0, target);
-            self.lookup_known(Some(target));
-            return;
+            return self.goto_unlinked(target);
         }
         if self.polls(target) {
             self.poll(target);
@@ -145,17 +131,33 @@ impl Builder<'_> {
         self.link(label, target, patch);
     }
 
+    /// Goes to a constant address by the jump table.
+    pub fn goto_unlinked(&mut self, target: u64) {
+        self.asm.mov_imm(S0, target);
+        self.lookup_known(Some(target));
+    }
+
+    /// Leaves for the dispatcher, which goes on at `target`.
+    fn leave_for(&mut self, target: u64) {
+        self.need_flags();
+        self.asm.mov_imm(S0, target);
+        self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
+    }
+
     fn poll(&mut self, target: u64) {
         let word = Mem::Code(POLL_OFFSET);
-        let event = Mem::Base(RSP, context_offset!(hot.exit_event));
-        if self.flags_dead_at(target) {
+        let parked = self.flags == FlagState::Parked;
+        if parked || self.flags_dead_at(target) {
             let go_on = self.asm.label();
             self.asm.cmp_mem32_imm8(word, 0);
             self.asm.jcc(cc::NE ^ 1, go_on);
-            self.asm.mov_imm(S0, target);
-            self.asm.jmp_mem(event);
+            self.leave_for(target);
+            if parked {
+                self.flags = FlagState::Parked;
+            }
             self.asm.bind(go_on);
         } else {
+            let event = Mem::Base(RSP, context_offset!(hot.exit_event));
             self.asm.store(context(1), RCX);
             self.asm.load32(RCX, word);
             self.asm.unless_rcx_zero(|asm| {
@@ -182,14 +184,16 @@ impl Builder<'_> {
             }
         };
         let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
+            self.need_flags();
             note(&mut self.asm);
             let exit =
                 if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };
+        let parked = self.flags == FlagState::Parked;
         let asm = &mut self.asm;
-        let (tags, codes) = cache::jump_slot_offsets(slot);
+        let JumpSlot { tags, codes, parked: parked_codes } = cache::jump_slot_offsets(slot);
         let at = |offset: i32| match target {
             Some(t) => Mem::Base(S2, offset + cache::jump_index(t) as i32 * 8),
             None => Mem::Index(S2, S1, 8, offset),
@@ -202,6 +206,20 @@ impl Builder<'_> {
             }
         }
         asm.load(S2, Mem::Code(JUMP_BASE_OFFSET));
+        if parked {
+            // EFLAGS is free: the tag is simply compared.
+            let hit = asm.label();
+            asm.not(S0);
+            asm.alu_mem(Alu::Cmp, S0, at(tags));
+            asm.jcc(cc::NE ^ 1, hit);
+            asm.not(S0);
+            unpark_flags(asm);
+            note(asm);
+            asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
+            asm.bind(hit);
+            asm.jmp_mem(at(parked_codes));
+            return;
+        }
         asm.store(context(1), RCX);
         asm.load(RCX, at(tags));
         // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
@@ -230,10 +248,10 @@ impl Builder<'_> {
 
     fn push_return_address(&mut self, insn: &Instruction) {
         let width = self.word() as i32;
-        self.stack_slot(-width, AccessKind::new(width as usize, true, self.mode.context()));
+        let slot = self.stack_slot(-width, true);
         let next = self.wrap_ip(insn.next_ip());
         self.asm.mov_imm(S1, next);
-        self.store_word(Mem::Base(S0, 0), S1);
+        self.store_word(slot, S1);
         self.move_stack(-width);
     }
 

@@ -1,6 +1,7 @@
 //! What the encoder must know of each instruction form, tabulated once from iced's opcode table.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use iced_x86::{Code, EncodingKind, OpCodeOperandKind as K};
 
@@ -97,6 +98,29 @@ fn facts_of(code: Code) -> Facts {
         _ => FpClass::None,
     };
     f
+}
+
+/// Answers that depend on an instruction's form alone, found out once for each.
+pub struct Memo(OnceLock<Box<[AtomicU8]>>);
+
+impl Memo {
+    pub const fn new() -> Self {
+        Memo(OnceLock::new())
+    }
+
+    /// The answer for `code`, from `find` the first time.
+    pub fn get(&self, code: Code, find: impl FnOnce() -> bool) -> bool {
+        let table = self.0.get_or_init(|| Code::values().map(|_| AtomicU8::new(0)).collect());
+        let place = &table[code as usize];
+        match place.load(Ordering::Relaxed) {
+            0 => {
+                let answer = find();
+                place.store(1 + u8::from(answer), Ordering::Relaxed);
+                answer
+            }
+            known => known == 2,
+        }
+    }
 }
 
 /// The facts of a form.

@@ -5,8 +5,9 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::asm::{Alu, Asm, GUEST_RSP, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
+use super::asm::{Alu, Asm, GUEST_RSP, Label, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
 use super::block::{Builder, SlowStub};
+use super::groups::{Keep, Member};
 use super::reencode::{Home, context, home};
 use crate::access::AccessKind;
 use crate::cpu::Vcpu;
@@ -128,20 +129,79 @@ impl Builder<'_> {
         let slow = self.asm.label();
         let done = self.asm.label();
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
-        let tag =
-            if kind.write() { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
+        self.tlb_index(kind.write(), kind.size() as i32, kind.context(), slow);
+        let asm = &mut self.asm;
+        asm.alu_mem(Alu::Add, S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
+        asm.bind(done);
+        self.slow_stub(SlowStub::Access { entry: slow, back: done, kind });
+    }
+
+    /// Emits the comparison of the address in S0 with its TLB entry, and the jump to `slow` if they differ or the access
+    /// leaves the page. Afterwards the entry is at `[rsp + S1 + table]`. Clobbers S2.
+    fn tlb_index(&mut self, write: bool, size: i32, context: crate::cpu::Context, slow: Label) {
+        let tag = if write { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
+        let tag = Mem::Index(RSP, S1, 1, tlb_offset(context, tag));
         let asm = &mut self.asm;
         // An entry is 32 bytes: the page number times 32 is the address shifted right by 7, less its low bits.
         asm.mov32(S1, S0);
         asm.shr32(S1, 7);
         asm.alu_imm32(Alu::And, S1, ((tlb::ENTRIES - 1) << 5) as i32);
         asm.mov(S2, S0);
-        asm.alu_mem(Alu::Xor, S2, entry(tag));
-        asm.alu_imm(Alu::Cmp, S2, 4096 - kind.size() as i32);
+        asm.alu_mem(Alu::Xor, S2, tag);
+        asm.alu_imm(Alu::Cmp, S2, 4096 - size);
         asm.jcc(cc::A, slow);
-        asm.alu_mem(Alu::Add, S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
-        asm.bind(done);
-        self.slow_stub(SlowStub::Access { entry: slow, back: done, kind });
+    }
+
+    /// Emits what makes the addend of a group's page known, in S0.
+    pub fn group_addend(&mut self, member: Member, write: bool) {
+        let Some(check) = member.check else {
+            let kept = self.kept(member);
+            return self.asm.load(S0, kept);
+        };
+        self.free_flags();
+        let (slow, done) = (self.asm.label(), self.asm.label());
+        let mut kind = AccessKind::new(check.span as usize, check.write, self.mode.context()).group();
+        if write {
+            kind = kind.writes_first();
+        }
+        let kept = self.kept(member);
+        let context = kind.context();
+        self.asm.lea(S0, Mem::Base(member.base, check.low));
+        if member.keep == Keep::StackPage {
+            kind = kind.stack();
+            let page = (std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(context) - std::mem::offset_of!(Vcpu, gpr)) as i32;
+            self.asm.alu_mem(Alu::Xor, S0, Mem::Base(RSP, page));
+            self.asm.alu_imm(Alu::Cmp, S0, 4096 - check.span);
+            self.asm.jcc(cc::A, slow);
+            self.asm.load(S0, kept);
+        } else {
+            let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(context, field));
+            self.tlb_index(check.write, check.span, context, slow);
+            self.asm.load(S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
+            self.keep_addend(member);
+        }
+        self.asm.bind(done);
+        self.slow_stub(SlowStub::Group { entry: slow, back: done, kind, member, low: check.low });
+    }
+
+    /// Where a group's addend is.
+    fn kept(&self, member: Member) -> Mem {
+        match member.keep {
+            Keep::Slot(i) => Mem::Base(RSP, context_offset!(hot.group_addends) + i as i32 * 8),
+            Keep::StackPage => {
+                let stack = std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(self.mode.context());
+                let addend = stack + std::mem::offset_of!(tlb::StackPage, addend) - std::mem::offset_of!(Vcpu, gpr);
+                Mem::Base(RSP, addend as i32)
+            }
+        }
+    }
+
+    /// Keeps the addend in S0 for the rest of the group; the stack page's is kept already.
+    pub fn keep_addend(&mut self, member: Member) {
+        if let Keep::Slot(_) = member.keep {
+            let kept = self.kept(member);
+            self.asm.store(kept, S0);
+        }
     }
 
     /// Emits address and check of `insn`'s memory operand: the host address in S0. In modes without flat segments Rust
@@ -175,16 +235,22 @@ impl Builder<'_> {
                 }
     }
 
-    /// The host address of `[guest rsp + displacement]`, in S0.
-    pub fn stack_slot(&mut self, displacement: i32, kind: AccessKind) {
+    /// Makes the stack word at `[guest rsp + displacement]` accessible: where it is, by way of S0.
+    pub fn stack_slot(&mut self, displacement: i32, write: bool) -> Mem {
+        if let Some(member) = self.member() {
+            self.group_addend(member, write);
+            self.note_flags();
+            return Mem::Index(S0, GUEST_RSP, 1, displacement);
+        }
         self.free_flags();
         if self.mode.long() {
             self.asm.lea(S0, Mem::Base(GUEST_RSP, displacement));
         } else {
             self.asm.lea32(S0, Mem::Base(GUEST_RSP, displacement));
         }
-        self.check(kind);
+        self.check(AccessKind::new(self.word(), write, self.mode.context()));
         self.note_flags();
+        Mem::Base(S0, 0)
     }
 
     /// Copies a guest register (by number) to a host register.

@@ -211,11 +211,20 @@ fn displacement_length(modrm: u8, sib: Option<u8>, bits16: bool) -> usize {
         }
 }
 
-/// Emits the instruction on `[S0]` (if it has a memory operand) with its registers renamed: loads displaced registers
+/// What the guest's memory operand becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// `[S0]`: its host address.
+    Host,
+    /// `[S0 + base + displacement]`: S0 holds the addend of its page.
+    Based(Reg, i32),
+}
+
+/// Emits the instruction on `operand` (if it has a memory operand) with its registers renamed: loads displaced registers
 /// into scratch ones first, stores them back afterwards. S1 and S2, and S0 if there is no memory operand, are free.
 ///
 /// `None`: the form is not one that can be re-encoded.
-pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Option<()> {
+pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand: Operand) -> Option<()> {
     let p = Parts::new(bytes, insn, bits)?;
     let f = facts(insn.code());
     let memory = p.has_memory();
@@ -250,11 +259,16 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
     // name as a byte register (a wide operand of MOVZX and the like may only be the register that was renamed).
     let lends = any_high && (memory || [new_reg, new_rm].iter().flatten().any(|&r| r >= 8));
     let mut address = S0;
+    let mut operand = operand;
     names.load(asm);
     if lends {
         asm.store(Mem::Base(RSP, context_offset!(hot.lent)), RDI);
         if memory {
-            asm.mov(RDI, S0);
+            match operand {
+                Operand::Host => asm.mov(RDI, S0),
+                Operand::Based(base, displacement) => asm.lea(RDI, Mem::Index(S0, base, 1, displacement)),
+            }
+            operand = Operand::Host;
             address = RDI;
         } else {
             asm.mov(RDI, Reg(new_reg?));
@@ -277,6 +291,11 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
     let field = |new: Option<u8>, old: u8| new.unwrap_or(old);
     let r = field(new_reg, p.reg());
     let b = if memory { address.0 } else { field(new_rm, p.rm()) };
+    // The extension of an index register.
+    let index_high = match operand {
+        Operand::Based(base, _) if memory => base.0 >> 3,
+        _ => 0,
+    };
     match p.encoding {
         Encoding::Legacy => {
             let mut ext = p.rex & 0x08;
@@ -286,7 +305,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
             if let Some(n) = new_opcode {
                 ext |= n >> 3;
             } else if p.modrm.is_some() {
-                ext |= (r >> 3) << 2 | b >> 3;
+                ext |= (r >> 3) << 2 | index_high << 1 | b >> 3;
             } else {
                 ext |= p.rex & 7;
             }
@@ -310,14 +329,14 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
             }
         }
         Encoding::Vex([p1, p2]) => {
-            let x = if memory { 0x40 } else { p1 & 0x40 };
+            let x = if memory { (index_high ^ 1) << 6 } else { p1 & 0x40 };
             let p1 = (!r & 8) << 4 | x | (!b & 8) << 2 | p1 & 0x1f;
             let p2 = new_vvvv.map_or(p2, |v| p2 & 0x87 | (!v & 15) << 3);
             asm.bytes(&[0xc4, p1, p2]);
             asm.bytes(p.opcode);
         }
         Encoding::Evex([p0, p1, p2]) => {
-            let x = if memory { 0x40 } else { p0 & 0x40 };
+            let x = if memory { (index_high ^ 1) << 6 } else { p0 & 0x40 };
             let p0 = (!r & 8) << 4 | x | (!b & 8) << 2 | p0 & 0x1f;
             let p1 = new_vvvv.map_or(p1, |v| p1 & 0x87 | (!v & 15) << 3);
             asm.bytes(&[0x62, p0, p1, p2]);
@@ -326,9 +345,14 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32) -> Optio
     }
     let _ = opcode_register;
     if let Some(modrm) = p.modrm {
-        let mode = if memory { 0 } else { 0xc0 };
-        let reg_bits = if f.reg_gpr { r & 7 } else { modrm >> 3 & 7 };
-        asm.byte(mode | reg_bits << 3 | b & 7);
+        let reg_bits = if f.reg_gpr { r & 7 } else { modrm >> 3 & 7 } << 3;
+        match operand {
+            Operand::Based(base, displacement) if memory => {
+                asm.bytes(&[0x84 | reg_bits, (base.0 & 7) << 3 | b & 7]);
+                asm.bytes(&displacement.to_le_bytes());
+            }
+            _ => asm.byte(if memory { 0 } else { 0xc0 } | reg_bits | b & 7),
+        }
     }
     asm.bytes(p.tail);
 

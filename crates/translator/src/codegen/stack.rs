@@ -53,7 +53,6 @@ impl Builder<'_> {
     pub fn stack_instruction(&mut self, insn: &Instruction) {
         let word = self.word();
         let read = AccessKind::new(word, false, self.mode.context());
-        let write = AccessKind::new(word, true, self.mode.context());
         match insn.mnemonic() {
             Mnemonic::Leave => {
                 self.free_flags();
@@ -74,8 +73,8 @@ impl Builder<'_> {
             }
             Mnemonic::Pop => {
                 let n = insn.op0_register().full_register().number() as u8;
-                self.stack_slot(0, read);
-                self.load_word(S1, Mem::Base(S0, 0));
+                let slot = self.stack_slot(0, false);
+                self.load_word(S1, slot);
                 self.move_stack(word as i32);
                 self.write_register(n, S1);
             }
@@ -84,27 +83,27 @@ impl Builder<'_> {
                 self.load_word(S0, Mem::Base(S0, 0));
                 let lent = Mem::Base(RSP, context_offset!(hot.lent));
                 self.asm.store(lent, S0);
-                self.stack_slot(-(word as i32), write);
+                let slot = self.stack_slot(-(word as i32), true);
                 self.asm.load(S1, lent);
-                self.store_word(Mem::Base(S0, 0), S1);
+                self.store_word(slot, S1);
                 self.move_stack(-(word as i32));
             }
             _ => {
-                self.stack_slot(-(word as i32), write);
+                let slot = self.stack_slot(-(word as i32), true);
                 if insn.op0_kind() == OpKind::Register {
                     let n = insn.op0_register().full_register().number() as u8;
                     match home(n) {
-                        Home::Host(reg) => self.store_word(Mem::Base(S0, 0), reg),
+                        Home::Host(reg) => self.store_word(slot, reg),
                         Home::Memory => {
                             self.read_register(S1, n);
-                            self.store_word(Mem::Base(S0, 0), S1);
+                            self.store_word(slot, S1);
                         }
                     }
                 } else if self.mode.long() {
-                    self.asm.store_imm(Mem::Base(S0, 0), insn.immediate(0) as i32);
+                    self.asm.store_imm(slot, insn.immediate(0) as i32);
                 } else {
                     self.asm.mov_imm(S1, insn.immediate(0) & 0xffff_ffff);
-                    self.store_word(Mem::Base(S0, 0), S1);
+                    self.store_word(slot, S1);
                 }
                 self.move_stack(-(word as i32));
             }

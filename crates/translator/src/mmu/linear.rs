@@ -48,6 +48,7 @@ impl Vcpu {
                 readable: mapping.readable && !watched,
                 writable,
                 large: mapping.large,
+                global: mapping.global,
             },
         );
         Ok(mapping)

@@ -1,6 +1,6 @@
 //! CPUID, answered from the machine's [`CpuModel`]; the processor's own is never executed while a guest runs.
 
-use arch::cpuid::{CpuModel, Dynamic, EngineFeatures, Error, FeatureSet, Leaf, capabilities};
+use arch::cpuid::{CpuModel, Dynamic, EngineFeatures, Error, Feature, FeatureSet, Leaf, capabilities};
 use arch::registers::gpr;
 use iced_x86::{Instruction, Mnemonic};
 
@@ -12,7 +12,8 @@ use crate::{Config, host};
 pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
     let engine = EngineFeatures {
         implements: FeatureSet::system(),
-        declines: FeatureSet::EMPTY,
+        // String instructions are calls into Rust here: what is short is better moved otherwise.
+        declines: FeatureSet::EMPTY.with(Feature::Fsrm).with(Feature::Fzrm).with(Feature::Fsrs),
         host_xcr0: host::xcr0(),
         physical_bits: 46,
         arch_capabilities: capabilities::TRANSLATED,
