@@ -107,6 +107,10 @@ pub fn ndp(ip: &Ip<'_>, from: Mac, facts: &Facts, outbox: &mut Outbox) -> bool {
                 return true;
             };
             let target = Ipv6Addr::from(target);
+            if ip.source.is_unspecified() {
+                // A guest that makes sure of its address has just come up: it need not wait until it asks for routers.
+                outbox.push(router_advertisement(facts));
+            }
             if plan::is_ours(target.into()) {
                 // Duplicate detection asks from the unspecified address and is answered to all (7.2.4).
                 let probe = ip.source.is_unspecified();
