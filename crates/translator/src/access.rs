@@ -507,8 +507,12 @@ impl Vcpu {
     }
 
     /// The block and instruction whose slow path was called.
-    pub fn locate_site(&mut self) -> Option<SiteInfo> {
-        let address = self.hot.return_address;
+    pub fn locate_site(&self) -> Option<SiteInfo> {
+        self.site_at(self.hot.return_address)
+    }
+
+    /// The block and instruction whose slow path returns to a host address.
+    pub fn site_at(&self, address: u64) -> Option<SiteInfo> {
         let (id, block) = self.engine.cache.find_by_host(address)?;
         let offset = self.engine.cache.offset_of(address)? as u32;
         let site = block.sites[block.sites.binary_search_by_key(&offset, |s| s.return_offset).ok()?];

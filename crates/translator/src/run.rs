@@ -574,8 +574,7 @@ impl Vcpu {
         }
         // The copy of a bounced instruction.
         let (&site, _) = self.engine.snippets.iter().filter(|(_, at)| **at <= pc).max_by_key(|(_, at)| **at)?;
-        self.hot.return_address = site;
-        let site = self.locate_site()?;
+        let site = self.site_at(site)?;
         Some((site.insn, site.bytes, site.parked))
     }
 }
