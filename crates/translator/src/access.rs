@@ -12,8 +12,8 @@ use memory::PAGE_SIZE;
 use arch::{Exception, SegmentRegister, Vector};
 
 use crate::codegen::asm::{Asm, Mem, RSP};
-use crate::codegen::reencode::Operand;
 use crate::codegen::facts::{FpClass, facts};
+use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, context_offset};
 use crate::mmu::Access;

@@ -427,7 +427,7 @@ impl Vcpu {
         let index = (linear >> 12) as usize % FETCH_ENTRIES;
         for (fetches, global) in [(&self.engine.global_fetches, true), (&self.engine.fetches, false)] {
             if fetches[index].tag == tag {
-                return Ok((fetches[index].gpa | linear % PAGE_SIZE, global));
+                return Ok((fetches[index].gpa | (linear % PAGE_SIZE), global));
             }
         }
         let mapping = walk(self, linear, Access::Execute, context)?;
@@ -457,7 +457,8 @@ impl Vcpu {
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
         let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
-        let mut translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
+        let mut translated =
+            block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
             let (next, _) = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
@@ -466,7 +467,8 @@ impl Vcpu {
             self.read_code(next, &mut tail);
             bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
             second_page = Some(next);
-            translated = block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
+            translated =
+                block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         }
         let Some(translated) = translated else {
             return Err(Exception::invalid_opcode().into());
@@ -476,7 +478,8 @@ impl Vcpu {
             second_page = None;
         }
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
-        let id = self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
+        let id =
+            self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
         self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip), global);
         Ok(id)
     }
@@ -487,7 +490,10 @@ impl Vcpu {
         Place {
             inline_tsc,
             groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&key),
-            origin: cache.next_offset(), first_sensitive: cache.sensitive.len(), jump_slot: cache.jump_slot(mode) }
+            origin: cache.next_offset(),
+            first_sensitive: cache.sensitive.len(),
+            jump_slot: cache.jump_slot(mode),
+        }
     }
 
     /// Reads the page of `gpa`, or as much of it as `bytes` takes; from a device only the one instruction at `gpa`.

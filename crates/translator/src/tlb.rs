@@ -148,7 +148,6 @@ impl Tlb {
     }
 }
 
-
 impl Tlb {
     pub fn index(va: u64) -> usize {
         (va >> 12) as usize & (ENTRIES - 1)

@@ -99,9 +99,7 @@ impl Generator {
                 if !rng.one_in(16) || undecodable_but_dangerous(&code) {
                     continue;
                 }
-            } else if !self.admits(&insn) {
-                continue;
-            } else if state::uses_its_mask_as_address(&insn) {
+            } else if !self.admits(&insn) || state::uses_its_mask_as_address(&insn) {
                 continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one

@@ -1,8 +1,8 @@
 //! From a run of guest instructions to one block of host code.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
-    OpKind, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
+    OpAccess, OpKind, Register,
 };
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
@@ -142,14 +142,14 @@ pub struct GuestCode<'a> {
 }
 
 impl<'a> GuestCode<'a> {
-    fn from_start(self) -> &'a [u8] {
+    fn bytes(self) -> &'a [u8] {
         &self.page[self.offset..]
     }
 }
 
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
 pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Option<Translated> {
-    let bytes = code.from_start();
+    let bytes = code.bytes();
     let (mut items, lookahead) = decode(code, start, mode, place.inline_tsc)?;
     if place.groups && mode.long() && !mode.checks_alignment() {
         plan_groups(&mut items, mode);
@@ -209,7 +209,7 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
 
 /// Decodes up to the end of the block and finds where flags are live.
 fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Option<(Vec<Item>, Lookahead)> {
-    let bytes = code.from_start();
+    let bytes = code.bytes();
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut items: Vec<Item> = Vec::new();
@@ -349,7 +349,11 @@ fn based_access(insn: &Instruction) -> Option<Access> {
     let plain = groups::groupable(base)
         && insn.memory_index() == Register::None
         && !matches!(insn.memory_segment(), Register::FS | Register::GS);
-    let masked = insn.op_mask() != Register::None || matches!(insn.mnemonic(), Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq);
+    let masked = insn.op_mask() != Register::None
+        || matches!(
+            insn.mnemonic(),
+            Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+        );
     (plain && !masked).then(|| Access {
         base: base.number() as u8,
         displacement: insn.memory_displacement64() as i64,
@@ -1031,7 +1035,14 @@ impl Builder<'_> {
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
             let return_offset = self.position();
             let patch_offset = (self.place.origin + pending.patch) as u32;
-            links.push(Link { stub_offset, return_offset, patch_offset, target: pending.target, parked: pending.parked, to: None });
+            links.push(Link {
+                stub_offset,
+                return_offset,
+                patch_offset,
+                target: pending.target,
+                parked: pending.parked,
+                to: None,
+            });
         }
         let mut parked_entry = self.place.origin;
         if self.items.first().is_some_and(|i| !i.live_in.is_empty()) {

@@ -101,6 +101,7 @@ fn facts_of(code: Code) -> Facts {
 }
 
 /// Answers that depend on an instruction's form alone, found out once for each.
+#[derive(Default)]
 pub struct Memo(OnceLock<Box<[AtomicU8]>>);
 
 impl Memo {

@@ -169,7 +169,8 @@ impl Builder<'_> {
         self.asm.lea(S0, Mem::Base(member.base, check.low));
         if member.keep == Keep::StackPage {
             kind = kind.stack();
-            let page = (std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(context) - std::mem::offset_of!(Vcpu, gpr)) as i32;
+            let page =
+                (std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(context) - std::mem::offset_of!(Vcpu, gpr)) as i32;
             self.asm.alu_mem(Alu::Xor, S0, Mem::Base(RSP, page));
             self.asm.alu_imm(Alu::Cmp, S0, 4096 - check.span);
             self.asm.jcc(cc::A, slow);

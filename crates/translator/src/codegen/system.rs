@@ -10,7 +10,8 @@ use crate::mode::Mode;
 use arch::registers::rflags;
 
 const GS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 5 * size_of::<arch::Segment>() as i32);
-const KERNEL_GS_BASE: Mem = Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
+const KERNEL_GS_BASE: Mem =
+    Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
 
 /// Whether the inline emission covers the instruction in this mode.
 pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
