@@ -113,32 +113,37 @@ pub fn build(args: &Args) -> Result<(), Error> {
     };
     let parent = output.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let at = |source| Error::Write { path: output.clone(), source };
-    let work = tempfile::Builder::new().prefix(".building-").rand_bytes(20).tempdir_in(parent).map_err(at)?;
-    let directory = work.path().canonicalize().map_err(at)?;
-    let _removal = cleanup::register({
-        let directory = directory.clone();
-        move || _ = fs::remove_dir_all(directory)
-    });
+    // The work is done where the root of a user namespace can come in, the result laid beside its final name.
+    let work = Directory::new_in(&std::env::temp_dir()).map_err(at)?;
+    let result = Directory::new_in(parent).map_err(at)?;
     let steps = Steps::new();
     steps.start("asking apt where Debian comes from");
-    let apt = directory.join("apt");
+    let apt = work.path.join("apt");
     fs::create_dir(&apt).map_err(at)?;
     let (suite, sources) = Apt::new(&apt, "amd64", &|_| ())?.debian_sources(args.suite.as_deref())?;
-    prepare(&directory, args.size, &keys).map_err(at)?;
-    let disk = directory.join("disk");
-    install(args, &directory, &suite, &sources, &steps)?;
-    fs::set_permissions(&disk, Permissions::from_mode(0o644)).map_err(at)?;
-    let disk = match args.format {
-        Format::Raw => disk,
-        Format::Qcow2 => {
-            steps.start("making a qcow2 image of it");
-            let image = directory.join("disk.qcow2");
-            block::image::convert(&Options::new(&disk), &image, Format::Qcow2, &mut |_, _| ())?;
-            image
-        }
-    };
-    File::open(&disk).and_then(|file| file.sync_all()).map_err(at)?;
-    fs::hard_link(&disk, output).map_err(at)
+    prepare(&work.path, args.size, &keys).map_err(at)?;
+    install(args, &work.path, &suite, &sources, &steps)?;
+    steps.start("making the image");
+    let image = result.path.join("image");
+    let disk = Options { format: Some(Format::Raw), ..Options::new(work.path.join("disk")) };
+    block::image::convert(&disk, &image, args.format, &mut |_, _| ())?;
+    File::open(&image).and_then(|file| file.sync_all()).map_err(at)?;
+    fs::hard_link(&image, output).map_err(at)
+}
+
+/// A directory of a secret name that is removed with all it holds when the work or the process ends.
+struct Directory {
+    path: PathBuf,
+    _removal: cleanup::Guard,
+}
+
+impl Directory {
+    fn new_in(parent: &Path) -> io::Result<Self> {
+        let path = tempfile::Builder::new().prefix(".ringer-").rand_bytes(20).tempdir_in(parent)?.keep();
+        let path = path.canonicalize()?;
+        let doomed = path.clone();
+        Ok(Directory { path, _removal: cleanup::register(move || _ = fs::remove_dir_all(doomed)) })
+    }
 }
 
 /// Lays out what the script works with. It runs as the root of a user namespace in which our own user does not exist, so
