@@ -10,8 +10,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{Shared, SharedBackend, guest_offloads, lock};
 use crate::{Chain, Event, Queue};
 
-/// Frames taken from the guest before the other direction has its turn.
-const BATCH: usize = 64;
+/// Frames taken from the guest, and given to it, before the other direction has its turn.
+const TRANSMIT_BATCH: usize = 64;
+const RECEIVE_BATCH: usize = 256;
 
 pub struct Pair {
     shared: Arc<Shared>,
@@ -23,7 +24,7 @@ pub struct Pair {
 
 impl Pair {
     pub fn new(shared: Arc<Shared>, number: u64, receive: Queue, transmit: Queue, mergeable: bool) -> Self {
-        let receive = Buffers { queue: receive, mergeable, full: false, taken: Vec::new() };
+        let receive = Buffers { queue: receive, mergeable, full: false, left: 0, taken: Vec::new() };
         Pair { shared, number, transmit, receive, frame: vec![0; HEADER_LENGTH + LONGEST_FRAME] }
     }
 
@@ -43,10 +44,10 @@ impl Pair {
             backend.set_enabled(self.number < self.shared.active_pairs.load(Ordering::SeqCst));
             self.transmit.disable_kicks();
             let more = self.take_frames(&mut **backend);
-            self.receive.full = false;
+            (self.receive.full, self.receive.left) = (false, RECEIVE_BATCH);
             backend.receive(&mut self.receive);
             self.receive.queue.notify();
-            if more || self.transmit.enable_kicks() {
+            if more || self.receive.left == 0 || self.transmit.enable_kicks() {
                 continue;
             }
             // Buffers are of interest only to a frame that waits for one.
@@ -63,7 +64,7 @@ impl Pair {
 
     /// Takes frames from the guest. True: there may be more.
     fn take_frames(&mut self, backend: &mut dyn Backend) -> bool {
-        for _ in 0..BATCH {
+        for _ in 0..TRANSMIT_BATCH {
             let Some(chain) = self.transmit.pop() else {
                 self.transmit.notify();
                 return false;
@@ -103,6 +104,8 @@ struct Buffers {
     mergeable: bool,
     /// A frame found no room.
     full: bool,
+    /// How many more frames are taken before the other direction has its turn.
+    left: usize,
     /// Buffers of the frame under way.
     taken: Vec<Chain>,
 }
@@ -129,6 +132,9 @@ impl Buffers {
 
 impl Sink for Buffers {
     fn deliver(&mut self, header: &Header, pieces: &[&[u8]]) -> bool {
+        if self.left == 0 {
+            return false;
+        }
         let length = HEADER_LENGTH + pieces.iter().map(|piece| piece.len()).sum::<usize>();
         let room = self.take(length);
         if room < length && (self.mergeable || self.taken.is_empty()) {
@@ -138,6 +144,7 @@ impl Sink for Buffers {
             self.full = true;
             return false;
         }
+        self.left -= 1;
         let header = Header { buffers: self.taken.len() as u16, ..*header }.to_bytes();
         let all = std::iter::once(&header[..]).chain(pieces.iter().copied());
         let mut used = Vec::with_capacity(self.taken.len());
