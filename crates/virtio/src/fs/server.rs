@@ -471,7 +471,11 @@ fn opened(handle: u64) -> Reply {
 }
 
 fn errno(error: &std::io::Error) -> Errno {
-    Errno::from_io_error(error).unwrap_or(Errno::IO)
+    match error.kind() {
+        _ if error.raw_os_error().is_some() => Errno::from_io_error(error).unwrap_or(Errno::IO),
+        std::io::ErrorKind::InvalidInput => Errno::INVAL,
+        _ => Errno::IO,
+    }
 }
 
 fn write_header(chain: &Chain, header: &Header, length: usize, error: i32) {
