@@ -68,6 +68,8 @@ impl Bare {
         for (i, descriptor) in DESCRIPTORS.iter().enumerate() {
             bare.write_u64(GDT + 8 * i as u64, *descriptor);
         }
+        // Linux names the processor and its node in this one's limit: for processor 0, zero.
+        bare.write_u64(GDT + 0x78, 0x0040_f500_0000_0000);
         let (low, high) = tss_descriptor(DIRECT + TSS, 0x67);
         bare.write_u64(GDT + u64::from(TSS_SELECTOR), low);
         bare.write_u64(GDT + u64::from(TSS_SELECTOR) + 8, high);

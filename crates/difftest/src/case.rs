@@ -143,7 +143,10 @@ pub struct Ignore {
     pub masked: bool,
     /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU), and so may its alignment be checked.
     pub may_fault_in_vain: bool,
-    /// Not an instruction: #UD, or #GP if it would be longer than 15 bytes, which only a processor knows.
+    /// An x87 operand of ten bytes, which is accessed in two parts: the first may fault before the second is not canonical.
+    pub extended: bool,
+    /// Not an instruction: #UD, or #GP if it would be longer than 15 bytes, or #PF if more of it would have to be fetched, which only
+    /// a processor knows.
     pub undecodable: bool,
     /// Where the XSAVE area of a guest ends. The host's is longer by AMX's components, and all of it is probed; so is what 32-bit
     /// code doesn't write. Zero: no such area.
@@ -163,14 +166,18 @@ impl Ignore {
     /// Whether the native side may take a fault that the guest doesn't, or the other way round.
     fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
-        self.undecodable && matches!((native.vector, guest.vector), (6, 13) | (13, 6))
+        self.undecodable && matches!((native.vector, guest.vector), (6, 13 | 14) | (13, 6))
             || self.large_area && (native.vector, guest.vector) == (17, 13)
             || self.may_fault_in_vain
                 && (matches!(native.vector, 13 | 14) && !memory_fault(guest)
+                    || memory_fault(native) && memory_fault(guest)
                     || native.vector == 17
                     || guest.vector == 17)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
-            || self.large_area && native.vector == 14 && guest.vector == 13 && native.cr2 >> 12 == TASK_SIZE >> 12
+            || (self.large_area || self.extended)
+                && native.vector == 14
+                && guest.vector == 13
+                && native.cr2 >> 12 == TASK_SIZE >> 12
             || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
             || self.converting_store && memory_fault(guest) && native.vector == 19
     }

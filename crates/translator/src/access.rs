@@ -194,13 +194,19 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     };
     cpu.enter_instruction(&site);
     let insn = site.insn;
-    let Some(operand) = crate::codegen::block::access_operand(&insn) else {
+    let Some(operand) = crate::codegen::classify::access_operand(&insn) else {
         return lost(cpu, "operand");
     };
     if waits_for_fpu(&insn) && cpu.xsave.x87_pending() {
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
     }
     let (segment, offset) = cpu.effective_address(&insn, operand);
+    let checked = cpu.alignment_checked();
+    let unaligned = |cpu: &Vcpu, va| checked && misaligned(&insn, va) && !masked_out(cpu, &insn);
+    // An operand that begins in canonical space and ends outside.
+    if cpu.flat_address(segment, offset).is_some_and(|va| canonical(va) && unaligned(cpu, va)) {
+        return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
+    }
     let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
         // The general path knows which bytes are touched, and whether another fault comes first.
@@ -211,7 +217,7 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
         }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };
-    if cpu.alignment_checked() && misaligned(&insn, va) && !masked_out(cpu, &insn) {
+    if unaligned(cpu, va) {
         return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
     }
     let host = fill_light(cpu, va, kind.bits());
@@ -274,7 +280,23 @@ impl Vcpu {
 
 /// No byte of the operand is accessed.
 fn masked_out(cpu: &Vcpu, insn: &Instruction) -> bool {
-    crate::semantics::vector::masked_bytes(cpu, insn) == Some(0)
+    crate::semantics::vector::masked_bytes(cpu, insn) == Some(0) && !stores_extract(insn)
+}
+
+/// VEXTRACT's mask decides what is stored, but not what is checked (Intel SDM 2A 2.8, exceptions type E6NF).
+fn stores_extract(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        insn.mnemonic(),
+        Vextractf32x4
+            | Vextractf32x8
+            | Vextractf64x2
+            | Vextractf64x4
+            | Vextracti32x4
+            | Vextracti32x8
+            | Vextracti64x2
+            | Vextracti64x4
+    )
 }
 
 /// Whether #AC follows where alignment is checked. Operands of 2, 4 and 8 bytes are checked as a whole, even if they are vectors
@@ -316,7 +338,7 @@ fn must_be_aligned(insn: &Instruction) -> bool {
 fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accessed {
     cpu.engine.counts.bounced += 1;
     let size = kind.size();
-    if crate::codegen::block::runs_whole_in_rust(&site.insn) {
+    if crate::codegen::classify::runs_whole_in_rust(&site.insn) {
         return match crate::semantics::stack::exec(cpu, &site.insn) {
             Ok(()) => Accessed::leave(Left::Event),
             Err(s) => stop(cpu, s),
@@ -338,22 +360,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
     }
     let bytes = mask.unwrap_or(u64::MAX);
-    // VEXTRACT's mask decides what is stored, but not what is checked (Intel SDM 2A 2.8, exceptions type E6NF).
-    let extracts = {
-        use Mnemonic::*;
-        matches!(
-            site.insn.mnemonic(),
-            Vextractf32x4
-                | Vextractf32x8
-                | Vextractf64x2
-                | Vextractf64x4
-                | Vextracti32x4
-                | Vextracti32x8
-                | Vextracti64x2
-                | Vextracti64x4
-        )
-    };
-    let checked = if extracts { u64::MAX } else { bytes };
+    let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
     let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
     let mut pieces: [Piece; 2] = [(0, 0); 2];
     let mut start = 0;
@@ -373,7 +380,9 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     cpu.watch_access(va, size, kind.write());
     let direct = mask.is_none() && pieces[1].1 == 0 && cpu.ram(pieces[0].0).is_some();
     let buffer_at = MAX_OPERAND + (va % MAX_OPERAND as u64) as usize - if va % 64 + size as u64 > 128 { 64 } else { 0 };
-    let reads = !direct && reads_operand(&site.insn, kind.write());
+    // Also where it only writes, unless a device would see it: an x87 store that raises an exception leaves the operand alone.
+    let ram = pieces.iter().all(|p| p.1 == 0 || cpu.ram(p.0).is_some());
+    let reads = !direct && (ram || reads_operand(&site.insn, kind.write()));
     if reads {
         let mut at = 0;
         for (i, &(gpa, length)) in pieces.iter().enumerate() {

@@ -12,7 +12,8 @@ use memory::PAGE_SIZE;
 
 use crate::access::{Bounce, canonical};
 use crate::cache::{BlockId, Cache, CodeMemory, Key};
-use crate::codegen::block::{self, GuestCode, Place};
+use crate::codegen::block::{self, Place};
+use crate::codegen::decode::GuestCode;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, NO_BRANCH, enter};
@@ -301,8 +302,13 @@ impl Vcpu {
         if self.hot.branch != NO_BRANCH && !canonical(self.rip) && self.code64() {
             return Err(self.branch_fault());
         }
-        // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already.
-        if stepping && !matches!(left, Left::Stop | Left::Signal | Left::Careful) && !self.engine.delivered {
+        // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already. That of a load of SS is
+        // lost.
+        if stepping
+            && !self.debug_shadow
+            && !matches!(left, Left::Stop | Left::Signal | Left::Careful)
+            && !self.engine.delivered
+        {
             self.pending_debug |= debug::DR6_BS;
         }
         self.engine.counts.left[left as usize] += 1;
@@ -542,9 +548,9 @@ impl Vcpu {
             12 => Exception::with_code(Vector::StackFault, 0),
             13 => {
                 use iced_x86::Mnemonic::{Call, Leave, Pop, Push, Ret};
-                let memory = crate::codegen::block::access_operand(&insn).is_some();
+                let memory = crate::codegen::classify::access_operand(&insn).is_some();
                 let implicit = !memory && matches!(insn.mnemonic(), Call | Leave | Pop | Push | Ret);
-                let explicit = crate::codegen::block::access_operand(&insn).is_some_and(|operand| {
+                let explicit = crate::codegen::classify::access_operand(&insn).is_some_and(|operand| {
                     let (segment, offset) = self.effective_address(&insn, operand);
                     segment == SegmentRegister::Ss && !canonical(offset)
                 });

@@ -207,7 +207,7 @@ impl Form<'_> {
                 self.insn.set_op_kind(i, if wide { OpKind::FarBranch32 } else { OpKind::FarBranch16 });
                 let selector = self.rng.pick(&crate::generate::state::SELECTORS);
                 self.insn.set_far_branch_selector(selector);
-                let target = self.rip as u32 + self.rng.below(100) as u32;
+                let target = self.rip as u32 + 16 + self.rng.below(100) as u32;
                 if wide {
                     self.insn.set_far_branch32(target);
                 } else {

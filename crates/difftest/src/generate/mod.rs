@@ -157,6 +157,7 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
+        extended: insn.memory_size().size() == 10,
         undecodable: insn.is_invalid(),
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",

@@ -4,7 +4,7 @@
 //! `[S0]`, and general-purpose registers that live elsewhere are renamed ([`Names`]). Working on the bytes, and not on a
 //! decoded form, keeps every encoding the processor knows, also those an encoder would normalize.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 
 use super::asm::{Asm, GUEST_RSP, Mem, RDI, RSP, Reg, S0, S1, S2};
 use super::facts::facts;
@@ -108,14 +108,16 @@ impl<'a> Parts<'a> {
             }
             0xc4 if vector_prefix(*bytes.get(i + 1)?) => {
                 let few = if bits == 64 { 0 } else { 0x20 };
-                p.encoding = Encoding::Vex([*bytes.get(i + 1)? | few, *bytes.get(i + 2)? | low]);
+                let w = if bits != 64 && ignores_w(bytes, i + 2, insn, bits) { 0x80 } else { 0 };
+                p.encoding = Encoding::Vex([*bytes.get(i + 1)? | few, (*bytes.get(i + 2)? | low) & !w]);
                 i += 3;
                 p.opcode = bytes.get(i..i + 1)?;
             }
             0x62 if vector_prefix(*bytes.get(i + 1)?) => {
                 let (few, v) = if bits == 64 { (0, 0) } else { (0x30, 0x08) };
-                p.encoding =
-                    Encoding::Evex([*bytes.get(i + 1)? | few, *bytes.get(i + 2)? | low, *bytes.get(i + 3)? | v]);
+                let w = if bits != 64 && ignores_w(bytes, i + 2, insn, bits) { 0x80 } else { 0 };
+                let p1 = (*bytes.get(i + 2)? | low) & !w;
+                p.encoding = Encoding::Evex([*bytes.get(i + 1)? | few, p1, *bytes.get(i + 3)? | v]);
                 i += 4;
                 p.opcode = bytes.get(i..i + 1)?;
             }
@@ -364,6 +366,16 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     }
     names.store(asm);
     Some(())
+}
+
+/// Whether the W bit, at `at` in the bytes, means nothing outside 64-bit mode, where it would make general registers wide.
+fn ignores_w(bytes: &[u8], at: usize, insn: &Instruction, bits: u32) -> bool {
+    let mut other = bytes.to_vec();
+    match other.get_mut(at) {
+        Some(b) if *b & 0x80 != 0 => *b &= 0x7f,
+        _ => return false,
+    }
+    Decoder::new(bits, &other, DecoderOptions::NONE).decode().code() == insn.code()
 }
 
 /// Whether RDI is lent while an instruction accesses memory: AH, CH, DH and BH exclude the register that addresses are in.

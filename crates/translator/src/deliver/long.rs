@@ -56,7 +56,8 @@ pub(super) fn enter(cpu: &mut Vcpu, delivery: &Delivery) -> Result<(), Exception
     let mut stack = Stack::flat(cpu, pointer & !15, new_cpl, delivery.external);
     let frame = [
         u64::from(cpu.seg(SegmentRegister::Ss).selector),
-        cpu.gpr[gpr::RSP],
+        // Compatibility mode has only ESP.
+        if cpu.code64() { cpu.gpr[gpr::RSP] } else { cpu.gpr[gpr::RSP] & 0xffff_ffff },
         delivery.flags,
         u64::from(cpu.seg(SegmentRegister::Cs).selector),
         cpu.rip,

@@ -16,9 +16,24 @@ impl Vcpu {
     /// the stack segment and #GP(0) for others, or #AC(0) where alignment is checked. `offset` is already truncated
     /// to the address size.
     pub fn linear(&self, seg: SegmentRegister, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
+        if let Some(address) = self.flat_address(seg, offset)
+            && is_canonical(address)
+        {
+            // Before an end that isn't.
+            self.check_alignment(address, size)?;
+        }
         let address = self.linear_unaligned(seg, offset, size, write)?;
         self.check_alignment(address, size)?;
         Ok(address)
+    }
+
+    /// In 64-bit mode, the linear address, canonical or not.
+    pub fn flat_address(&self, seg: SegmentRegister, offset: u64) -> Option<u64> {
+        let base = match seg {
+            SegmentRegister::Fs | SegmentRegister::Gs => self.seg(seg).base,
+            _ => 0,
+        };
+        self.code64().then(|| base.wrapping_add(offset))
     }
 
     /// The same without the check of alignment.
@@ -29,12 +44,7 @@ impl Vcpu {
         size: usize,
         write: bool,
     ) -> Result<u64, Exception> {
-        Ok(if self.code64() {
-            let base = match seg {
-                SegmentRegister::Fs | SegmentRegister::Gs => self.seg(seg).base,
-                _ => 0,
-            };
-            let address = base.wrapping_add(offset);
+        Ok(if let Some(address) = self.flat_address(seg, offset) {
             let last = address.wrapping_add((size as u64).saturating_sub(1));
             if !is_canonical(address) || !is_canonical(last) {
                 return Err(segment_fault(seg));

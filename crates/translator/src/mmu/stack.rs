@@ -87,7 +87,7 @@ impl Stack {
     pub fn push_selector(&mut self, cpu: &mut Vcpu, selector: u16) -> Result<(), Exception> {
         let pointer = self.moved(4u64.wrapping_neg());
         let address = self.address(pointer, 2)?;
-        cpu.check_alignment(address, 4)?;
+        cpu.check_alignment(address, 2)?;
         cpu.write_sized(address, 2, u64::from(selector), self.context)?;
         self.pointer = pointer;
         Ok(())
@@ -130,6 +130,13 @@ impl Stack {
     pub fn peek(&self, cpu: &mut Vcpu, size: usize, slot: usize) -> Result<u64, Exception> {
         let address = self.address(self.moved((slot * size) as u64), size)?;
         cpu.read_sized(address, size, self.context)
+    }
+
+    /// A selector, of whose place only two bytes are read.
+    pub fn peek_selector(&self, cpu: &mut Vcpu, size: usize, slot: usize) -> Result<u16, Exception> {
+        let address = self.address(self.moved((slot * size) as u64), 2)?;
+        cpu.check_alignment(address, size)?;
+        Ok(cpu.read_sized(address, 2, self.context)? as u16)
     }
 
     /// Takes `bytes` off without reading them.

@@ -133,13 +133,15 @@ fn arpl(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 fn bound(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let size = insn.op0_register().size();
     let (segment, offset) = cpu.effective_address(insn, 1);
-    let va = cpu.linear_unaligned(segment, offset, 2 * size, false)?;
-    cpu.check_alignment(va, size)?;
-    let both = cpu.read_sized(va, 2 * size, cpu.context())?;
     let signed = |value: u64| if size == 2 { i64::from(value as i16) } else { i64::from(value as i32) };
-    let (index, lower, upper) =
-        (signed(cpu.read_register(insn.op0_register())), signed(both), signed(both >> (8 * size)));
-    if index < lower || index > upper { Err(Exception::new(Vector::BoundRange).into()) } else { Ok(()) }
+    let index = signed(cpu.read_register(insn.op0_register()));
+    let mut bound = |i: usize| {
+        let va = cpu.linear(segment, offset.wrapping_add((i * size) as u64), size, false)?;
+        cpu.read_sized(va, size, cpu.context())
+    };
+    // The upper bound is read only if it matters.
+    let outside = signed(bound(0)?) > index || signed(bound(1)?) < index;
+    if outside { Err(Exception::new(Vector::BoundRange).into()) } else { Ok(()) }
 }
 
 fn pusha(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {

@@ -13,7 +13,7 @@ use std::arch::asm;
 use arch::Exception;
 use arch::registers::{gpr, rflags};
 use arch::state::SegmentRegister;
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::Sensitive;
 use super::span::Span;
@@ -112,7 +112,13 @@ impl Form {
             (true, _) => Repeat::WhileEqual,
             (false, true) => Repeat::WhileNotEqual,
         };
-        Some(Form { kind, size, mask, segment: segment_register(insn.memory_segment()), repeat })
+        let segment = match insn.memory_segment() {
+            segment @ (Register::FS | Register::GS) => segment_register(segment),
+            // Other prefixes count for nothing in 64-bit mode.
+            _ if insn.code_size() == iced_x86::CodeSize::Code64 => SegmentRegister::Ds,
+            segment => segment_register(segment),
+        };
+        Some(Form { kind, size, mask, segment, repeat })
     }
 
     /// An address or count register after it became `value`.

@@ -129,12 +129,17 @@ fn guest_pkru(cpu: &Vcpu) -> Component {
 
 /// The linear address of the area, checked for alignment and `size` bytes.
 fn area(cpu: &mut Vcpu, insn: &Instruction, size: usize, alignment: u64, write: bool) -> Result<u64, Exception> {
-    let va = cpu.operand_address(insn, 0, size, write)?;
-    // Where alignment is checked, processors look at the low bits first.
-    cpu.check_alignment(va, 4)?;
-    if va % alignment != 0 {
-        return Err(Exception::general_protection(0));
+    let (segment, offset) = cpu.effective_address(insn, 0);
+    let aligned = |cpu: &Vcpu, va: u64| {
+        // Where alignment is checked, processors look at the low bits first.
+        cpu.check_alignment(va, 4)?;
+        if va % alignment != 0 { Err(Exception::general_protection(0)) } else { Ok(()) }
+    };
+    if let Some(va) = cpu.flat_address(segment, offset) {
+        aligned(cpu, va)?;
     }
+    let va = cpu.linear(segment, offset, size, write)?;
+    aligned(cpu, va)?;
     if write {
         // Processors try the last byte before they write any, even if it is of a part that is not written.
         cpu.probe_write(va.wrapping_add(size as u64 - 1), 1, cpu.context())?;

@@ -87,7 +87,12 @@ fn transfer(cpu: &mut Vcpu, pointer: &Pointer, kind: Kind) -> Result<(), Excepti
 fn transfer_real(cpu: &mut Vcpu, pointer: &Pointer, kind: Kind) -> Result<(), Exception> {
     let code = real_code_segment(cpu, pointer.selector, pointer.offset)?;
     if kind == Kind::Call {
-        push_return(cpu, Stack::current(cpu), pointer.size)?;
+        let mut stack = Stack::current(cpu);
+        if cpu.code64() && !code.long() {
+            // The target's stack pointer is ESP already.
+            stack.pointer &= 0xffff_ffff;
+        }
+        push_return(cpu, stack, pointer.size)?;
     }
     cpu.segments[SegmentRegister::Cs as usize] = code;
     cpu.rip = pointer.offset;
@@ -233,7 +238,7 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     let release = if insn.op_count() > 0 { u64::from(insn.immediate16()) } else { 0 };
     let mut stack = Stack::current(cpu);
     // CS first, as a page fault shows.
-    let selector = stack.peek(cpu, size, 1)? as u16;
+    let selector = stack.peek_selector(cpu, size, 1)?;
     let rip = stack.pop(cpu, size)?;
     stack.release(size as u64);
     if !cpu.protected_mode() || cpu.v8086() {

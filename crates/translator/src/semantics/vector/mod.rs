@@ -119,8 +119,8 @@ fn movdir64b(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let context = cpu.context();
     let source = cpu.operand_address(insn, 1, 64, false)?;
     let offset = cpu.read_register(insn.op0_register());
-    let destination = cpu.linear(arch::SegmentRegister::Es, offset, 64, true)?;
     cpu.read_linear(source, &mut data, context)?;
+    let destination = cpu.linear(arch::SegmentRegister::Es, offset, 64, true)?;
     if destination % 64 != 0 {
         return Err(Exception::general_protection(0).into());
     }
