@@ -1,13 +1,15 @@
 //! Translation: from guest bytes to a block of host code.
 //!
-//! [`block::translate`] decodes instructions up to a branch, a page's end or a limit, finds out where flags are live
+//! [`block::translate`] decodes instructions ([`decode`], [`classify`]) up to a branch, a page's end or a limit, finds where flags are live
 //! ([`liveness`]), and emits for each instruction: the address and TLB check of its memory operand ([`operand`]) and the
 //! instruction itself ([`reencode`]), or a branch ([`control`]), or a call into `semantics`. Slow paths stand behind the
 //! block's body. All host code is made by [`asm`].
 
 pub mod asm;
 pub mod block;
+pub mod classify;
 mod control;
+pub mod decode;
 pub mod facts;
 pub mod groups;
 mod liveness;

@@ -1,0 +1,393 @@
+//! What kind of thing an instruction is to the translator: innocuous, sensitive, a branch, a stack instruction, or nothing.
+//!
+//! Only what is known to touch nothing but the guest's registers and one checked memory operand runs natively
+//! ([`native`]); what nobody claims raises #UD.
+
+use iced_x86::{
+    Code, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
+    Register,
+};
+
+use super::facts::{FpClass, Memo, facts};
+use super::operand::memory_operand;
+use crate::cpu::Stop;
+use crate::mode::Mode;
+use crate::semantics::{self, Exec};
+
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Sensitive(Exec, bool),
+    /// A near branch, call or return, emitted inline.
+    Branch,
+    /// PUSH, POP, LEAVE, emitted inline.
+    Stack,
+    /// A privileged instruction, emitted inline.
+    System,
+    Skip,
+    Native,
+}
+
+/// More than 15 bytes (Intel SDM 3A 6.15, interrupt 13).
+pub fn raise_too_long(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::general_protection(0).into())
+}
+
+pub fn raise_invalid_opcode(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::invalid_opcode().into())
+}
+
+pub fn raise_device_not_available(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+    Err(arch::Exception::device_not_available().into())
+}
+
+pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
+    if insn.is_invalid() {
+        return Kind::Sensitive(raise_invalid_opcode, true);
+    }
+    let fp = facts(insn.code()).fp;
+    if let Some(exec) = fp_blocked(insn, fp, mode) {
+        return Kind::Sensitive(exec, true);
+    }
+    if super::system::emits(insn, mode, inline_tsc) {
+        return Kind::System;
+    }
+    if let Some(s) = sensitive(insn) {
+        return Kind::Sensitive(s.exec, s.ends_block);
+    }
+    let inline = mode.flat() && !mode.checks_alignment();
+    match insn.flow_control() {
+        FlowControl::Next => {}
+        FlowControl::UnconditionalBranch
+        | FlowControl::ConditionalBranch
+        | FlowControl::IndirectBranch
+        | FlowControl::Return
+        | FlowControl::Call
+        | FlowControl::IndirectCall
+            if is_near_branch(insn) =>
+        {
+            let inline = inline && super::control::emits(insn, mode);
+            return if inline { Kind::Branch } else { Kind::Sensitive(semantics::stack::exec, true) };
+        }
+        _ => return Kind::Sensitive(raise_invalid_opcode, true),
+    }
+    if is_stack(insn) {
+        let inline = inline && super::stack::emits(insn, mode);
+        return if inline { Kind::Stack } else { Kind::Sensitive(semantics::stack::exec, false) };
+    }
+    if skips(insn) {
+        return Kind::Skip;
+    }
+    if native(insn) { Kind::Native } else { Kind::Sensitive(raise_invalid_opcode, true) }
+}
+
+/// [`semantics::lookup`], which for most forms has nothing: that is remembered, apart for forms with and without a
+/// memory operand.
+pub fn sensitive(insn: &Instruction) -> Option<semantics::Sensitive> {
+    static INNOCUOUS: [Memo; 2] = [Memo::new(), Memo::new()];
+    if insn.op_mask() != Register::None {
+        return semantics::lookup(insn);
+    }
+    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some())];
+    let mut found = None;
+    let innocuous = memo.get(insn.code(), || {
+        found = semantics::lookup(insn);
+        found.is_none()
+    });
+    if innocuous { None } else { found.or_else(|| semantics::lookup(insn)) }
+}
+
+/// The exception that CR0, CR4 and XCR0 call for, if any (Intel SDM 3A 2.5, 13.1).
+pub fn fp_blocked(insn: &Instruction, fp: FpClass, mode: Mode) -> Option<Exec> {
+    let ud: Option<Exec> = Some(raise_invalid_opcode);
+    let nm: Option<Exec> = Some(raise_device_not_available);
+    let switched = if mode.task_switched() { nm } else { None };
+    match fp {
+        FpClass::None => None,
+        FpClass::X87 if insn.code() == Code::Wait => {
+            if mode.task_switched() && mode.monitor_fpu() {
+                nm
+            } else {
+                None
+            }
+        }
+        FpClass::X87 => {
+            if mode.emulate_fpu() {
+                nm
+            } else {
+                switched
+            }
+        }
+        FpClass::Mmx => {
+            if mode.emulate_fpu() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Sse => {
+            if mode.emulate_fpu() || !mode.sse() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Avx => {
+            if !mode.avx() {
+                ud
+            } else {
+                switched
+            }
+        }
+        FpClass::Avx512 => {
+            if !mode.avx512() {
+                ud
+            } else {
+                switched
+            }
+        }
+    }
+}
+
+pub fn is_near_branch(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    match insn.mnemonic() {
+        Jmp | Call => {
+            insn.is_jmp_near_indirect()
+                || insn.is_call_near_indirect()
+                || insn.is_jmp_short_or_near()
+                || insn.is_call_near()
+        }
+        Ret | Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => true,
+        _ => insn.is_jcc_short_or_near(),
+    }
+}
+
+pub fn is_stack(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave)
+}
+
+/// Instructions whose slow path executes the whole of them in Rust.
+pub fn runs_whole_in_rust(insn: &Instruction) -> bool {
+    is_stack(insn) || is_near_branch(insn)
+}
+
+/// Hints that do nothing a guest can see.
+pub fn skips(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        insn.mnemonic(),
+        Nop | Reservednop
+            | Endbr32
+            | Endbr64
+            | Prefetchnta
+            | Prefetcht0
+            | Prefetcht1
+            | Prefetcht2
+            | Prefetchw
+            | Prefetch
+            | Prefetchwt1
+            | Cldemote
+    )
+}
+
+/// Whether an instruction may run on the host's processor as it is: it touches only registers that are the guest's and
+/// the one memory operand that was checked.
+pub fn native(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    if insn.is_privileged() || insn.is_vsib() {
+        return false;
+    }
+    let operands_ok = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
+        OpKind::Register => {
+            let r = insn.op_register(i);
+            !(r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() || r.is_tmm() || r.is_bnd())
+        }
+        OpKind::Memory => true,
+        OpKind::NearBranch16
+        | OpKind::NearBranch32
+        | OpKind::NearBranch64
+        | OpKind::FarBranch16
+        | OpKind::FarBranch32 => false,
+        OpKind::MemorySegSI
+        | OpKind::MemorySegESI
+        | OpKind::MemorySegRSI
+        | OpKind::MemorySegDI
+        | OpKind::MemorySegEDI
+        | OpKind::MemorySegRDI
+        | OpKind::MemoryESDI
+        | OpKind::MemoryESEDI
+        | OpKind::MemoryESRDI => false,
+        _ => true,
+    });
+    operands_ok
+        && !matches!(
+            insn.mnemonic(),
+            Syscall
+                | Sysenter
+                | Sysexit
+                | Sysret
+                | Int
+                | Int1
+                | Int3
+                | Into
+                | Iret
+                | Iretd
+                | Iretq
+                | Cpuid
+                | Rdtsc
+                | Rdtscp
+                | Rdpid
+                | Rdpmc
+                | Xgetbv
+                | Xsetbv
+                | Sgdt
+                | Sidt
+                | Sldt
+                | Str
+                | Smsw
+                | Lar
+                | Lsl
+                | Verr
+                | Verw
+                | Rdpkru
+                | Wrpkru
+                | Rdfsbase
+                | Rdgsbase
+                | Wrfsbase
+                | Wrgsbase
+                | Pushf
+                | Pushfd
+                | Pushfq
+                | Popf
+                | Popfd
+                | Popfq
+                | Cli
+                | Sti
+                | Clac
+                | Stac
+                | Hlt
+                | Monitor
+                | Mwait
+                | Monitorx
+                | Mwaitx
+                | Umonitor
+                | Umwait
+                | Tpause
+                | Xbegin
+                | Xend
+                | Xabort
+                | Xtest
+                | Vmcall
+                | Vmmcall
+                | Vmfunc
+                | Encls
+                | Enclu
+                | Enclv
+                | Rdpru
+                | Clzero
+                | Enqcmd
+                | Enqcmds
+                | Senduipi
+                | Uiret
+                | Stui
+                | Clui
+                | Testui
+                | Incsspd
+                | Incsspq
+                | Rdsspd
+                | Rdsspq
+                | Saveprevssp
+                | Rstorssp
+                | Wrssd
+                | Wrssq
+                | Setssbsy
+                | Clrssbsy
+                | Ptwrite
+                | Getsec
+                | Pconfig
+                | Rsm
+                | Ud0
+                | Ud1
+                | Ud2
+                | Enter
+                | Pusha
+                | Pushad
+                | Popa
+                | Popad
+                | Bound
+                | Aaa
+                | Aas
+                | Daa
+                | Das
+                | Aam
+                | Aad
+                | Arpl
+                | Salc
+                | Xsave
+                | Xsave64
+                | Xsaveopt
+                | Xsaveopt64
+                | Xsavec
+                | Xsavec64
+                | Xsaves
+                | Xsaves64
+                | Xrstor
+                | Xrstor64
+                | Xrstors
+                | Xrstors64
+                | Fxsave
+                | Fxsave64
+                | Fxrstor
+                | Fxrstor64
+                | Fnsave
+                | Fsave
+                | Frstor
+                | Fnstenv
+                | Fstenv
+                | Fldenv
+                | Maskmovq
+                | Maskmovdqu
+                | Vmaskmovdqu
+                | Movdir64b
+                | Std
+                | Cld
+                | Hreset
+                | Ldtilecfg
+                | Sttilecfg
+                | Tilerelease
+                | Lkgs
+                | Erets
+                | Eretu
+                | Wrmsrns
+        )
+}
+
+/// The operand whose address is translated, if the instruction accesses memory.
+pub fn access_operand(insn: &Instruction) -> Option<u32> {
+    if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop | Mnemonic::Reservednop) {
+        return None;
+    }
+    memory_operand(insn)
+}
+
+/// How many bytes an instruction's memory operand is checked for. One, where the size is none of the instruction's
+/// business (CLFLUSH and the like).
+pub fn operand_size(insn: &Instruction) -> usize {
+    match insn.mnemonic() {
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Xlatb => 1,
+        _ => insn.memory_size().size().clamp(1, 64),
+    }
+}
+
+/// Whether the memory operand is written.
+pub fn writes(insn: &Instruction, operand: u32) -> bool {
+    static WRITES: Memo = Memo::new();
+    WRITES.get(insn.code(), || {
+        let mut factory = InstructionInfoFactory::new();
+        let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        matches!(
+            factory.info_options(insn, options).op_access(operand),
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        )
+    })
+}

@@ -1,0 +1,209 @@
+//! From guest bytes to the items of a block: its instructions, where flags are live between them, and which accesses share
+//! a check.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
+
+use super::classify::{Kind, access_operand, classify, operand_size, raise_too_long, writes};
+use super::groups::{self, Access, Member, Step};
+use super::liveness::{Effect, Flags};
+use super::operand::memory_operand;
+use crate::mode::Mode;
+
+/// Guest instructions in one block at most.
+pub const MAX_INSTRUCTIONS: usize = 40;
+
+/// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
+/// there.
+pub const MAX_BRANCHES: usize = 3;
+
+/// Instructions looked at where a branch leads, to see which flags are needed there.
+pub const MAX_LOOKAHEAD: usize = 6;
+
+/// The bytes of a page, and perhaps some of the next.
+#[derive(Clone, Copy)]
+pub struct GuestCode<'a> {
+    pub page: &'a [u8],
+    /// Where the block begins.
+    pub offset: usize,
+}
+
+impl<'a> GuestCode<'a> {
+    pub fn bytes(self) -> &'a [u8] {
+        &self.page[self.offset..]
+    }
+}
+
+pub struct Item {
+    pub insn: Instruction,
+    pub offset: usize,
+    pub effect: Effect,
+    pub kind: Kind,
+    /// Flags needed before the instruction.
+    pub live_in: Flags,
+    /// The part of its access in a group.
+    pub member: Option<Member>,
+}
+
+/// The range of a page's bytes that were looked at beyond the block's own.
+#[derive(Clone, Debug, Default)]
+pub struct Lookahead(pub std::ops::Range<usize>);
+
+impl Lookahead {
+    pub fn add(&mut self, start: usize, end: usize) {
+        self.0 = if self.0.is_empty() { start..end } else { self.0.start.min(start)..self.0.end.max(end) };
+    }
+}
+
+/// Decodes up to the end of the block and finds where flags are live.
+pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Option<(Vec<Item>, Lookahead)> {
+    let bytes = code.bytes();
+    let mut lookahead = Lookahead::default();
+    let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
+    let mut items: Vec<Item> = Vec::new();
+    let mut branches = 0;
+    let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let page = 4096 - (start & 0xfff) as usize;
+    while items.len() < limit {
+        let offset = decoder.position();
+        if offset >= page && !items.is_empty() {
+            break;
+        }
+        let insn = decoder.decode();
+        if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && bytes.len() - offset < 15
+        {
+            if items.is_empty() {
+                return None;
+            }
+            break;
+        }
+        let too_long = insn.is_invalid() && insn.len() == 15 && needs_more(&bytes[offset..], mode);
+        if offset + insn.len() > page && !items.is_empty() {
+            // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
+            break;
+        }
+        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode, inline_tsc) };
+        let effect = match kind {
+            Kind::Sensitive(..) => Effect::SENSITIVE,
+            // Where a conditional branch leads every flag may be needed.
+            Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
+            Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
+            _ => Effect::of(&insn),
+        };
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None });
+        let ends = match kind {
+            Kind::Branch => {
+                branches += 1;
+                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES
+            }
+            Kind::Sensitive(_, ends) => ends,
+            _ => false,
+        };
+        if ends || offset + insn.len() > page {
+            break;
+        }
+    }
+    let mut live = live_out(&items, code, start, mode, &mut lookahead);
+    for item in items.iter_mut().rev() {
+        live = item.effect.before(live);
+        item.live_in = live;
+    }
+    Some((items, lookahead))
+}
+
+/// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.
+pub fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let Some(last) = items.last() else { return Flags::ALL };
+    let next = last.insn.next_ip();
+    match last.kind {
+        Kind::Branch if last.insn.is_jmp_short_or_near() || last.insn.is_call_near() => {
+            live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
+        }
+        Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
+        Kind::Branch | Kind::Sensitive(_, true) => Flags::ALL,
+        _ => live_at(next, code, start, mode, lookahead),
+    }
+}
+
+/// The flags that the code at `target` may need, if it is in the block's page.
+pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+    let page = start & !0xfff;
+    let (offset, end) = ((target & 0xfff) as usize, code.page.len().min(4096));
+    if target & !0xfff != page || offset >= end || !mode.long() || mode.is_single() {
+        return Flags::ALL;
+    }
+    let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
+    let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
+    let mut count = 0;
+    while count < MAX_LOOKAHEAD && decoder.can_decode() {
+        let insn = decoder.decode();
+        if !matches!(classify(&insn, mode, false), Kind::Native | Kind::Skip | Kind::Stack) {
+            break;
+        }
+        chain[count] = Effect::of(&insn);
+        count += 1;
+        if chain[count - 1].kills == Flags::ALL {
+            break;
+        }
+    }
+    lookahead.add(offset, offset + decoder.position());
+    chain[..count].iter().rev().fold(Flags::ALL, |live, effect| effect.before(live))
+}
+
+/// Finds accesses that share checks.
+pub fn plan_groups(items: &mut [Item], mode: Mode) {
+    let steps: Vec<(Instruction, Step)> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
+    for (item, member) in items.iter_mut().zip(groups::plan(&steps)) {
+        item.member = member;
+    }
+}
+
+pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
+    let word = mode.bits() as i64 / 8;
+    let push = Access { base: 4, displacement: -word, size: word, write: true };
+    let pop = Access { base: 4, displacement: 0, size: word, write: false };
+    match kind {
+        Kind::Skip | Kind::System => Step::Plain(None),
+        Kind::Sensitive(..) => Step::Barrier,
+        Kind::Native => Step::Plain(based_access(insn)),
+        Kind::Stack => match insn.mnemonic() {
+            Mnemonic::Pop => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Push if memory_operand(insn).is_none() => Step::Stack { access: Some(push), moves: -word },
+            Mnemonic::Push => Step::Stack { access: None, moves: -word },
+            _ => Step::Barrier,
+        },
+        Kind::Branch => match insn.mnemonic() {
+            Mnemonic::Ret => Step::Stack { access: Some(pop), moves: word },
+            Mnemonic::Call => Step::Stack { access: Some(push), moves: -word },
+            _ => Step::Plain(None),
+        },
+    }
+}
+
+/// The access of an innocuous instruction, if its address is a base register and a displacement.
+pub fn based_access(insn: &Instruction) -> Option<Access> {
+    let operand = access_operand(insn)?;
+    let base = insn.memory_base();
+    let plain = groups::groupable(base)
+        && insn.memory_index() == Register::None
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+    let masked = insn.op_mask() != Register::None
+        || matches!(
+            insn.mnemonic(),
+            Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+        );
+    (plain && !masked).then(|| Access {
+        base: base.number() as u8,
+        displacement: insn.memory_displacement64() as i64,
+        size: operand_size(insn) as i64,
+        write: writes(insn, operand),
+    })
+}
+
+/// Whether bytes that the decoder refused are refused because 15 of them don't make an instruction yet. (If the fifteenth is the
+/// one that makes it invalid, this can't tell.)
+pub fn needs_more(bytes: &[u8], mode: Mode) -> bool {
+    let Some(most) = bytes.get(..14) else { return false };
+    let mut decoder = Decoder::new(mode.bits(), most, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+}
