@@ -133,7 +133,7 @@ fn area(cpu: &mut Vcpu, insn: &Instruction, size: usize, alignment: u64, write: 
     let aligned = |cpu: &Vcpu, va: u64| {
         // Where alignment is checked, processors look at the low bits first.
         cpu.check_alignment(va, 4)?;
-        if va % alignment != 0 { Err(Exception::general_protection(0)) } else { Ok(()) }
+        if va.is_multiple_of(alignment) { Ok(()) } else { Err(Exception::general_protection(0)) }
     };
     if let Some(va) = cpu.flat_address(segment, offset) {
         aligned(cpu, va)?;
