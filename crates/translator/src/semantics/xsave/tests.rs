@@ -143,10 +143,6 @@ fn run(cases: &[(Native, &[u8], bool)]) {
                 area.0[0] |= 0x3f;
                 native_xsavec64(&source, listed, &mut area, &mut unused);
             }
-            let mut after = Area([0; XSAVE_SIZE]);
-            let mut expected = area.clone();
-            native(&before, mask, &mut expected, &mut after);
-
             cpu.xsave = XsaveArea(before.0);
             // What XRSTOR does to reserved bits and padding on the way in.
             let image = Image { bytes: before.0, ranges: [(0, 0); 12], count: 0 };
@@ -159,9 +155,22 @@ fn run(cases: &[(Native, &[u8], bool)]) {
             cpu.gpr[gpr::RDX] = 0;
             step(&mut cpu, bytes).expect("mapped memory and a good area");
             let got = read(&cpu, BASE, XSAVE_SIZE);
-            let differs = (0..XSAVE_SIZE).find(|&b| got[b] != expected.0[b]);
-            assert_eq!(differs, None, "case {i} round {round} mask {mask:#x}: memory");
-            same_state(&mut cpu.xsave, &after).unwrap_or_else(|e| panic!("case {i} round {round} mask {mask:#x}: {e}"));
+            // Where the host's kernel switched threads in between, the processor may take a component for used that is in its
+            // initial state; so once is chance, but never is a difference.
+            let outcome = (0..5).try_fold(String::new(), |_, _| {
+                let mut after = Area([0; XSAVE_SIZE]);
+                let mut expected = area.clone();
+                native(&before, mask, &mut expected, &mut after);
+                let compared = match (0..XSAVE_SIZE).find(|&b| got[b] != expected.0[b]) {
+                    Some(at) => Err(format!("memory differs at {at}")),
+                    None => same_state(&mut cpu.xsave, &after),
+                };
+                // An agreement ends the attempts.
+                compared.map_or_else(Ok, Err)
+            });
+            if let Ok(difference) = outcome {
+                panic!("case {i} round {round} mask {mask:#x}: {difference}");
+            }
         }
     }
 }
