@@ -86,7 +86,8 @@ pub(crate) fn serve(mut queue: Queue, stop: &Event, mut answer: impl FnMut(&Chai
                 queue.notify();
                 return;
             }
-            if depth.hold(answered) {
+            // Nothing is held back after large requests: they were all announced.
+            if unannounced > 0 && depth.hold(answered) {
                 thread::sleep(HOLD);
                 let came = queue.has_available();
                 depth.learn(came);
