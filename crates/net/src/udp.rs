@@ -26,8 +26,6 @@ use crate::{Error, Forward, Header, Offloads, Sink};
 pub const HEADER: usize = 8;
 const CHECKSUM_OFFSET: usize = 6;
 
-/// Sockets of the guest that have one of the host.
-const MOST_FLOWS: usize = 512;
 /// Destinations of one of them.
 const MOST_REMOTES: usize = 256;
 /// Peers of a forwarded port.
@@ -129,6 +127,8 @@ pub struct Udp {
     flows: HashMap<u32, Flow>,
     ids: HashMap<Key, u32>,
     next: u32,
+    /// Sockets of the guest that may have one of the host at a time.
+    most: usize,
     listeners: Vec<Listener>,
     /// Sockets that may have something to read.
     active: VecDeque<Source>,
@@ -146,6 +146,10 @@ pub struct Side {
 }
 
 impl Udp {
+    pub fn new(most: usize) -> Self {
+        Udp { most, ..Udp::default() }
+    }
+
     /// Listens at a forwarded port.
     pub fn listen(&mut self, forward: Forward, poller: &Poller) -> Result<(), Error> {
         let open = || {
@@ -213,7 +217,7 @@ impl Udp {
     }
 
     fn open(&mut self, key: Key, mac: Mac, poller: &Poller, now: Instant) -> Result<u32, Errno> {
-        if self.flows.len() >= MOST_FLOWS
+        if self.flows.len() >= self.most
             && let Some(oldest) = self.flows.iter().min_by_key(|(_, flow)| flow.used).map(|(id, _)| *id)
         {
             self.close(oldest);
@@ -247,6 +251,11 @@ impl Udp {
         }
     }
 
+    /// Whether there may be more for the guest than the last [`Udp::receive`] handed over.
+    pub fn has_more(&self) -> bool {
+        !self.active.is_empty()
+    }
+
     /// Hands over what has come. False: the sink is full.
     pub fn receive(
         &mut self,
@@ -255,8 +264,9 @@ impl Udp {
         outbox: &mut Outbox,
         find: impl Fn(IpAddr) -> Mac,
     ) -> bool {
-        while let Some(&source) = self.active.front() {
-            self.active.pop_front();
+        // Those that get a second turn get it next time: senders that never rest must not keep the thread here.
+        for _ in 0..self.active.len() {
+            let Some(source) = self.active.pop_front() else { break };
             self.buffer.resize(usize::from(u16::MAX), 0);
             for turn in 0.. {
                 if turn == TURN {

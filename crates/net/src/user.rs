@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smoltcp::wire::EthernetProtocol;
 
 use crate::backend::LONGEST_FRAME;
@@ -25,6 +26,9 @@ use crate::{Backend, Error, Forward, Header, Offloads, Protocol, Sink, dhcp};
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// How often the router makes itself known, well within its lifetime (RFC 4861, 6.2.1).
 const ADVERTISEMENT: Duration = Duration::from_secs(600);
+
+/// The most file descriptors that are of use.
+const DESCRIPTORS: u64 = 4096;
 
 /// How a user network is to be.
 #[derive(Clone, Debug)]
@@ -61,6 +65,8 @@ pub struct UserNet {
     udp: Udp,
     pings: Pings,
     housekeeping: Instant,
+    /// There was more for the guest than one call of `receive` is to hand over.
+    unfinished: bool,
     advertisement: Option<Instant>,
 }
 
@@ -68,8 +74,9 @@ impl UserNet {
     /// Makes the network; forwarded ports listen from now on.
     pub fn new(config: UserConfig) -> Result<Self, Error> {
         let now = Instant::now();
+        let descriptors = descriptors();
         let poller = Poller::new().map_err(|errno| Error::Poller(errno.into()))?;
-        let (mut tcp, mut udp) = (Tcp::new(now), Udp::default());
+        let (mut tcp, mut udp) = (Tcp::new(descriptors / 2, now), Udp::new(descriptors / 8));
         for forward in config.forwards {
             match forward.protocol {
                 Protocol::Tcp => tcp.listen(forward, &poller)?,
@@ -89,6 +96,7 @@ impl UserNet {
             udp,
             pings: Pings::default(),
             housekeeping: now,
+            unfinished: false,
             advertisement: None,
         })
     }
@@ -229,6 +237,20 @@ impl UserNet {
     }
 }
 
+/// How many file descriptors this process may have, after it has asked for more. Each connection of the guest is one,
+/// and the guest must not be able to take them all.
+fn descriptors() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(DESCRIPTORS, |most| most.min(DESCRIPTORS));
+    if limit.current.is_none_or(|now| now >= wanted) {
+        return DESCRIPTORS as usize;
+    }
+    match setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit }) {
+        Ok(()) => wanted as usize,
+        Err(_) => limit.current.map_or(0, |now| now as usize),
+    }
+}
+
 /// Where on the host's side `seen` is.
 fn real_address(seen: SocketAddr, restrict: bool, resolvers: &mut Resolvers) -> Result<SocketAddr, Unreachable> {
     if restrict {
@@ -289,9 +311,7 @@ impl Backend for UserNet {
         let room = self.outbox.flush(sink)
             && self.udp.receive(side, sink, &mut self.outbox, |address| neighbours.find(address))
             && self.tcp.receive(&side, sink, &mut self.outbox);
-        if room {
-            self.outbox.flush(sink);
-        }
+        self.unfinished = room && self.outbox.flush(sink) && self.udp.has_more();
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {
@@ -299,6 +319,9 @@ impl Backend for UserNet {
     }
 
     fn deadline(&self) -> Option<Instant> {
+        if self.unfinished {
+            return Some(Instant::now());
+        }
         Some(self.tcp.deadline().map_or(self.housekeeping, |timer| timer.min(self.housekeeping)))
     }
 

@@ -88,6 +88,20 @@ fn unknown_choices_are_usage_errors_that_name_the_known_ones() {
 }
 
 #[test]
+fn networks_that_are_not_known_are_usage_errors_that_name_the_known_ones() {
+    for (net, named) in [
+        ("slirp", "hostfwd"),
+        ("user,dns=1.1.1.1", "dns=1.1.1.1"),
+        ("user,hostfwd=tcp:2222-22", "tcp:127.0.0.1:2222-:22"),
+        ("user,hostfwd=tcp::70000-:22", "70000"),
+        ("user,mac=ff:ff:ff:ff:ff:ff", "hardware address"),
+        ("tap,name=a-name-that-is-too-long", "name=INTERFACE"),
+    ] {
+        refuses(&["run", "--net", net], 2, &["--net", named]);
+    }
+}
+
+#[test]
 fn flags_that_need_a_kernel_say_so() {
     refuses(&["run", "--initrd", "x"], 2, &["--kernel"]);
     refuses(&["run", "--append", "quiet"], 2, &["--kernel"]);

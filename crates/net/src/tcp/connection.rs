@@ -248,7 +248,10 @@ impl Connection {
     fn answer_to_syn(&mut self, segment: &Segment<'_>) -> Result<(), End> {
         let ours = segment.acknowledgment.is_some_and(|ack| ack == self.highest && ack != self.unacknowledged);
         match (ours, segment.rst, segment.syn) {
-            (true, true, _) => Err(End::Silent),
+            (true, true, _) => {
+                self.reset_socket();
+                Err(End::Silent)
+            }
             (true, false, true) => {
                 self.take_options(segment);
                 self.unacknowledged = self.highest;
@@ -263,11 +266,15 @@ impl Connection {
         }
     }
 
+    /// When the socket is closed, its peer is to see a reset, not an orderly end (socket(7), `SO_LINGER`).
+    fn reset_socket(&self) {
+        let _ = rustix::net::sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
+    }
+
     /// RFC 5961, 3: only a reset at the very place where data is expected counts.
     fn guest_reset(&mut self, segment: &Segment<'_>) -> Result<(), End> {
         if segment.sequence == self.receive_next {
-            // The peer is to see a reset too, not an orderly end.
-            let _ = rustix::net::sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
+            self.reset_socket();
             return Err(End::Silent);
         }
         if !before(segment.sequence, self.receive_next) && before(segment.sequence, self.advertised) {
@@ -569,7 +576,7 @@ impl Connection {
         self.tries += 1;
         let most = if self.phase == Phase::Open { TRIES } else { SYN_TRIES };
         if self.tries > most {
-            let _ = rustix::net::sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
+            self.reset_socket();
             return Err(End::Reset);
         }
         self.next = self.unacknowledged;

@@ -28,7 +28,6 @@ use crate::{Error, Forward, Sink};
 use connection::{Connection, End, Pumped};
 use segment::{Fields, Segment};
 
-const MOST_CONNECTIONS: usize = 2048;
 /// What all connections together may keep for each direction, and how much of it one gets at least and at most.
 const BUDGET: usize = 128 << 20;
 const LEAST_BUFFER: usize = 64 << 10;
@@ -73,6 +72,8 @@ pub struct Tcp {
     connections: HashMap<u32, Connection>,
     ids: HashMap<Key, u32>,
     next: u32,
+    /// Connections at a time.
+    most: usize,
     listeners: Vec<Listener>,
     /// Connections that may have something to send to the guest.
     active: VecDeque<u32>,
@@ -84,11 +85,12 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    pub fn new(now: Instant) -> Self {
+    pub fn new(most: usize, now: Instant) -> Self {
         Tcp {
             connections: HashMap::new(),
             ids: HashMap::new(),
             next: 0,
+            most,
             listeners: Vec::new(),
             active: VecDeque::new(),
             timer: None,
@@ -173,7 +175,7 @@ impl Tcp {
         quote: Vec<u8>,
         poller: &Poller,
     ) -> Result<(), Errno> {
-        if self.connections.len() >= MOST_CONNECTIONS {
+        if self.connections.len() >= self.most {
             return Err(Errno::CONNREFUSED);
         }
         let socket = icmp::socket(family(real.is_ipv4()), SocketType::STREAM, ipproto::TCP)?;
@@ -227,7 +229,7 @@ impl Tcp {
 
     fn accept(&mut self, index: usize, poller: &Poller, find: impl Fn(IpAddr) -> Mac) {
         while let Some(listener) = self.listeners.get(index) {
-            if self.connections.len() >= MOST_CONNECTIONS {
+            if self.connections.len() >= self.most {
                 return;
             }
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

@@ -107,6 +107,16 @@ fn forwarded_ports_lead_into_the_guest() {
     }
 }
 
+#[test]
+fn a_port_that_the_guest_refuses_is_reset() {
+    let forward: Forward = "tcp:127.0.0.1:0-:22".parse().unwrap();
+    let mut guest = Guest::new(|config| config.forwards.push(forward));
+    let address = guest.net.listening()[0];
+    let client = thread::spawn(move || TcpStream::connect(address).unwrap().read(&mut [0; 1]).unwrap_err().kind());
+    guest.run(|_| client.is_finished());
+    assert_eq!(client.join().unwrap(), std::io::ErrorKind::ConnectionReset);
+}
+
 /// Keeps the guest going until the host's side has what it waits for.
 fn guest_side_done(guest: &mut Guest, client: JoinHandle<Vec<u8>>) -> Vec<u8> {
     guest.run(|_| client.is_finished());
