@@ -81,13 +81,14 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
 }
 
 /// [`semantics::lookup`], which for most forms has nothing: that is remembered, apart for forms with and without a
-/// memory operand.
+/// memory operand, and in and outside of 64-bit mode (VZEROUPPER).
 pub fn sensitive(insn: &Instruction) -> Option<semantics::Sensitive> {
-    static INNOCUOUS: [Memo; 2] = [Memo::new(), Memo::new()];
+    static INNOCUOUS: [Memo; 4] = [const { Memo::new() }; 4];
     if insn.op_mask() != Register::None {
         return semantics::lookup(insn);
     }
-    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some())];
+    let long = insn.code_size() == iced_x86::CodeSize::Code64;
+    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some()) | usize::from(long) << 1];
     let mut found = None;
     let innocuous = memo.get(insn.code(), || {
         found = semantics::lookup(insn);
