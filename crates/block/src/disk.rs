@@ -119,18 +119,21 @@ impl Disk {
     /// checked is a copy, and the copy is what is written.
     fn write_guarded<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
         let mut copy = Vec::new();
+        let mut rest = Vec::new();
         for slice in slices {
             let start = copy.len();
-            copy.resize(start + slice.len(), 0);
+            let taken = slice.len().min(SECTOR as usize - start);
+            copy.resize(start + taken, 0);
             slice.read_slice(copy.get_mut(start..).unwrap_or_default(), 0).map_err(io::Error::other)?;
+            rest.push(slice.offset(taken).map_err(io::Error::other)?);
         }
         if offset == 0 && copy.starts_with(&QCOW2_MAGIC) {
-            tracing::warn!(
-                "the guest may not turn a raw disk into qcow2: name the format (format=raw) if it is to write that"
-            );
-            return Err(io::ErrorKind::PermissionDenied.into());
+            let why = "a raw disk may not be made to look like qcow2; name the format (format=raw) to allow it";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
-        self.write_image(&[VolatileSlice::from(copy.as_mut_slice())], offset)
+        let length = copy.len() as u64;
+        self.write_image(&[VolatileSlice::from(copy.as_mut_slice())], offset)?;
+        self.write_image(&rest, offset + length)
     }
 
     /// Where the next byte at or after `offset` is that may not be zero; `None`: there is none.

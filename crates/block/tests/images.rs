@@ -210,7 +210,9 @@ fn a_guest_cannot_make_a_raw_disk_look_like_qcow2() {
     assert_eq!(read(&disk, 0, 512), data[..512]);
     write(&disk, 512, &sector).unwrap();
     sector[3] = 0;
-    write(&disk, 0, &sector).unwrap();
+    let long = [&sector[..], &pattern(8, 100_352 - 512)].concat();
+    write(&disk, 0, &long).unwrap();
+    assert!(read(&disk, 0, 100_352) == long);
     drop(disk);
     // Whoever names the format can write what they like, and gets what they named.
     sector[3] = 0xfb;

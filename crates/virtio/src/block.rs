@@ -141,7 +141,7 @@ impl VirtioDevice for Block {
         self.workers().clear();
         // Also what the driver has not asked for: the image is whole while nobody uses it.
         if let Err(error) = self.shared.disk.flush() {
-            tracing::warn!("a disk image can't be flushed: {error}");
+            self.shared.report(&error);
         }
     }
 }
@@ -162,14 +162,19 @@ impl Shared {
             Ok(status)
         });
         let status = result.unwrap_or_else(|error| {
-            if !self.reported.swap(true, Ordering::Relaxed) {
-                tracing::warn!("a disk request failed, the guest sees an I/O error: {error}");
-            }
+            self.report(&error);
             IO_ERROR
         });
         chain.write_at(data_length, &[status]);
         // All before the status counts as written, too.
         Some(data_length as u32 + 1)
+    }
+
+    /// Tells the user of the first failure.
+    fn report(&self, error: &io::Error) {
+        if !self.reported.swap(true, Ordering::Relaxed) {
+            tracing::warn!("a disk request failed, the guest sees an I/O error: {error}");
+        }
     }
 
     fn execute(&self, kind: u32, sector: u64, chain: &Chain, data_length: usize) -> io::Result<u8> {

@@ -186,7 +186,8 @@ impl Queue {
 
     /// The driver has done what the specification forbids: the queue is dead, and the driver is told.
     pub fn fail(&mut self, why: &str) {
-        tracing::warn!("virtio queue {}: {why}: the device needs a reset", self.index);
+        // Not a warning: the guest can do this as often as it likes.
+        tracing::info!("virtio queue {}: {why}: the device needs a reset", self.index);
         self.broken = true;
         self.signals.needs_reset();
     }

@@ -2,6 +2,7 @@
 //! a sparse file without a name, which then stands for them. So they can be read, converted, and stand behind other
 //! images; to be written they have to be converted first.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -28,10 +29,15 @@ pub fn unpack(file: &File, header: &Header, backing: Option<&FormatAccess<Storag
     let per_table = size / 8;
     let l1 = read_padded(file, header.l1_offset, (header.l1_entries * 8) as usize)?;
     let mut data = vec![0; size as usize];
+    let mut tables = HashSet::new();
     for table in 0..header.size.div_ceil(size * per_table) {
         let l2_offset = be64(&l1, (table * 8) as usize) & OFFSET;
-        if l2_offset >= length || l2_offset == 0 && backing.is_none() {
+        let behind = backing.is_some_and(|backing| table * per_table * size < backing.size());
+        if l2_offset >= length || l2_offset == 0 && !behind {
             continue;
+        }
+        if l2_offset != 0 && !tables.insert(l2_offset) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "an L2 table is used twice"));
         }
         let l2 = if l2_offset == 0 { Vec::new() } else { read_padded(file, l2_offset, size as usize)? };
         for index in 0..per_table {

@@ -237,7 +237,7 @@ impl Common {
         let result = self.activation().and_then(|activation| self.device.activate(activation));
         self.active = true;
         if let Err(error) = result {
-            tracing::warn!("{error}");
+            tracing::info!("{error}");
             crate::Signals::needs_reset(&*self.interrupter);
         }
     }
