@@ -24,6 +24,9 @@ fn disk() -> &'static Path {
         let path = cache().join(format!("test-debian-{:016x}.qcow2", recipe.finish()));
         if !path.exists() {
             fs::create_dir_all(cache()).unwrap();
+            let old = fs::read_dir(cache()).unwrap().map(|entry| entry.unwrap().path());
+            let is_disk = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("test-debian-");
+            old.filter(is_disk).for_each(|path| _ = fs::remove_file(path));
             let made = ringer().args(["image", "debian", "--include", "cloud-init"]).arg(&path).output().unwrap();
             assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         }
