@@ -21,8 +21,8 @@ use crate::units::{parse_size, show_size};
 
 const CUSTOMIZE: &str = include_str!("customize");
 /// What makes a server of Debian's smallest set of packages: a kernel, systemd, network, and what one expects to find.
-const PACKAGES: &str = "linux-image-cloud-amd64,systemd-sysv,systemd-resolved,libpam-systemd,dbus,udev,kmod,e2fsprogs,iproute2,\
-                        iputils-ping,netbase,ca-certificates,procps,login,less";
+const PACKAGES: &str = "linux-image-cloud-amd64,systemd-sysv,systemd-resolved,libpam-systemd,dbus,udev,kmod,e2fsprogs,\
+                        iproute2,iputils-ping,netbase,ca-certificates,procps,login,less";
 /// The least is what these packages need.
 const SIZES: std::ops::RangeInclusive<u64> = 1 << 30..=16 << 40;
 
