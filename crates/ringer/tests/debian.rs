@@ -65,7 +65,7 @@ fn debian_boots_without_failed_units_installs_a_package_and_leaves_a_clean_disk(
     let mut machine = boot(directory.path(), &[]);
     log_in(&mut machine);
     run(&mut machine, "systemctl is-system-running --wait", "0");
-    run(&mut machine, "systemctl is-active systemd-networkd && getent hosts deb.debian.org", "0");
+    run(&mut machine, "systemctl is-active systemd-networkd", "0");
     run(&mut machine, "apt-get update -qq", "0");
     run(&mut machine, "apt-get install -y -qq hello </dev/null >/dev/null 2>&1; hello", "0");
     machine.type_text("poweroff\n");

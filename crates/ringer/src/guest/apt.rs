@@ -173,6 +173,9 @@ fn lock(child: &Mutex<Child>) -> std::sync::MutexGuard<'_, Child> {
     child.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// On a host whose own sources are not Debian's, this variable names a Debian mirror by its URL.
+const MIRROR: &str = "RINGER_DEBIAN_MIRROR";
+
 /// What we set on top of the host's configuration (apt.conf(5)), of which proxies and sources stay in force.
 fn configuration(directory: &Path, architecture: &str) -> String {
     let root = directory.display();
@@ -198,10 +201,10 @@ Acquire::IndexTargets::deb::DEP-11-icons::DefaultEnabled "false";
 Acquire::IndexTargets::deb::CNF::DefaultEnabled "false";
 "#
     );
-    if !host_is_debian() {
+    if let (false, Ok(mirror)) = (host_is_debian(), std::env::var(MIRROR)) {
         let keyring = KEYRINGS.iter().find(|path| Path::new(path).exists()).copied().unwrap_or(KEYRINGS[0]);
         let sources = directory.join("sources.list");
-        let line = format!("deb [signed-by={keyring}] http://deb.debian.org/debian stable main\n");
+        let line = format!("deb [signed-by={keyring}] {mirror} stable main\n");
         // Where this fails, so will apt, which then names the file.
         _ = fs::write(&sources, line);
         text += &format!("Dir::Etc::sourcelist \"{root}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n");
