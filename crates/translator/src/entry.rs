@@ -67,7 +67,6 @@ pub struct Hot {
     /// Not zero: the host has XSAVEOPT.
     pub xsaveopt: u64,
     pub load_fp: u64,
-    pub signal_number: u64,
     pub signal_code: u64,
     pub signal_address: u64,
     pub signal_pc: u64,
@@ -124,7 +123,6 @@ impl Hot {
             xsave_mask,
             xsaveopt: u64::from(crate::host::cpuid(0xd, 1).eax & 1),
             load_fp: address(ringer_load_fp),
-            signal_number: 0,
             signal_code: 0,
             signal_address: 0,
             signal_pc: 0,

@@ -62,7 +62,6 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
             }
             if (*vcpu).engine.cache.offset_of(pc).is_some() {
                 let hot = &mut (*vcpu).hot;
-                hot.signal_number = signal as u64;
                 hot.signal_code = registers[libc::REG_TRAPNO as usize] as u64;
                 hot.signal_address = if signal == libc::SIGSEGV { s0 } else { (*info).si_addr() as u64 };
                 hot.signal_pc = pc;

@@ -89,17 +89,6 @@ impl Asm {
         self.labels[label.0] = self.code.len();
     }
 
-    pub fn bound_label(&mut self) -> Label {
-        let label = self.label();
-        self.bind(label);
-        label
-    }
-
-    /// Where a bound label is.
-    pub fn offset_of(&self, label: Label) -> usize {
-        self.labels[label.0]
-    }
-
     /// Resolves all branches to labels.
     pub fn finish(&mut self) {
         for (at, label) in std::mem::take(&mut self.fixups) {
@@ -398,14 +387,6 @@ impl Asm {
     /// A jump to an offset in the code memory. Returns where its rel32 is.
     pub fn jmp_code(&mut self, target: usize) -> usize {
         self.byte(0xe9);
-        let at = self.code.len();
-        let next = self.origin + at + 4;
-        self.imm32(target as i32 - next as i32);
-        at
-    }
-
-    pub fn jcc_code(&mut self, condition: u8, target: usize) -> usize {
-        self.bytes(&[0x0f, 0x80 | condition]);
         let at = self.code.len();
         let next = self.origin + at + 4;
         self.imm32(target as i32 - next as i32);

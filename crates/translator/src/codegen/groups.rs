@@ -11,7 +11,7 @@
 
 use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, Register};
 
-use super::asm::{GUEST_RSP, Reg};
+use super::asm::Reg;
 use super::reencode::{Home, home};
 
 /// The widest span that shares a check, in bytes. Wider ones cross pages too often.
@@ -195,9 +195,4 @@ fn close_written(factory: &mut InstructionInfoFactory, insn: &Instruction, open:
 /// Whether a base register can have groups: it lives in a host register.
 pub fn groupable(base: Register) -> bool {
     base.is_gpr64() && matches!(home(base.number() as u8), Home::Host(_))
-}
-
-/// The guest's rsp as a base.
-pub fn is_stack(base: Reg) -> bool {
-    base == GUEST_RSP
 }

@@ -234,7 +234,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
 
     // 40..4f in 32- and 16-bit code: INC and DEC r, which 64-bit mode spells with a ModRM byte.
     let short_inc = legacy && bits != 64 && p.opcode.len() == 1 && matches!(p.opcode[0], 0x40..=0x4f);
-    let mut opcode_register = (f.opcode_gpr).then(|| p.opcode[p.opcode.len() - 1] & 7 | p.extension_b() << 3);
+    let opcode_register = f.opcode_gpr.then(|| p.opcode[p.opcode.len() - 1] & 7 | p.extension_b() << 3);
     let high_byte = |n: u8, byte: bool| byte && legacy && p.rex == 0 && (4..8).contains(&n);
 
     let mut names = Names::default();
@@ -319,7 +319,6 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
                 asm.byte(0x40 | ext);
             }
             if short_inc {
-                opcode_register = None;
                 let digit = if p.opcode[0] & 8 != 0 { 1 } else { 0 };
                 asm.bytes(&[0xff, 0xc0 | digit << 3 | new_opcode? & 7]);
             } else {
@@ -345,7 +344,6 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
             asm.bytes(p.opcode);
         }
     }
-    let _ = opcode_register;
     if let Some(modrm) = p.modrm {
         let reg_bits = if f.reg_gpr { r & 7 } else { modrm >> 3 & 7 } << 3;
         match operand {
