@@ -4,10 +4,13 @@
 //! holds code that an engine has translated, tells the engine ([`CodeWatcher`]). Engines use [`Ram::host_address`] and
 //! do the same bookkeeping themselves through [`Ram::tracker`].
 //!
-//! The memory map is a PC's: RAM from 0 up to the PCI hole at [`HOLE_START`], the rest from 4 GiB up.
+//! The memory map is a PC's: RAM from 0 up to the PCI hole at [`HOLE_START`], the rest from 4 GiB up. What a processor
+//! finds at an address can change while the machine runs: [`map`] has ROM, frame buffers and RAM that is turned off.
 
+mod device;
 mod discard;
 pub mod file;
+pub mod map;
 mod tracker;
 
 use std::fs::File;
@@ -17,7 +20,10 @@ use std::sync::Arc;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use device::DeviceMemories;
+pub use device::{Access, DeviceMemory, MAX_DEVICE_MEMORY, Window};
 pub use discard::discard;
+pub use map::{MapObserver, MemoryMap, Section, Sections};
 pub use tracker::{CodeWatcher, PageTracker, RegionTracker};
 pub use vm_memory;
 
@@ -43,6 +49,10 @@ pub enum Error {
     Host { size: u64, source: std::io::Error },
     #[error("can't map {size} bytes of guest memory: {why}")]
     Map { size: u64, why: String },
+    #[error("device memory of {size} bytes is not possible: whole pages are, all in all {MAX_DEVICE_MEMORY} bytes")]
+    DeviceMemory { size: u64 },
+    #[error("a window of {size} bytes from {offset:#x} does not fit its device memory")]
+    Window { offset: u64, size: u64 },
 }
 
 /// One contiguous piece of RAM.
@@ -60,6 +70,10 @@ pub struct Ram {
     view: View,
     regions: Arc<Vec<Region>>,
     tracker: Arc<PageTracker>,
+    map: Arc<MemoryMap>,
+    /// What is neither in `view` nor counted by `size`.
+    devices: Arc<DeviceMemories>,
+    file: Arc<File>,
     size: u64,
 }
 
@@ -76,7 +90,7 @@ impl Ram {
         if size > low {
             spans.push((HIGH_START, size - low, low));
         }
-        let tracker = Arc::new(PageTracker::new(size));
+        let tracker = Arc::new(PageTracker::new(size, MAX_DEVICE_MEMORY));
         let map_error = |why: String| Error::Map { size, why };
         let mut regions = Vec::new();
         let mut mapped = Vec::new();
@@ -95,7 +109,9 @@ impl Ram {
             );
         }
         let view = View::from_regions(mapped).map_err(|e| map_error(e.to_string()))?;
-        Ok(Ram { view, regions: Arc::new(regions), tracker, size })
+        let map = Arc::new(MemoryMap::new(&regions));
+        let devices = Arc::new(DeviceMemories::default());
+        Ok(Ram { view, regions: Arc::new(regions), tracker, map, devices, file, size })
     }
 
     /// What devices use.
@@ -114,6 +130,16 @@ impl Ram {
 
     pub fn tracker(&self) -> &Arc<PageTracker> {
         &self.tracker
+    }
+
+    /// What processors find at which address.
+    pub fn map(&self) -> &Arc<MemoryMap> {
+        &self.map
+    }
+
+    /// Whether a host address lies in RAM or device memory.
+    pub fn contains_host(&self, host: usize) -> bool {
+        self.regions.iter().any(|r| host.wrapping_sub(r.host) < r.size as usize) || self.devices.contains(host)
     }
 
     /// The host address of a guest-physical address, if it is RAM.

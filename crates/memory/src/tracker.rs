@@ -1,6 +1,6 @@
 //! Which pages were written, and which hold translated code.
 //!
-//! One [`PageTracker`] serves all of RAM; a [`RegionTracker`] is its face towards `vm-memory`, which reports every
+//! One [`PageTracker`] serves all of RAM, and device memory behind it; a [`RegionTracker`] is its face towards `vm-memory`, which reports every
 //! write of a device through [`Bitmap::mark_dirty`], after the bytes are in place. That order is what makes
 //! invalidation sound: code translated before the report is dropped, code translated after it has seen the new bytes.
 
@@ -20,6 +20,8 @@ pub trait CodeWatcher: Send + Sync {
 
 /// One bit a page for "dirty", one byte a page for "holds translated code".
 pub struct PageTracker {
+    /// From here on pages are device memory.
+    ram_pages: usize,
     dirty: Box<[AtomicU64]>,
     code: Box<[AtomicU8]>,
     watcher: OnceLock<Weak<dyn CodeWatcher>>,
@@ -32,9 +34,11 @@ impl std::fmt::Debug for PageTracker {
 }
 
 impl PageTracker {
-    pub(crate) fn new(size: u64) -> Self {
-        let pages = (size / PAGE_SIZE) as usize;
+    /// For `ram` bytes of RAM and `devices` bytes of device memory behind it.
+    pub(crate) fn new(ram: u64, devices: u64) -> Self {
+        let pages = ((ram + devices) / PAGE_SIZE) as usize;
         PageTracker {
+            ram_pages: (ram / PAGE_SIZE) as usize,
             dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             code: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             watcher: OnceLock::new(),
@@ -48,13 +52,26 @@ impl PageTracker {
 
     pub fn mark_dirty(&self, page: usize) {
         let (word, bit) = (&self.dirty[page / 64], 1 << (page % 64));
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            word.fetch_or(bit, Ordering::Relaxed);
+        // Whoever takes dirty pages while the machine runs must see what was written before: a locked operation waits for
+        // stores, a mere look that finds the bit set doesn't.
+        if self.is_device(page) || word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::AcqRel);
         }
+    }
+
+    /// The page is one of device memory.
+    pub fn is_device(&self, page: usize) -> bool {
+        page >= self.ram_pages
     }
 
     pub fn is_dirty(&self, page: usize) -> bool {
         self.dirty[page / 64].load(Ordering::Relaxed) & 1 << (page % 64) != 0
+    }
+
+    /// Makes a page clean; whether it was dirty.
+    pub fn take_dirty(&self, page: usize) -> bool {
+        let (word, bit) = (&self.dirty[page / 64], 1 << (page % 64));
+        word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
     }
 
     /// From now on writes to `page` are reported, on behalf of the `holders` (a bit each). Returns who held it before.

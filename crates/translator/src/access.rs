@@ -433,7 +433,7 @@ fn low_bits(n: usize) -> u64 {
 
 /// Reads the masked-in bytes at `gpa`; RAM, where reading too much does no harm, in one go.
 fn read_pieces(cpu: &mut Vcpu, gpa: u64, data: &mut [u8], mask: u64) {
-    if mask & low_bits(data.len()) == low_bits(data.len()) || cpu.ram(gpa).is_some() {
+    if mask & low_bits(data.len()) == low_bits(data.len()) || cpu.readable(gpa).is_some() {
         cpu.phys_read(gpa, data);
         return;
     }

@@ -2,7 +2,7 @@
 //!
 //! Each vCPU has its own cache, so that emitted code needs no locks and a patch is seen by the one thread that runs it.
 //! Host code lives in a [`CodeMemory`], mapped twice: writable for the translator, executable for the processor. Blocks
-//! are found by guest address, physical page and mode ([`Key`]) in the dispatcher, and by guest address alone in the
+//! are found by guest address, frame (a page of the machine's memory, see `phys`) and mode ([`Key`]) in the dispatcher, and by guest address alone in the
 //! [jump table](CodeMemory::jump_base) that emitted code searches. Guest writes to translated bytes drop exactly the
 //! blocks they hit ([`Vcpu::code_stored`]); other vCPUs are told through [`Invalidations`].
 
@@ -13,13 +13,15 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use iced_x86::Instruction;
-use memory::{CodeWatcher, PAGE_SIZE};
+use memory::map::Place;
+use memory::{CodeWatcher, MapObserver, PAGE_SIZE, Sections};
 use rustc_hash::FxHashMap;
 
 use crate::Vcpu;
 use crate::codegen::block::{SensitiveInsn, Translated};
 use crate::mode::Mode;
 use crate::perf_map::PerfMap;
+use crate::phys::{frame_of, page_of};
 use crate::shared::request;
 
 /// Offsets in code memory: the word that backward branches poll, the base of the jump table, and the first block.
@@ -259,7 +261,7 @@ pub struct Link {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     pub rip: u64,
-    /// The physical page of `rip`.
+    /// The frame (see `phys`) of `rip`.
     pub page: u64,
     pub mode: Mode,
 }
@@ -267,7 +269,7 @@ pub struct Key {
 /// Host code for a run of guest instructions.
 pub struct Block {
     pub key: Key,
-    /// The physical page of the bytes beyond the first page, if there are any.
+    /// The frame of the bytes beyond the first page, if there are any.
     pub second_page: Option<u64>,
     pub bytes: Box<[u8]>,
     /// In code memory.
@@ -296,7 +298,7 @@ impl Block {
         Some((insn, bytes))
     }
 
-    /// The bytes of a physical page that the block was made from.
+    /// The bytes of a frame that the block was made from.
     fn span_in(&self, page: u64) -> Range<usize> {
         let start = (self.key.rip % PAGE_SIZE) as usize;
         let end = start + self.bytes.len();
@@ -311,7 +313,7 @@ pub struct Cache {
     next: usize,
     blocks: Vec<Block>,
     by_key: FxHashMap<Key, BlockId>,
-    /// By physical page.
+    /// By frame.
     by_page: FxHashMap<u64, Vec<BlockId>>,
     pub sensitive: Vec<SensitiveInsn>,
     slots: Vec<Mode>,
@@ -625,10 +627,12 @@ impl Cache {
 /// What another thread asks a vCPU to forget.
 #[derive(Clone, Debug)]
 enum Invalidation {
-    /// The page (physical address) now holds translated code of some vCPU: no write to it may go unnoticed.
+    /// The frame now holds translated code of some vCPU: no write to it may go unnoticed.
     Protect(u64),
-    /// These bytes of a page (physical address) were written.
+    /// These bytes of a frame were written.
     Written(u64, Range<usize>),
+    /// Someone wants to know which of these pages (indices) are written, since the last time and from now on.
+    CollectDirty(Range<usize>),
 }
 
 /// Requests to one vCPU, and whether it could be running on what they are to change.
@@ -657,9 +661,9 @@ impl Vcpu {
     /// Bytes of a page that holds translated code were stored by this vCPU: drops what they were translated to, here and on the
     /// other vCPUs. They see it at their next indirect or backward branch, before they can see later stores.
     pub fn code_stored(&mut self, page: usize, bytes: Range<usize>) {
-        let gpa = self.machine.page_address(page);
-        self.tell_others(page, &Invalidation::Written(gpa, bytes.clone()));
-        self.code_written(gpa, bytes);
+        let frame = frame_of(page);
+        self.tell_others(page, &Invalidation::Written(frame, bytes.clone()));
+        self.code_written(frame, bytes);
     }
 
     fn tell_others(&self, page: usize, what: &Invalidation) {
@@ -672,11 +676,11 @@ impl Vcpu {
         }
     }
 
-    fn code_written(&mut self, gpa: u64, bytes: Range<usize>) {
+    fn code_written(&mut self, frame: u64, bytes: Range<usize>) {
         // With more vCPUs than bits a bit may stand for another one as well.
-        if self.engine.cache.invalidate(gpa, bytes)
+        if self.engine.cache.invalidate(frame, bytes)
             && self.machine.vcpus().len() <= 8
-            && let Some(page) = self.machine.page_index(gpa)
+            && let Some(page) = page_of(frame)
         {
             self.machine.tracker.clear_code(page, holder_bit(self.id));
         }
@@ -690,25 +694,40 @@ impl Vcpu {
         let mut queue = shared.invalidations.queue.lock().unwrap_or_else(|e| e.into_inner());
         for what in queue.drain(..) {
             match what {
-                Invalidation::Protect(gpa) => self.tlb.protect(gpa),
-                Invalidation::Written(gpa, bytes) => self.code_written(gpa, bytes),
+                Invalidation::Protect(frame) => self.tlb.protect(frame..frame + PAGE_SIZE),
+                Invalidation::Written(frame, bytes) => self.code_written(frame, bytes),
+                Invalidation::CollectDirty(pages) => self.report_dirty(pages),
             }
         }
+    }
+
+    /// Marks the pages dirty that could be written unnoticed until now, and sees to it that they no longer can.
+    fn report_dirty(&mut self, pages: Range<usize>) {
+        self.tlb.protect(frame_of(pages.start)..frame_of(pages.end));
+        let tracker = self.machine.tracker.clone();
+        self.engine.device_pages.retain(|page| {
+            let asked = pages.contains(page);
+            if asked {
+                tracker.mark_dirty(*page);
+            }
+            !asked
+        });
     }
 
     /// To be called before code is read from a page of RAM in order to translate it: from here on no write to the page
     /// goes unnoticed, by whomever.
     pub fn watch_code_page(&mut self, gpa: u64) {
-        let Some(page) = self.machine.page_index(gpa) else { return };
+        let Some(Place { page, .. }) = self.at(gpa).0 else { return };
         let before = self.machine.tracker.mark_code(page, holder_bit(self.id));
         if before != 0 {
             return; // nobody has a write tag for it
         }
-        self.tlb.protect(gpa);
+        let frame = frame_of(page);
+        self.tlb.protect(frame..frame + PAGE_SIZE);
         let machine = self.machine.clone();
         let vcpus = machine.vcpus();
         for other in vcpus.iter().filter(|o| o.id != self.id) {
-            other.invalidations.push(Invalidation::Protect(gpa & !(PAGE_SIZE - 1)));
+            other.invalidations.push(Invalidation::Protect(frame));
             other.request(request::INVALIDATE);
         }
         // While waiting, this vCPU uses neither TLB nor blocks, so that two that wait for each other both go on.
@@ -730,15 +749,27 @@ pub fn holder_bit(id: u32) -> u8 {
     1 << (id % 8)
 }
 
-/// Passes writes by devices on to the vCPUs.
-pub struct DeviceWrites(pub Arc<crate::shared::Machine>);
+/// Passes on to the vCPUs what devices change: translated code, the memory map.
+pub struct DeviceChanges(pub Arc<crate::shared::Machine>);
 
-impl CodeWatcher for DeviceWrites {
+impl CodeWatcher for DeviceChanges {
     fn code_page_written(&self, page: usize, bytes: Range<usize>) {
         let holders = self.0.tracker.code_holders(page);
-        let gpa = self.0.page_address(page);
         for vcpu in self.0.vcpus().iter().filter(|v| holders & holder_bit(v.id) != 0) {
-            vcpu.invalidations.push(Invalidation::Written(gpa, bytes.clone()));
+            vcpu.invalidations.push(Invalidation::Written(frame_of(page), bytes.clone()));
+            vcpu.request(request::INVALIDATE);
+        }
+    }
+}
+
+impl MapObserver for DeviceChanges {
+    fn map_changed(&self, _: &Arc<Sections>) {
+        self.0.vcpus().iter().for_each(|vcpu| vcpu.request(request::MAP));
+    }
+
+    fn collect_dirty(&self, pages: Range<usize>) {
+        for vcpu in self.0.vcpus().iter() {
+            vcpu.invalidations.push(Invalidation::CollectDirty(pages.clone()));
             vcpu.request(request::INVALIDATE);
         }
     }

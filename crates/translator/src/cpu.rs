@@ -157,6 +157,8 @@ pub struct Vcpu {
     pub shared: Arc<VcpuShared>,
     /// What all vCPUs share: RAM, bus, the other vCPUs.
     pub machine: Arc<Machine>,
+    /// The memory map that this vCPU works by.
+    pub map: Arc<memory::Sections>,
     pub engine: crate::run::EngineState,
     /// What makes the local APIC's timer interrupt the thread that runs this vCPU.
     pub timer: crate::apic::timer::HostTimer,

@@ -83,8 +83,8 @@ impl Default for Config {
 /// The engine: makes the vCPUs of one machine.
 pub struct Translator {
     machine: Arc<shared::Machine>,
-    /// Kept alive for the tracker, which refers to it weakly.
-    _device_writes: Arc<dyn memory::CodeWatcher>,
+    /// Kept alive for the tracker and the memory map, which refer to it weakly.
+    _device_changes: Arc<cache::DeviceChanges>,
 }
 
 impl Translator {
@@ -94,9 +94,12 @@ impl Translator {
         let cpuid = semantics::cpuid::model(&config, time.tsc_khz())
             .map_err(|e| engine::Error::Unsupported { engine: "translate", why: e.to_string() })?;
         let machine = Arc::new(shared::Machine::new(ram, config, cpuid, time));
-        let device_writes: Arc<dyn memory::CodeWatcher> = Arc::new(cache::DeviceWrites(machine.clone()));
-        machine.tracker.watch(Arc::downgrade(&device_writes));
-        Ok(Translator { machine, _device_writes: device_writes })
+        let device_changes = Arc::new(cache::DeviceChanges(machine.clone()));
+        let watcher: Arc<dyn memory::CodeWatcher> = device_changes.clone();
+        machine.tracker.watch(Arc::downgrade(&watcher));
+        let observer: Arc<dyn memory::MapObserver> = device_changes.clone();
+        machine.ram.map().observe(Arc::downgrade(&observer));
+        Ok(Translator { machine, _device_changes: device_changes })
     }
 }
 

@@ -61,6 +61,8 @@ pub struct EngineState {
     ungrouped: FxHashSet<Key>,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
+    /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
+    pub device_pages: FxHashSet<usize>,
 }
 
 impl EngineState {
@@ -81,6 +83,7 @@ impl EngineState {
             crossings: FxHashMap::default(),
             ungrouped: FxHashSet::default(),
             delivered: false,
+            device_pages: FxHashSet::default(),
         }
     }
 
@@ -237,6 +240,10 @@ impl Vcpu {
                 let requests = self.shared.requests.load(std::sync::atomic::Ordering::SeqCst);
                 if requests & request::INVALIDATE != 0 {
                     self.take_invalidations();
+                }
+                if requests & request::MAP != 0 {
+                    self.shared.requests.fetch_and(!request::MAP, std::sync::atomic::Ordering::SeqCst);
+                    self.follow_map();
                 }
                 if requests & request::STOP != 0 {
                     self.shared.requests.fetch_and(!request::STOP, std::sync::atomic::Ordering::SeqCst);
@@ -410,12 +417,15 @@ impl Vcpu {
         }
         let linear = self.linear_rip();
         let (gpa, global) = self.fetch_address(linear)?;
-        let key = Key { rip, page: gpa & !(PAGE_SIZE - 1), mode };
+        let key = Key { rip, page: self.frame(gpa), mode };
         let base = linear.wrapping_sub(rip);
         if let Some(id) = self.engine.cache.get(&key) {
             let same = match self.engine.cache.block(id).second_page {
                 None => true,
-                Some(page) => self.fetch_address(next_page(linear))?.0 == page,
+                Some(page) => {
+                    let (next, _) = self.fetch_address(next_page(linear))?;
+                    self.frame(next) == page
+                }
             };
             // Outside 64-bit mode another CS base moves the code to the same RIP elsewhere.
             if same && (base == 0 || gpa % PAGE_SIZE == linear % PAGE_SIZE) {
@@ -462,7 +472,7 @@ impl Vcpu {
         let mut bytes = vec![0; PAGE_SIZE as usize];
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
-        let mode = if self.ram(gpa).is_some() { key.mode } else { key.mode.single() };
+        let mode = if self.readable(gpa).is_some() { key.mode } else { key.mode.single() };
         let mut translated =
             block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
@@ -472,7 +482,7 @@ impl Vcpu {
             let mut tail = [0; 15];
             self.read_code(next, &mut tail);
             bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
-            second_page = Some(next);
+            second_page = Some(self.frame(next));
             translated =
                 block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
         }
@@ -504,7 +514,7 @@ impl Vcpu {
 
     /// Reads the page of `gpa`, or as much of it as `bytes` takes; from a device only the one instruction at `gpa`.
     fn read_code(&self, gpa: u64, bytes: &mut [u8]) {
-        if self.ram(gpa).is_some() {
+        if self.readable(gpa).is_some() {
             self.phys_read(gpa & !(PAGE_SIZE - 1), bytes);
         } else {
             for (i, byte) in bytes.iter_mut().skip((gpa % PAGE_SIZE) as usize).take(15).enumerate() {
@@ -516,12 +526,10 @@ impl Vcpu {
     /// Makes room by forgetting all translations.
     pub fn drop_all_blocks(&mut self) {
         self.engine.snippets.clear();
-        let pages: Vec<u64> = self.engine.cache.reset().collect();
+        let frames: Vec<u64> = self.engine.cache.reset().collect();
         if self.machine.vcpus().len() <= 8 {
-            for gpa in pages {
-                if let Some(page) = self.machine.page_index(gpa) {
-                    self.machine.tracker.clear_code(page, crate::cache::holder_bit(self.id));
-                }
+            for page in frames.into_iter().filter_map(crate::phys::page_of) {
+                self.machine.tracker.clear_code(page, crate::cache::holder_bit(self.id));
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 
-use memory::{PAGE_SIZE, PageTracker, Ram};
+use memory::{PageTracker, Ram};
 
 use crate::apic::Apic;
 use crate::cache::PollWord;
@@ -23,6 +23,8 @@ pub mod request {
     pub const INVALIDATE: u32 = 1 << 5;
     /// The APIC timer's deadline may have passed.
     pub const TIMER: u32 = 1 << 6;
+    /// The memory map has changed.
+    pub const MAP: u32 = 1 << 7;
 }
 
 /// What other threads reach of a vCPU.
@@ -77,18 +79,12 @@ pub struct Machine {
     pub pic_asserted: AtomicU32,
     bus: OnceLock<Arc<dyn engine::Bus>>,
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
-    /// (first byte, size, host address) of RAM below and above the hole; kept apart for speed.
-    low: (u64, usize),
-    high: (u64, usize),
 }
 
 impl Machine {
     pub fn new(ram: Ram, config: crate::Config, cpuid: arch::cpuid::CpuModel, time: crate::time::Time) -> Self {
-        let span = |i: usize| ram.regions().get(i).map_or((0, 0), |r| (r.size, r.host));
         Machine {
             tracker: ram.tracker().clone(),
-            low: span(0),
-            high: span(1),
             ram,
             config,
             cpuid,
@@ -97,36 +93,6 @@ impl Machine {
             bus: OnceLock::new(),
             vcpus: RwLock::new(Vec::new()),
         }
-    }
-
-    /// The host address of a guest-physical one, if it is RAM; valid to the end of its page.
-    #[inline]
-    pub fn ram_pointer(&self, gpa: u64) -> Option<*mut u8> {
-        if gpa < self.low.0 {
-            Some((self.low.1 + gpa as usize) as *mut u8)
-        } else if gpa.wrapping_sub(memory::HIGH_START) < self.high.0 {
-            Some((self.high.1 + (gpa - memory::HIGH_START) as usize) as *mut u8)
-        } else {
-            None
-        }
-    }
-
-    /// The index by which the tracker knows a page of RAM.
-    #[inline]
-    pub fn page_index(&self, gpa: u64) -> Option<usize> {
-        if gpa < self.low.0 {
-            Some((gpa / PAGE_SIZE) as usize)
-        } else if gpa.wrapping_sub(memory::HIGH_START) < self.high.0 {
-            Some(((self.low.0 + gpa - memory::HIGH_START) / PAGE_SIZE) as usize)
-        } else {
-            None
-        }
-    }
-
-    /// The inverse of [`Machine::page_index`].
-    pub fn page_address(&self, page: usize) -> u64 {
-        let offset = page as u64 * PAGE_SIZE;
-        if offset < self.low.0 { offset } else { memory::HIGH_START + offset - self.low.0 }
     }
 
     /// Set when the first vCPU is made.

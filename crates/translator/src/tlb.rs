@@ -5,6 +5,8 @@
 //! hold translated code, or are watched have no write (or no read) tag, so that they take the slow path. Bit maps
 //! tell which entries were filled, so that a flush touches only those.
 
+use std::ops::Range;
+
 use crate::cpu::{CONTEXTS, Context};
 
 /// Entries in each table; a power of two.
@@ -22,20 +24,21 @@ pub struct Entry {
     pub write: u64,
     /// Host address minus guest-virtual address.
     pub addend: u64,
-    /// The guest-physical page; bit 0: [`GLOBAL`].
-    gpa: u64,
+    /// The page's frame (see `phys`); bit 0: [`GLOBAL`].
+    frame: u64,
 }
 
-/// In [`Entry::gpa`]: the mapping survives a change of CR3.
+/// In [`Entry::frame`]: the mapping survives a change of CR3.
 const GLOBAL: u64 = 1;
 
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, gpa: 0 };
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, frame: 0 };
 
 /// A page-walk result to cache.
 #[derive(Clone, Copy, Debug)]
 pub struct Fill {
     pub va: u64,
-    pub gpa: u64,
+    /// What the page is known by: see `phys`.
+    pub frame: u64,
     pub host: usize,
     pub readable: bool,
     pub writable: bool,
@@ -68,7 +71,7 @@ impl Table {
         for word in 0..ENTRIES / 64 {
             for bit in bits(std::mem::take(&mut self.local[word])) {
                 let entry = &mut self.entries[word * 64 + bit];
-                if entry.gpa & GLOBAL == 0 {
+                if entry.frame & GLOBAL == 0 {
                     *entry = EMPTY;
                 }
             }
@@ -100,10 +103,10 @@ pub struct StackPage {
     /// Its guest-virtual address, if it can be read and written, else [`INVALID`].
     pub page: u64,
     pub addend: u64,
-    gpa: u64,
+    frame: u64,
 }
 
-const NO_STACK: StackPage = StackPage { page: INVALID, addend: 0, gpa: u64::MAX };
+const NO_STACK: StackPage = StackPage { page: INVALID, addend: 0, frame: u64::MAX };
 
 /// All of a vCPU's cached mappings.
 #[repr(C)]
@@ -170,7 +173,7 @@ impl Tlb {
             read: if fill.readable { page } else { INVALID },
             write: if fill.writable { page } else { INVALID },
             addend: (fill.host as u64 & !0xfff).wrapping_sub(page),
-            gpa: fill.gpa & !0xfff | if fill.global { GLOBAL } else { 0 },
+            frame: fill.frame & !0xfff | if fill.global { GLOBAL } else { 0 },
         };
         if fill.large {
             table.large |= area_bit(fill.va);
@@ -186,7 +189,7 @@ impl Tlb {
         if entry.read != page || entry.write != page {
             return None;
         }
-        self.stack[context as usize] = StackPage { page, addend: entry.addend, gpa: entry.gpa };
+        self.stack[context as usize] = StackPage { page, addend: entry.addend, frame: entry.frame };
         Some(entry.addend)
     }
 
@@ -200,7 +203,7 @@ impl Tlb {
     /// Drops everything but global pages.
     pub fn flush_local(&mut self) {
         self.flushes += 1;
-        for stack in self.stack.iter_mut().filter(|s| s.gpa & GLOBAL == 0) {
+        for stack in self.stack.iter_mut().filter(|s| s.frame & GLOBAL == 0) {
             *stack = NO_STACK;
         }
         self.tables.iter_mut().for_each(Table::flush_local);
@@ -221,16 +224,16 @@ impl Tlb {
         }
     }
 
-    /// Takes the write tag off every mapping of a guest-physical page: it now holds translated code.
-    pub fn protect(&mut self, gpa: u64) {
-        for stack in self.stack.iter_mut().filter(|s| s.gpa & !0xfff == gpa & !0xfff) {
+    /// Takes the write tags off all mappings of these frames: what is written there is to be seen.
+    pub fn protect(&mut self, frames: Range<u64>) {
+        for stack in self.stack.iter_mut().filter(|s| frames.contains(&(s.frame & !0xfff))) {
             *stack = NO_STACK;
         }
         for table in &mut self.tables {
             for word in 0..ENTRIES / 64 {
                 for bit in bits(table.local[word] | table.global[word]) {
                     let entry = &mut table.entries[word * 64 + bit];
-                    if entry.gpa & !0xfff == gpa & !0xfff {
+                    if frames.contains(&(entry.frame & !0xfff)) {
                         entry.write = INVALID;
                     }
                 }

@@ -77,6 +77,7 @@ impl Vcpu {
             id: id,
             engine: EngineState::new(memory, perf_map),
             shared: shared,
+            map: machine.ram.map().sections(),
             machine: machine,
             timer: Default::default(),
         });
@@ -126,6 +127,7 @@ impl engine::Vcpu for Handle {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
+        self.0.follow_map();
         self.0.import(state)
     }
 

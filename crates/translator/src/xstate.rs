@@ -352,7 +352,7 @@ impl Vcpu {
         if let Some(bounced) = self.engine.bounce.guest_address(host) {
             return Some(bounced);
         }
-        let inside = self.machine.ram.regions().iter().any(|r| host.wrapping_sub(r.host as u64) < r.size);
+        let inside = self.machine.ram.contains_host(host as usize);
         inside.then(|| self.tlb.guest_address(host).unwrap_or(0))
     }
 }

@@ -7,6 +7,7 @@ use memory::PAGE_SIZE;
 
 use super::walk::{Access, Mapping, walk};
 use crate::cpu::{Context, Vcpu};
+use crate::phys::frame_of;
 use crate::tlb::{Fill, INVALID};
 
 /// Where one page's part of an access is.
@@ -24,28 +25,31 @@ impl Vcpu {
     }
 
     /// Walks the page tables and caches what they say. Pages that hold translated code, have a data breakpoint or are
-    /// not RAM get no tag for the accesses that the slow path has to see.
+    /// on the bus get no tag for the accesses that the slow path has to see.
     pub fn fill_tlb(&mut self, va: u64, access: Access, context: Context) -> Result<Mapping, Exception> {
         let mapping = walk(self, va, access, context)?;
-        let Some(page) = self.machine.page_index(mapping.gpa) else {
-            return Ok(mapping);
-        };
-        let Some(host) = self.ram(mapping.gpa & !(PAGE_SIZE - 1)) else {
+        let (read, write) = self.at(mapping.gpa & !(PAGE_SIZE - 1));
+        // An entry leads to one place: where reads and writes go to different ones, it is that of reads.
+        let Some(place) = read.or(write) else {
             return Ok(mapping);
         };
         let watched = self.breakpoint_on_page(va);
-        let writable = mapping.writable && !watched && !self.machine.tracker.is_code(page);
+        let tracker = &self.machine.tracker;
+        let writable = mapping.writable && !watched && write == Some(place) && !tracker.is_code(place.page);
         if writable {
             // Stores through the TLB are not seen one by one.
-            self.machine.tracker.mark_dirty(page);
+            tracker.mark_dirty(place.page);
+            if tracker.is_device(place.page) {
+                self.engine.device_pages.insert(place.page);
+            }
         }
         self.tlb.fill(
             context,
             Fill {
                 va,
-                gpa: mapping.gpa,
-                host: host as usize,
-                readable: mapping.readable && !watched,
+                frame: frame_of(place.page),
+                host: place.host,
+                readable: mapping.readable && !watched && read.is_some(),
                 writable,
                 large: mapping.large,
                 global: mapping.global,

@@ -74,6 +74,7 @@ impl Vcpu {
 
     fn write_port(&mut self, port: u16, size: usize, value: u64) {
         self.machine.bus().pio_write(port, &value.to_le_bytes()[..size]);
+        self.follow_map();
         self.watch_ports(port, size);
     }
 }

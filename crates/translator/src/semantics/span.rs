@@ -30,9 +30,10 @@ impl Span {
         if cpu.dr7 & 0xff != 0 {
             return Ok(None);
         }
-        // RAM without a tag holds translated code.
+        // Memory without a tag holds translated code, or is not both read and written in the same place.
         let gpa = (access == Access::Write).then_some(mapping.gpa);
-        Ok(cpu.ram(mapping.gpa).map(|host| Span { host, gpa }))
+        let host = if access == Access::Write { cpu.writable(mapping.gpa) } else { cpu.readable(mapping.gpa) };
+        Ok(host.map(|host| Span { host, gpa }))
     }
 
     fn cached(cpu: &Vcpu, va: u64, access: Access, context: Context) -> Option<Span> {

@@ -700,7 +700,7 @@ mod tests {
     #[test]
     fn stores_to_pages_with_translated_code_are_done_by_chunks_too() {
         let mut cpu = vcpu();
-        let page = cpu.machine.page_index(BASE).expect("RAM");
+        let page = cpu.machine.ram.page_index(BASE).expect("RAM");
         cpu.machine.tracker.mark_code(page, 1);
         cpu.gpr[gpr::RAX] = 0x77;
         registers(&mut cpu, 0x1800, 0, BASE + 0x100);
