@@ -3,4 +3,4 @@
 
 mod bench;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| bench::BENCH.with(|bench| bench::support::hostile::registers(bench, data)));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| bench::registers(bench::network, data));

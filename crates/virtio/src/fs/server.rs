@@ -158,7 +158,7 @@ impl Server {
     /// Gives a new file its owner and exactly its permissions, whatever our own umask.
     fn finish(&self, header: &Header, parent: &Node, name: &[u8], mode: Option<u32>) -> Answer {
         if self.owners {
-            let owner = (Some(Uid::from_raw(header.uid)), Some(Gid::from_raw(header.gid)));
+            let owner = (Some(user(header.uid)?), Some(group(header.gid)?));
             fs::chownat(parent, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
         }
         let entry = self.nodes.look_up(parent, name)?;
@@ -284,8 +284,8 @@ impl Server {
         }
         if has(set::UID | set::GID) {
             let old = fs::fstat(&*node)?;
-            let uid = Some(change.uid).filter(|&uid| has(set::UID) && uid != old.st_uid).map(Uid::from_raw);
-            let gid = Some(change.gid).filter(|&gid| has(set::GID) && gid != old.st_gid).map(Gid::from_raw);
+            let uid = Some(change.uid).filter(|&uid| has(set::UID) && uid != old.st_uid).map(user).transpose()?;
+            let gid = Some(change.gid).filter(|&gid| has(set::GID) && gid != old.st_gid).map(group).transpose()?;
             if uid.is_some() || gid.is_some() {
                 fs::chownat(&*node, "", uid, gid, AtFlags::EMPTY_PATH)?;
             }
@@ -468,6 +468,15 @@ fn attributes(stat: &Stat) -> Reply {
 /// `struct fuse_open_out`
 fn opened(handle: u64) -> Reply {
     Reply::default().u64(handle).u32(0).u32(0)
+}
+
+/// An owner. All ones is nobody's number: to chown(2) it means to leave the owner as it is.
+fn user(number: u32) -> Result<Uid, Errno> {
+    if number == u32::MAX { Err(Errno::INVAL) } else { Ok(Uid::from_raw(number)) }
+}
+
+fn group(number: u32) -> Result<Gid, Errno> {
+    if number == u32::MAX { Err(Errno::INVAL) } else { Ok(Gid::from_raw(number)) }
 }
 
 fn errno(error: &std::io::Error) -> Errno {

@@ -74,7 +74,49 @@ pub fn queues(bench: &Bench, features: u64, queue_count: u16, data: &[u8]) {
         }
         bench.window.write(NOTIFY + 4 * u64::from(ring.index), &ring.index.to_le_bytes());
     }
+    // The memory is still the driver's while the device works on it.
+    while !input.0.is_empty() {
+        let place = [0x1000, 0x2_0000][usize::from(input.byte() & 1)] + (input.number(2) & 0x1fff);
+        bench.store(place, &input.number(4).to_be_bytes()[4..]);
+    }
     settle(bench, &rings);
+    end(bench);
+}
+
+/// Gives the device messages with anything in them, in chains that are right: a buffer with the message and one to be
+/// written. `before` is called before each.
+pub fn messages(bench: &Bench, queue_count: u16, data: &[u8], before: impl Fn()) {
+    let mut input = Input(data);
+    let offered = bench.offered();
+    bench.negotiate(offered);
+    let mut rings = Vec::new();
+    for index in 0..queue_count {
+        rings.push(bench.enable_queue(index, 16, 0x1000 * (u64::from(index) + 1), index + 1));
+    }
+    bench.set_status(15);
+    while !input.0.is_empty() && bench.status() & 0x40 == 0 {
+        before();
+        let (queue, length) = (usize::from(input.byte()), input.number(2) as usize & 0x1fff);
+        let writable = [0, 1, 16, 104, 144, 1024, 0x2000, 0x10_0000][queue >> 5];
+        let Some(ring) = rings.get_mut(queue & 31) else { continue };
+        let (message, rest) = input.0.split_at(length.min(input.0.len()));
+        input.0 = rest;
+        // Each descriptor has buffers of its own, since some of them stay with the device.
+        let place = 0x2_0000 + 0x2000 * u64::from(ring.next);
+        bench.store(place, message);
+        let parts = [(place, message.len() as u32, false), (place + 0x10_0000, writable, true)];
+        let parts: Vec<_> = parts.into_iter().filter(|part| part.1 > 0).collect();
+        if !parts.is_empty() {
+            ring.add(bench, &parts);
+            bench.kick(ring);
+        }
+        settle(bench, &rings);
+    }
+    end(bench);
+}
+
+/// What a reset must bring back, whatever was before.
+fn end(bench: &Bench) {
     bench.set_status(0);
     bench.interrupts.take();
     assert_eq!(bench.status(), 0);
@@ -82,12 +124,13 @@ pub fn queues(bench: &Bench, features: u64, queue_count: u16, data: &[u8]) {
     assert_eq!(bench.ram.size(), RAM);
 }
 
-/// Waits until the device makes no more progress.
+/// Waits until the device has given everything back, has given up, or makes no more progress.
 fn settle(bench: &Bench, rings: &[Ring]) {
     let used = || rings.iter().map(|ring| bench.load16(ring.used() + 2)).collect::<Vec<_>>();
+    let added: Vec<_> = rings.iter().map(|ring| ring.added).collect();
     let (mut last, mut since) = (used(), Instant::now());
-    while bench.status() & 0x40 == 0 && since.elapsed() < Duration::from_millis(2) {
-        std::thread::sleep(Duration::from_micros(100));
+    while last != added && bench.status() & 0x40 == 0 && since.elapsed() < Duration::from_millis(2) {
+        std::thread::sleep(Duration::from_micros(50));
         let now = used();
         if now != last {
             (last, since) = (now, Instant::now());

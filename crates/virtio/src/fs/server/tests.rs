@@ -199,3 +199,15 @@ fn any_bytes_are_answered() {
     let outside = std::fs::read_dir(share.directory.path()).unwrap().count();
     assert_eq!(outside, 2);
 }
+
+#[test]
+fn no_file_is_given_to_an_owner_that_can_not_be() {
+    let share = Share::new(false);
+    std::fs::write(share.path("file"), "").unwrap();
+    let file = share.look_up(ROOT, "file").unwrap();
+    for valid in [set::UID, set::GID] {
+        let mut change = [0; 22];
+        (change[0], change[19], change[20]) = (valid, u32::MAX, u32::MAX);
+        assert_eq!(share.ask(opcode::SETATTR, file, &body(&change, "")).unwrap_err(), Errno::INVAL);
+    }
+}
