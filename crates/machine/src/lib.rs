@@ -45,6 +45,8 @@ pub enum Error {
     #[error(transparent)]
     Boot(#[from] boot::Error),
     #[error(transparent)]
+    Source(Box<dyn std::error::Error + Send + Sync>),
+    #[error(transparent)]
     Virtio(#[from] virtio::Error),
     #[error("{devices} devices are too many: PCI bus 0 has room for {MAX_DEVICES}")]
     TooManyDevices { devices: usize },
@@ -56,8 +58,10 @@ pub enum Error {
 
 /// How a machine is to be.
 pub struct Config {
-    /// What to boot, on how many processors (1 to [`MAX_CPUS`]).
-    pub boot: BootConfig,
+    /// From 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// What to boot, asked for at every start: after a reset it may be another kernel.
+    pub boot: BootSource,
     /// Where the serial ports COM1 to COM4 send what the guest writes.
     pub serial: [SerialOutput; 4],
     /// Paravirtual devices, in the order of their PCI device numbers, from 1 on.
@@ -66,8 +70,11 @@ pub struct Config {
     pub no_reboot: bool,
 }
 
+/// Says what to boot. The files that it names last until it is called again, or dropped.
+pub type BootSource = Box<dyn FnMut() -> Result<BootConfig, Box<dyn std::error::Error + Send + Sync>> + Send>;
+
 /// Puts what is booted into RAM and gives the first vCPU's state at its entry.
-type Loader = Box<dyn Fn(&Ram) -> Result<CpuState, boot::Error> + Send>;
+type Loader = Box<dyn FnMut(&Ram) -> Result<CpuState, Error> + Send>;
 
 /// Where a serial port's output goes; `None`: no such port.
 pub type SerialOutput = Option<Box<dyn Write + Send>>;
@@ -97,9 +104,9 @@ pub struct Machine {
 impl Machine {
     /// Wires a machine together and loads what it boots; nothing runs yet. `engine` must run on `ram`.
     pub fn new(config: Config, ram: Ram, engine: &dyn Engine) -> Result<Self, Error> {
-        let (cpus, boot) = (config.boot.cpus, config.boot);
-        let loader = Box::new(move |ram: &Ram| boot::load(ram, &boot));
-        let mut machine = Self::assemble(cpus, config.serial, config.no_reboot, ram, engine, loader)?;
+        let mut source = config.boot;
+        let loader = Box::new(move |ram: &Ram| Ok(boot::load(ram, &source().map_err(Error::Source)?)?));
+        let mut machine = Self::assemble(config.cpus, config.serial, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;
         Ok(machine)
     }

@@ -63,14 +63,14 @@ pub fn split_path(text: &str) -> (String, &str) {
     (path + rest, "")
 }
 
-/// Opens the images and makes a device of each, with a queue for each processor.
-pub fn devices(disks: &[DiskArg], cpus: u32) -> Result<Vec<Arc<dyn VirtioDevice>>, block::Error> {
-    let device = |disk: &DiskArg| {
-        let image = Disk::open(&disk.image)?;
-        let serial = disk.serial.as_deref().unwrap_or_default();
-        Ok(Arc::new(Block::new(image, serial, cpus as usize)) as Arc<dyn VirtioDevice>)
-    };
-    disks.iter().map(device).collect()
+/// Opens the images.
+pub fn open(disks: &[DiskArg]) -> Result<Vec<Arc<Disk>>, block::Error> {
+    disks.iter().map(|disk| Disk::open(&disk.image).map(Arc::new)).collect()
+}
+
+/// The device of an open disk, with a queue for each processor.
+pub fn device(disk: &Arc<Disk>, arg: &DiskArg, cpus: u32) -> Arc<dyn VirtioDevice> {
+    Arc::new(Block::new(disk.clone(), arg.serial.as_deref().unwrap_or_default(), cpus as usize))
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
-//! Booting what is on a disk: kernel and RAM disk are taken out of the image and held in memory while the machine lives.
+//! Booting what is on a disk: kernel and RAM disk are taken out of the image, as it is when the machine starts or starts
+//! again, and held in memory until then.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{Disk, Options, SECTOR};
+use block::{Disk, SECTOR};
 use bootdisk::ReadAt;
 use memory::vm_memory::VolatileSlice;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -22,8 +23,6 @@ pub struct Taken {
 /// Why a disk can't be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(transparent)]
-    Image(#[from] block::Error),
     #[error("{}: {source}", path.display())]
     Find { path: PathBuf, source: bootdisk::Error },
     #[error("can't hold a kernel in memory: {0}")]
@@ -31,13 +30,11 @@ pub enum Error {
 }
 
 impl Taken {
-    /// Looks on `image` for what it boots. The image is only read, and is free again afterwards.
-    pub fn from(image: &Options) -> Result<Self, Error> {
-        let path = image.path.clone();
-        let disk = Disk::open(&Options { read_only: true, ..image.clone() })?;
-        let disk: Arc<dyn ReadAt> = Arc::new(Sectors(disk));
-        let found = bootdisk::find(&disk).map_err(|source| Error::Find { path, source })?;
-        tracing::info!("booting {} of {} with {}", found.name, image.path.display(), found.root);
+    /// Looks on the disk, whose image is at `path`, for what it boots. The disk is only read.
+    pub fn from(disk: &Arc<Disk>, path: &Path) -> Result<Self, Error> {
+        let disk: Arc<dyn ReadAt> = Arc::new(Sectors(disk.clone()));
+        let found = bootdisk::find(&disk).map_err(|source| Error::Find { path: path.into(), source })?;
+        tracing::info!("booting {} of {} with {}", found.name, path.display(), found.root);
         let hold = |data: &[u8]| hold(data).map_err(Error::Memory);
         let initrd = found.initrd.as_deref().map(hold).transpose()?;
         Ok(Taken { kernel: hold(&found.kernel)?, initrd, root: found.root })
@@ -65,7 +62,7 @@ fn path_of(file: &OwnedFd) -> PathBuf {
 }
 
 /// A disk is read in whole sectors.
-struct Sectors(Disk);
+struct Sectors(Arc<Disk>);
 
 impl ReadAt for Sectors {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
@@ -90,13 +87,18 @@ impl ReadAt for Sectors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use block::Options;
+
+    fn open(path: &Path) -> Arc<Disk> {
+        Arc::new(Disk::open(&Options { read_only: true, ..Options::new(path) }).unwrap())
+    }
 
     #[test]
     fn any_range_of_a_disk_can_be_read() {
         let data: Vec<u8> = (0..4096u32).map(|n| (n * 7 % 251) as u8).collect();
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &data).unwrap();
-        let disk = Sectors(Disk::open(&Options { read_only: true, ..Options::new(file.path()) }).unwrap());
+        let disk = Sectors(open(file.path()));
         for (offset, length) in [(0, 512), (1, 1), (511, 2), (1000, 2000), (4095, 1), (0, 4096), (512, 1024)] {
             let mut buffer = vec![0; length];
             disk.read_at(&mut buffer, offset as u64).unwrap();
@@ -115,7 +117,7 @@ mod tests {
     fn an_empty_disk_is_refused_with_its_name() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), [0; 8192]).unwrap();
-        let error = Taken::from(&Options::new(file.path())).map(|_| ()).unwrap_err().to_string();
+        let error = Taken::from(&open(file.path()), file.path()).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains(&*file.path().to_string_lossy()) && error.contains("--kernel"), "{error}");
     }
 }

@@ -6,17 +6,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
+use block::Disk;
 use boot::BootConfig;
-use machine::{Config, Handle, Machine, Outcome, SerialOutput, TranslatorConfig, select_engine};
+use machine::{BootSource, Config, Handle, Machine, Outcome, SerialOutput, TranslatorConfig, select_engine};
 use memory::Ram;
 use rustix::stdio::stdin;
 use rustix::termios::isatty;
 use virtio::VirtioDevice;
 
 use crate::cli::{RunArgs, Serial};
-use crate::disk_boot::{self, Taken};
+use crate::disk_boot::Taken;
 use crate::guest::{self, Guest};
-use crate::{console, devices, disk, net, seed, terminal};
+use crate::{cleanup, console, devices, disk, net, seed, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -34,8 +35,6 @@ pub enum Error {
     Net(#[from] ::net::Error),
     #[error(transparent)]
     Guest(#[from] guest::Error),
-    #[error(transparent)]
-    DiskBoot(#[from] disk_boot::Error),
     #[error("{flag} file:{}: {source}", path.display())]
     OutputFile { flag: &'static str, path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -60,11 +59,8 @@ pub enum Error {
 
 /// Boots a machine and waits for its end.
 pub fn run(args: RunArgs) -> Result<(), Error> {
-    let disk_boot = match args.disk.first().filter(|_| args.kernel.is_none()) {
-        Some(disk) => Some(Taken::from(&disk.image)?),
-        None => None,
-    };
-    let boot = boot_config(&args, disk_boot.as_ref())?;
+    let disks = disk::open(&args.disk)?;
+    let boot = boot_source(&args, disks.first())?;
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
         cpus: args.cpus,
@@ -86,7 +82,8 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         Some(sink) => Some(Arc::new(virtio::console::Console::new(sink).map_err(Error::Console)?)),
         None => None,
     };
-    let mut devices = disk::devices(&args.disk, args.cpus)?;
+    let pairs = disks.iter().zip(&args.disk);
+    let mut devices: Vec<_> = pairs.map(|(disk, arg)| disk::device(disk, arg, args.cpus)).collect();
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
@@ -100,13 +97,16 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
     let config = Config {
+        cpus: args.cpus,
         boot,
         serial: [output("--serial", &serial, &link)?, None, None, None],
-        devices,
+        devices: devices.clone(),
         no_reboot: args.no_reboot,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
+    // A signal ends the process in the middle of everything: what disks hold back is to be in their images then.
+    let closing = cleanup::register(move || devices.iter().for_each(|device| device.reset()));
     let _ = link.machine.set(machine.handle());
     let handle = machine.handle();
     let raw = match (hvc, serial, &args.console) {
@@ -119,6 +119,7 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     };
     let result = machine.run();
     drop(raw);
+    closing.cancel();
     let outcome = result?;
     if link.gone.get().is_some() {
         return Err(Error::OutputGone);
@@ -139,28 +140,37 @@ struct Link {
     gone: OnceLock<()>,
 }
 
-fn boot_config(args: &RunArgs, disk: Option<&Taken>) -> Result<BootConfig, Error> {
+/// What the machine boots: the kernel named, or that of the first disk, or the default guest's.
+fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>) -> Result<BootSource, Error> {
     let cpus = args.cpus;
     if let Some(kernel) = args.kernel.clone() {
         let command_line = args.append.clone().unwrap_or_default();
-        return Ok(BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus });
+        let config = BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus };
+        return Ok(Box::new(move || Ok(config.clone())));
     }
-    if let Some(disk) = disk {
+    if let (Some(disk), Some(arg)) = (disk, args.disk.first()) {
+        let (disk, path, append) = (disk.clone(), arg.image.path.clone(), args.append.clone());
         // The last console named is the system's own.
         let consoles = match args.console {
             Serial::None => "console=ttyS0",
             Serial::Stdio => "console=ttyS0 console=hvc0",
             Serial::File(_) => "console=hvc0 console=ttyS0",
         };
-        let mut command_line = format!("{} ro {consoles}", disk.root);
-        if let Some(append) = &args.append {
-            command_line += &format!(" {append}");
-        }
-        return Ok(BootConfig { kernel: disk.kernel(), initrd: disk.initrd(), command_line, cpus });
+        let mut files = None;
+        // Each start looks anew: the guest may have installed another kernel.
+        return Ok(Box::new(move || {
+            let taken = files.insert(Taken::from(&disk, &path)?);
+            let mut command_line = format!("{} ro {consoles}", taken.root);
+            if let Some(append) = &append {
+                command_line += &format!(" {append}");
+            }
+            Ok(BootConfig { kernel: taken.kernel(), initrd: taken.initrd(), command_line, cpus })
+        }));
     }
     let guest = Guest::get(&guest::cache_directory()?)?;
     let initrd = Some(guest.initrd()?);
-    Ok(BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus })
+    let config = BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus };
+    Ok(Box::new(move || Ok(config.clone())))
 }
 
 /// With the user's kind of terminal, which the kernel hands to its first process as an environment variable.
@@ -193,10 +203,7 @@ fn output(flag: &'static str, to: &Serial, link: &Arc<Link>) -> Result<SerialOut
 }
 
 /// Makes stdin the input of a port. Its threads are left behind in blocking calls when the machine ends.
-fn attach_stdin(
-    machine: Handle,
-    input: impl Fn(&[u8]) + Send + 'static,
-) -> Result<Option<crate::cleanup::Guard>, Error> {
+fn attach_stdin(machine: Handle, input: impl Fn(&[u8]) + Send + 'static) -> Result<Option<cleanup::Guard>, Error> {
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
         thread::Builder::new().name(name.into()).spawn(work).map_err(Error::Input)
     };

@@ -3,12 +3,14 @@
 mod support;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use block::{Disk, Format, Options, image};
 use memory::vm_memory::VolatileSlice;
+use rustix::process::{Pid, Signal, kill_process};
 use support::{Process, Script, one_machine_at_a_time, ringer};
 
 const MIB: u64 = 1 << 20;
@@ -94,6 +96,60 @@ fn what_was_flushed_survives_the_death_of_ringer() {
             assert_consistent(&path);
         }
     }
+}
+
+#[test]
+fn a_signal_leaves_a_whole_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    image::create(&path, Format::Qcow2, Some(64 * MIB), None).unwrap();
+    // Nothing of this is flushed: oflag=direct gets it past the guest's cache.
+    let write = "dd if=/bin/busybox of=/dev/vda bs=64k count=16 oflag=direct && echo @@written; sleep 1000";
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let (mut command, _initrd) = Script::new().step("write", write).command("");
+        command.arg("--disk").arg(&path).args(["--net", "none"]).stdin(Stdio::null());
+        let turn = one_machine_at_a_time();
+        let mut machine = Process::start(&mut command);
+        machine.wait_for("@@written");
+        kill_process(Pid::from_child(&machine.child), signal).unwrap();
+        let ended = machine.end();
+        drop(turn);
+        assert_eq!(ended.status.signal(), Some(signal.as_raw()), "{ended:?}");
+        let report = image::check(&path, false).unwrap();
+        assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.details);
+        assert!(read(&path, 0, 4096).starts_with(b"\x7fELF"));
+    }
+}
+
+/// A disk with an ext4 file system that holds the default guest's kernel and a RAM disk that runs `script`.
+fn bootable(path: &Path, script: Script) {
+    let (_, files) = script.command("");
+    let boot = files.path().join("tree/boot");
+    fs::create_dir_all(&boot).unwrap();
+    fs::copy(&support::default_guest().kernel, boot.join("vmlinuz-1")).unwrap();
+    fs::rename(files.path().join("initrd.cpio"), boot.join("initrd.img-1")).unwrap();
+    image::create(path, Format::Raw, Some(64 * MIB), None).unwrap();
+    let program = if Path::new("/usr/sbin/mke2fs").exists() { "/usr/sbin/mke2fs" } else { "mke2fs" };
+    let tree = files.path().join("tree");
+    let made = Command::new(program).args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree).arg(path).status();
+    assert!(made.expect("mke2fs of e2fsprogs is installed").success());
+}
+
+#[test]
+fn a_guest_that_starts_again_boots_what_is_on_its_disk_then() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let replace = "echo the first system; cat /dev/vdb >/dev/vda; sync; reboot -f";
+    bootable(&at("first"), Script::new().step("replace", replace));
+    bootable(&at("second"), Script::new().step("tell", "echo the second system; poweroff -f"));
+    let mut command = ringer();
+    command.arg("run").arg("--disk").arg(at("first")).arg("--disk").arg(at("second")).args(["--append", "quiet"]);
+    let _turn = one_machine_at_a_time();
+    let ended = Process::start(command.stdin(Stdio::null())).end();
+    assert!(ended.status.success(), "{ended:?}");
+    let place = |text: &str| ended.stdout.find(text).unwrap_or_else(|| panic!("no {text:?} in {ended:?}"));
+    assert!(place("the first system") < place("the second system"));
+    assert_eq!(ended.stdout.matches("the first system").count(), 1);
 }
 
 #[test]

@@ -60,7 +60,7 @@ pub struct Block {
 
 /// What the queues' threads share.
 struct Shared {
-    disk: Disk,
+    disk: Arc<Disk>,
     serial: [u8; ID_LENGTH],
     /// A failed request has been reported; the guest may make any number of them fail.
     reported: AtomicBool,
@@ -68,10 +68,10 @@ struct Shared {
 
 impl Block {
     /// A device for `disk` with `queues` queues (1 to [`MAX_QUEUES`]). Of `serial`, 20 bytes count.
-    pub fn new(disk: Disk, serial: &str, queues: usize) -> Self {
+    pub fn new(disk: impl Into<Arc<Disk>>, serial: &str, queues: usize) -> Self {
         let mut id = [0; ID_LENGTH];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        let shared = Shared { disk, serial: id, reported: AtomicBool::new(false) };
+        let shared = Shared { disk: disk.into(), serial: id, reported: AtomicBool::new(false) };
         let queue_sizes = vec![QUEUE_SIZE; queues.clamp(1, MAX_QUEUES)];
         Block { shared: Arc::new(shared), queue_sizes, workers: Mutex::default() }
     }
