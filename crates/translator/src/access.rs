@@ -194,6 +194,9 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     };
     cpu.enter_instruction(&site);
     let insn = site.insn;
+    if crate::codegen::classify::runs_whole_in_rust(&insn) {
+        return run_whole(cpu, &insn);
+    }
     let Some(operand) = crate::codegen::classify::access_operand(&insn) else {
         return lost(cpu, "operand");
     };
@@ -238,6 +241,14 @@ fn lost(cpu: &mut Vcpu, what: &str) -> Accessed {
 fn stop(cpu: &mut Vcpu, stop: Stop) -> Accessed {
     cpu.engine.stop = Some(stop);
     Accessed::leave(Left::Stop)
+}
+
+/// Executes a branch or a stack instruction.
+fn run_whole(cpu: &mut Vcpu, insn: &Instruction) -> Accessed {
+    match crate::semantics::stack::exec(cpu, insn) {
+        Ok(()) => Accessed::leave(Left::Event),
+        Err(s) => stop(cpu, s),
+    }
 }
 
 pub fn canonical(va: u64) -> bool {
@@ -339,10 +350,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     cpu.engine.counts.bounced += 1;
     let size = kind.size();
     if crate::codegen::classify::runs_whole_in_rust(&site.insn) {
-        return match crate::semantics::stack::exec(cpu, &site.insn) {
-            Ok(()) => Accessed::leave(Left::Event),
-            Err(s) => stop(cpu, s),
-        };
+        return run_whole(cpu, &site.insn);
     }
     if waits_for_fpu(&site.insn) && cpu.xsave.x87_pending() {
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));

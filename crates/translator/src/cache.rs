@@ -19,7 +19,7 @@ use rustc_hash::FxHashMap;
 
 use crate::Vcpu;
 use crate::codegen::block::{SensitiveInsn, Translated};
-use crate::mode::Mode;
+use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::phys::{frame_of, page_of};
 use crate::shared::request;
@@ -38,9 +38,12 @@ const JUMP_ENTRIES: usize = 65536;
 /// Jump table entries that are listed for clearing at most.
 const MAX_LISTED: usize = 1 << 20;
 /// Modes that have a slot.
-pub const JUMP_SLOTS: usize = 16;
+pub const JUMP_SLOTS: usize = 32;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
 pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << 2;
+/// The same where code segments have bases, which stand in the upper half of a [`jump_key`]: offsets are mostly small, and
+/// bases differ in the paragraph.
+pub const SEGMENTED_JUMP_MASK: u64 = 0xfff << 1 | 0xf << 36;
 const JUMP_WORDS: usize = 3;
 const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS * 8;
 
@@ -49,15 +52,27 @@ pub fn index_by_pext() -> bool {
     std::arch::is_x86_feature_detected!("bmi2")
 }
 
-/// The index of a guest address in a slot.
-pub fn jump_index(rip: u64) -> usize {
-    if index_by_pext() { ((rip & JUMP_MASK) >> 2) as usize } else { (rip & 0xff) as usize }
+/// What the jump table knows a block by: its address, or its offset and the base of the code segment.
+pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
+    rip | u64::from(segment.base) << 32
+}
+
+/// The index of a [`jump_key`] in a slot.
+pub fn jump_index(key: u64, mode: Mode) -> usize {
+    if !index_by_pext() {
+        (key & 0xff) as usize
+    } else if mode.segmented() {
+        ((key >> 1 & 0xfff) | (key >> 36 & 0xf) << 12) as usize
+    } else {
+        ((key & JUMP_MASK) >> 2) as usize
+    }
 }
 
 /// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
 /// zero stands for the address of all ones, except in the entry where that one belongs.
 fn empty_tag(tag_index: usize) -> u64 {
-    if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == jump_index(u64::MAX) { u64::MAX } else { 0 }
+    let last = if index_by_pext() { JUMP_ENTRIES - 1 } else { 0xff };
+    if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == last { u64::MAX } else { 0 }
 }
 
 /// Offsets of a slot's arrays from the jump table's base.
@@ -264,6 +279,13 @@ pub struct Key {
     /// The frame (see `phys`) of `rip`.
     pub page: u64,
     pub mode: Mode,
+    pub segment: CodeSegment,
+}
+
+impl Key {
+    fn jump_key(&self) -> u64 {
+        jump_key(self.rip, self.segment)
+    }
 }
 
 /// Host code for a run of guest instructions.
@@ -300,7 +322,7 @@ impl Block {
 
     /// The bytes of a frame that the block was made from.
     fn span_in(&self, page: u64) -> Range<usize> {
-        let start = (self.key.rip % PAGE_SIZE) as usize;
+        let start = (self.key.rip.wrapping_add(self.key.segment.base.into()) % PAGE_SIZE) as usize;
         let end = start + self.bytes.len();
         let size = PAGE_SIZE as usize;
         if page == self.key.page { start..end.min(size) } else { 0..end.saturating_sub(size) }
@@ -397,7 +419,7 @@ impl Cache {
         }
         let slot = self.slots.len();
         self.slots.push(mode);
-        self.empty_jump(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX));
+        self.empty_jump(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX, mode));
         Some(slot)
     }
 
@@ -469,7 +491,10 @@ impl Cache {
         let source = &self.blocks[from.0 as usize];
         let target = self.block(to);
         // A block across two pages depends on a mapping that a link would not check; the modes must agree.
-        if !source.live || target.second_page.is_some() || target.key.mode != source.key.mode {
+        if !source.live
+            || target.second_page.is_some()
+            || (target.key.mode, target.key.segment) != (source.key.mode, source.key.segment)
+        {
             return;
         }
         let (entry, parked_entry) = (target.code.start, target.parked_entry);
@@ -497,11 +522,12 @@ impl Cache {
         let entry = self.entry(id);
         let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
         let parked_entry = self.host_address(self.block(id).parked_entry as usize);
-        let index = jump_index(key.rip);
+        let tag = !key.jump_key();
+        let index = jump_index(!tag, key.mode);
         let tag_index = tags as usize / 8 + index;
         // An entry may be listed for what it held before as well: clearing it too often does no harm.
         let word = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
-        if word != !key.rip {
+        if word != tag {
             let list = if global { &mut self.global_jumps } else { &mut self.local_jumps };
             list.push(tag_index as u32);
             if list.len() > MAX_LISTED {
@@ -511,14 +537,7 @@ impl Cache {
         self.empty_jump(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
-        self.memory.jump_word(tag_index).store(!key.rip, Ordering::Relaxed);
-    }
-
-    /// [`Cache::enter_jump`], unless the code segment has a base: the jump table knows offsets only.
-    pub fn enter_jump_if_flat(&mut self, id: BlockId, base: u64, global: bool) {
-        if base == 0 {
-            self.enter_jump(id, global);
-        }
+        self.memory.jump_word(tag_index).store(tag, Ordering::Relaxed);
     }
 
     /// Forgets which addresses lead to which blocks, those in global pages perhaps excepted.
@@ -536,11 +555,12 @@ impl Cache {
     }
 
     /// The host code that the jump table has for a guest address.
-    pub fn find_jump(&self, mode: Mode, rip: u64) -> Option<u64> {
+    pub fn find_jump(&self, mode: Mode, rip: u64, segment: CodeSegment) -> Option<u64> {
         let slot = jump_slot_offsets(self.slots.iter().position(|&m| m == mode)?);
-        let index = jump_index(rip);
+        let key = jump_key(rip, segment);
+        let index = jump_index(key, mode);
         let tag = self.memory.jump_word(slot.tags as usize / 8 + index).load(Ordering::Relaxed);
-        (tag == !rip && rip != u64::MAX)
+        (tag == !key && key != u64::MAX)
             .then(|| self.memory.jump_word(slot.codes as usize / 8 + index).load(Ordering::Relaxed))
     }
 
@@ -551,8 +571,8 @@ impl Cache {
     fn forget_jump(&mut self, id: BlockId) {
         let key = self.block(id).key;
         if let Some(slot) = self.slots.iter().position(|&m| m == key.mode) {
-            let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key.rip);
-            if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key.rip {
+            let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key.jump_key(), key.mode);
+            if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key.jump_key() {
                 self.empty_jump(tag_index);
             }
         }

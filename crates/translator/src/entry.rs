@@ -49,8 +49,11 @@ pub struct Hot {
     pub target: u64,
     /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
     pub branch: u64,
-    /// Bits of a RIP that index the jump table.
+    /// Bits of a RIP that index the jump table, and bits of a key where code segments have bases.
     pub jump_mask: u64,
+    pub segmented_jump_mask: u64,
+    /// See [`crate::mmu::segmentation`].
+    pub segment_ends: [crate::mmu::segmentation::Ends; 6],
     /// A guest register lent to the translator within one instruction.
     pub lent: u64,
     /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
@@ -111,6 +114,8 @@ impl Hot {
             target: 0,
             branch: NO_BRANCH,
             jump_mask: crate::cache::JUMP_MASK,
+            segmented_jump_mask: crate::cache::SEGMENTED_JUMP_MASK,
+            segment_ends: Default::default(),
             lent: 0,
             saved_ax: 0,
             exit_link: address(ringer_exit_link),

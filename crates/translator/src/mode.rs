@@ -20,8 +20,32 @@ const AVX: u32 = 1 << 13;
 const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
 const CAREFUL: u32 = 1 << 31;
-const FS_OPEN: u32 = 1 << 16;
-const GS_OPEN: u32 = 1 << 17;
+
+/// Where code lies that runs outside 64-bit mode: CS. Blocks take it as constant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CodeSegment {
+    pub base: u32,
+    /// The last offset.
+    pub limit: u32,
+}
+
+impl CodeSegment {
+    /// That of 64-bit code, too, which knows neither base nor limit.
+    pub const FLAT: CodeSegment = CodeSegment { base: 0, limit: u32::MAX };
+
+    pub fn of(cpu: &Vcpu) -> Self {
+        if cpu.code64() {
+            return Self::FLAT;
+        }
+        let cs = cpu.seg(SegmentRegister::Cs);
+        CodeSegment { base: cs.base as u32, limit: cs.limit }
+    }
+
+    /// Whether an instruction of `length` bytes at `ip` can be fetched.
+    pub fn holds(self, ip: u64, length: usize) -> bool {
+        self.limit == u32::MAX || ip.saturating_add(length as u64) <= u64::from(self.limit) + 1
+    }
+}
 
 impl Mode {
     /// The mode a vCPU is in.
@@ -36,9 +60,6 @@ impl Mode {
         m |= flag(bits != 64 && cpu.seg(SegmentRegister::Ss).default_big(), STACK32);
         m |= (cpu.cpl() as u32) << 3 | (cpu.context() as u32) << 5;
         m |= flag(bits == 64 || bits == 32 && flat(cpu), FLAT);
-        if bits == 32 {
-            m |= flag(open(cpu, SegmentRegister::Fs), FS_OPEN) | flag(open(cpu, SegmentRegister::Gs), GS_OPEN);
-        }
         m |= flag(cpu.cr0 & cr0::TS != 0, TS) | flag(cpu.cr0 & cr0::EM != 0, EM) | flag(cpu.cr0 & cr0::MP != 0, MP);
         m |= flag(cpu.cr4 & cr4::OSFXSR != 0, SSE);
         m |= flag(cpu.avx_enabled(), AVX);
@@ -78,18 +99,23 @@ impl Mode {
         self.0 & 3 == 2
     }
 
-    /// Segments other than FS and GS have base 0 and no limit, and the stack is as wide as the code: addresses are
-    /// computed inline.
+    /// Segments other than FS and GS have base 0 and no limit, and the stack is as wide as the code.
     pub fn flat(self) -> bool {
         self.0 & FLAT != 0
     }
 
-    /// In 32-bit code: FS (or GS) has a base, but neither a limit nor a type that could forbid an access.
-    pub fn fs_open(self) -> bool {
-        self.0 & FS_OPEN != 0
+    /// Bits of the stack pointer.
+    pub fn stack_bits(self) -> u32 {
+        match (self.long(), self.0 & STACK32 != 0) {
+            (true, _) => 64,
+            (_, true) => 32,
+            _ => 16,
+        }
     }
-    pub fn gs_open(self) -> bool {
-        self.0 & GS_OPEN != 0
+
+    /// Emitted code adds bases and checks limits, and the jump table knows blocks by their code segment, too.
+    pub fn segmented(self) -> bool {
+        !self.flat()
     }
 
     pub fn context(self) -> Context {

@@ -18,12 +18,14 @@ use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, NO_BRANCH, enter};
 use crate::mmu::{Access, walk};
-use crate::mode::Mode;
+use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::shared::request;
 
 /// After so many crossings of a page's end a block loses its groups.
 const MAX_CROSSINGS: u32 = 16;
+/// Code segments whose limits are remembered.
+const MAX_CODE_SEGMENTS: usize = 4096;
 /// Entries of the fetch cache; a power of two.
 const FETCH_ENTRIES: usize = 1024;
 
@@ -54,6 +56,9 @@ pub struct EngineState {
     global_pages: FxHashSet<u64>,
     /// The mode of the block that runs.
     mode: Option<Mode>,
+    /// The code segment whose limit the jump table goes by, and the limits of those of other bases.
+    code_segment: CodeSegment,
+    code_limits: FxHashMap<u32, u32>,
     /// The next block runs in careful mode.
     careful: bool,
     /// How often a block's groups crossed a page; and blocks that are translated without groups for it.
@@ -79,6 +84,8 @@ impl EngineState {
             local_pages: FxHashSet::default(),
             global_pages: FxHashSet::default(),
             mode: None,
+            code_segment: CodeSegment::FLAT,
+            code_limits: FxHashMap::default(),
             careful: false,
             crossings: FxHashMap::default(),
             ungrouped: FxHashSet::default(),
@@ -147,6 +154,7 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
         Ok(()) if s.ends_block && cpu.next_code().is_some() => CHAINED,
         Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
+        Ok(()) if s.loads_segment && cpu.segment_changed_mode() => Left::Event as i32,
         // It may have stored to the block it is in (a string operation, say): what follows must be translated anew.
         Ok(()) if cpu.engine.cache.stats.invalidated != invalidated => Left::Event as i32,
         Ok(()) => -1,
@@ -201,12 +209,40 @@ impl Vcpu {
 
     fn find_next_code(&mut self) -> Option<()> {
         let mode = Mode::of(self);
+        let segment = CodeSegment::of(self);
         if !mode.long() {
-            return None;
+            if !segment.holds(self.rip, 1) {
+                return None;
+            }
+            self.segments_changed();
         }
-        self.hot.return_address = self.engine.cache.find_jump(mode, self.rip)?;
+        self.hot.return_address = self.engine.cache.find_jump(mode, self.rip, segment)?;
         self.engine.mode = Some(mode);
         Some(())
+    }
+
+    /// To be called before code outside 64-bit mode runs, if segments may have changed.
+    fn segments_changed(&mut self) {
+        self.find_segment_ends();
+        let segment = CodeSegment::of(self);
+        if std::mem::replace(&mut self.engine.code_segment, segment) == segment {
+            return;
+        }
+        // The jump table goes by the base: blocks at one base must have the same limit.
+        let limits = &mut self.engine.code_limits;
+        if limits.insert(segment.base, segment.limit).is_some_and(|limit| limit != segment.limit) {
+            self.engine.cache.clear_jumps(true);
+        }
+        if self.engine.code_limits.len() > MAX_CODE_SEGMENTS {
+            self.engine.code_limits.clear();
+            self.engine.cache.clear_jumps(true);
+        }
+    }
+
+    /// After an instruction that loaded a segment register for a block that goes on: whether it must not.
+    fn segment_changed_mode(&mut self) -> bool {
+        self.find_segment_ends();
+        self.engine.mode != Some(Mode::of(self))
     }
 
     /// The block that is running was translated to run one instruction.
@@ -277,6 +313,9 @@ impl Vcpu {
         if std::mem::take(&mut self.engine.careful) {
             mode = mode.careful();
         }
+        if !mode.long() {
+            self.segments_changed();
+        }
         let shadowed = self.interrupt_shadow;
         let resets = self.engine.cache.stats.full_flushes;
         let id = self.find_block(mode)?;
@@ -306,7 +345,7 @@ impl Vcpu {
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
-        if self.hot.branch != NO_BRANCH && !canonical(self.rip) && self.code64() {
+        if self.hot.branch != NO_BRANCH && !self.fetchable(self.rip) {
             return Err(self.branch_fault());
         }
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already. That of a load of SS is
@@ -335,28 +374,39 @@ impl Vcpu {
         }
     }
 
-    /// An indirect branch or return whose target isn't canonical raises #GP itself, before the stack pointer has moved (Intel SDM 2A,
-    /// CALL; 2B, RET). Emitted code looks only at the table of known targets, so this undoes the branch.
+    /// Whether RIP may be this: canonical, or within the code segment.
+    fn fetchable(&self, rip: u64) -> bool {
+        if self.code64() { canonical(rip) } else { CodeSegment::of(self).holds(rip, 1) }
+    }
+
+    /// An indirect branch or return whose target isn't canonical or is outside the code segment raises #GP itself, before the stack
+    /// pointer has moved (Intel SDM 2A, CALL; 2B, RET). Emitted code looks only at the table of known targets, so this
+    /// undoes the branch.
     fn branch_fault(&mut self) -> Stop {
         use iced_x86::Mnemonic;
         let at = self.hot.branch;
         let mut bytes = [0; 15];
         for (i, byte) in bytes.iter_mut().enumerate() {
-            match self.fetch_address(at.wrapping_add(i as u64)) {
+            match self.fetch_address(self.linear_code(at.wrapping_add(i as u64))) {
                 Ok((gpa, _)) => self.phys_read(gpa, std::slice::from_mut(byte)),
                 Err(_) => break, // the instruction ends before
             }
         }
-        let insn = crate::access::decode(&bytes, 64, at);
+        let insn = crate::access::decode(&bytes, self.code_bits(), at);
+        let size = crate::semantics::stack::operand_size(&insn) as u64;
+        let moved = match insn.mnemonic() {
+            Mnemonic::Ret if insn.op_count() == 1 => size + u64::from(insn.immediate16()),
+            Mnemonic::Ret => size,
+            Mnemonic::Call => size.wrapping_neg(),
+            _ => 0,
+        };
         let rsp = &mut self.gpr[arch::registers::gpr::RSP];
-        match insn.mnemonic() {
-            Mnemonic::Ret => {
-                let release = if insn.op_count() == 1 { u64::from(insn.immediate16()) } else { 0 };
-                *rsp = rsp.wrapping_sub(8 + release);
-            }
-            Mnemonic::Call => *rsp = rsp.wrapping_add(8),
-            _ => {}
-        }
+        let before = rsp.wrapping_sub(moved);
+        *rsp = match self.engine.mode.map_or(64, Mode::stack_bits) {
+            16 => *rsp & !0xffff | before & 0xffff,
+            32 => before & 0xffff_ffff,
+            _ => before,
+        };
         self.insn_rip = at;
         self.rip = at;
         Exception::general_protection(0).into()
@@ -402,23 +452,22 @@ impl Vcpu {
     }
 
     fn linear_rip(&self) -> u64 {
-        if self.code64() { self.rip } else { self.seg(SegmentRegister::Cs).base.wrapping_add(self.rip) & 0xffff_ffff }
+        self.linear_code(self.rip)
+    }
+
+    fn linear_code(&self, rip: u64) -> u64 {
+        if self.code64() { rip } else { self.seg(SegmentRegister::Cs).base.wrapping_add(rip) & 0xffff_ffff }
     }
 
     /// The block at RIP, translated if need be.
     fn find_block(&mut self, mode: Mode) -> Result<BlockId, Stop> {
         let rip = self.rip;
-        if mode.long() {
-            if !canonical(rip) {
-                return Err(Exception::general_protection(0).into());
-            }
-        } else if rip > self.seg(SegmentRegister::Cs).limit.into() {
+        if !self.fetchable(rip) {
             return Err(Exception::general_protection(0).into());
         }
         let linear = self.linear_rip();
         let (gpa, global) = self.fetch_address(linear)?;
-        let key = Key { rip, page: self.frame(gpa), mode };
-        let base = linear.wrapping_sub(rip);
+        let key = Key { rip, page: self.frame(gpa), mode, segment: CodeSegment::of(self) };
         if let Some(id) = self.engine.cache.get(&key) {
             let same = match self.engine.cache.block(id).second_page {
                 None => true,
@@ -427,9 +476,8 @@ impl Vcpu {
                     self.frame(next) == page
                 }
             };
-            // Outside 64-bit mode another CS base moves the code to the same RIP elsewhere.
-            if same && (base == 0 || gpa % PAGE_SIZE == linear % PAGE_SIZE) {
-                self.engine.cache.enter_jump_if_flat(id, base, global);
+            if same {
+                self.engine.cache.enter_jump(id, global);
                 return Ok(id);
             }
         }
@@ -473,9 +521,13 @@ impl Vcpu {
         self.read_code(gpa, &mut bytes);
         let mut second_page = None;
         let mode = if self.readable(gpa).is_some() { key.mode } else { key.mode.single() };
-        let mut translated =
-            block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
+        let segment = key.segment;
+        let code = GuestCode { page: &bytes, offset, segment };
+        let mut translated = block::translate(code, key.rip, mode, self.block_place(key, mode));
         if translated.is_none() {
+            if !segment.holds(key.rip, first + 1) {
+                return Err(Exception::general_protection(0).into());
+            }
             let (next, _) = self.fetch_address(next_page(linear))?;
             self.watch_code_page(next);
             bytes.resize(PAGE_SIZE as usize + 15, 0);
@@ -483,8 +535,8 @@ impl Vcpu {
             self.read_code(next, &mut tail);
             bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
             second_page = Some(self.frame(next));
-            translated =
-                block::translate(GuestCode { page: &bytes, offset }, key.rip, mode, self.block_place(key, mode));
+            let code = GuestCode { page: &bytes, offset, segment };
+            translated = block::translate(code, key.rip, mode, self.block_place(key, mode));
         }
         let Some(translated) = translated else {
             return Err(Exception::invalid_opcode().into());
@@ -496,7 +548,7 @@ impl Vcpu {
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
         let id =
             self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
-        self.engine.cache.enter_jump_if_flat(id, linear.wrapping_sub(key.rip), global);
+        self.engine.cache.enter_jump(id, global);
         Ok(id)
     }
 

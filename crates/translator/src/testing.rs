@@ -126,10 +126,11 @@ pub const RIP: u64 = 0x6000;
 /// Executes one sensitive instruction as the dispatcher would, without delivering what it raises.
 pub fn execute(cpu: &mut Vcpu, bytes: &[u8]) -> Result<(), Stop> {
     let insn = Decoder::with_ip(cpu.code_bits(), bytes, RIP, DecoderOptions::NONE).decode();
-    let sensitive = crate::semantics::lookup(&insn).unwrap();
     cpu.insn_rip = insn.ip();
     cpu.rip = insn.next_ip();
-    (sensitive.exec)(cpu, &insn)
+    let exec =
+        crate::semantics::lookup(&insn).map_or(crate::semantics::stack::exec as crate::semantics::Exec, |s| s.exec);
+    exec(cpu, &insn)
 }
 
 /// The fault that an instruction raises.

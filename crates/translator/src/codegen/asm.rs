@@ -359,6 +359,31 @@ impl Asm {
         self.bytes(&[rex, 0x0f, 0xb6, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
     }
 
+    pub fn movzx16(&mut self, to: Reg, from: Reg) {
+        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
+        self.bytes(&[rex, 0x0f, 0xb7, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+    }
+
+    /// 16-bit move: keeps the rest of the register.
+    pub fn mov16(&mut self, to: Reg, from: Reg) {
+        self.byte(0x66);
+        self.op_reg(false, 0x8b, to.0, from);
+    }
+
+    /// `shl reg, count`, 32 bits
+    pub fn shl32(&mut self, reg: Reg, count: u8) {
+        self.op_reg(false, 0xc1, 4, reg);
+        self.byte(count);
+    }
+
+    /// `test dword [mem], imm32`
+    pub fn test_mem32_imm(&mut self, mem: Mem, value: i32) {
+        self.rex(false, 0, mem);
+        self.byte(0xf7);
+        self.modrm(0, mem, 4);
+        self.imm32(value);
+    }
+
     /// AH = SF, ZF, AF, PF, CF; AL = OF.
     pub fn flags_to_ax(&mut self) {
         self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);

@@ -1,8 +1,8 @@
 //! From a run of guest instructions to one block of host code.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
-use super::asm::{Asm, Label, Mem, RCX, RSP, Reg, S0, cc};
+use super::asm::{Asm, Label, Mem, RCX, RSP, S0, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
@@ -24,6 +24,8 @@ pub struct SensitiveInsn {
     pub insn: Instruction,
     pub exec: Exec,
     pub ends_block: bool,
+    /// Outside 64-bit mode, where segments may be part of what the block was made for.
+    pub loads_segment: bool,
 }
 
 /// What translation makes of a run of instructions; the cache turns it into a block.
@@ -58,6 +60,8 @@ pub struct Place {
 pub enum SlowStub {
     /// `entry`: call `slow` with `kind`; then go on at `back`.
     Access { entry: Label, back: Label, kind: AccessKind },
+    /// The same with `resolve`.
+    Resolve { entry: Label, back: Label, kind: AccessKind },
     /// The same for a group: the span begins at `base + low`, and its addend is kept.
     Group { entry: Label, back: Label, kind: AccessKind, member: Member, low: i32 },
     /// A branch's target that is not linked directly.
@@ -84,7 +88,7 @@ pub struct Builder<'a> {
     pub asm: Asm,
     pub mode: Mode,
     pub place: Place,
-    code: GuestCode<'a>,
+    pub code: GuestCode<'a>,
     bytes: &'a [u8],
     lookahead: Lookahead,
     /// Guest address of the block.
@@ -288,9 +292,10 @@ impl Builder<'_> {
         }
     }
 
-    fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
+    pub fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
         let index = self.place.first_sensitive + self.sensitive.len();
-        self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block });
+        let loads_segment = !self.mode.long() && crate::semantics::segments::loads_segment(insn);
+        self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block, loads_segment });
         self.asm.mov_imm(S0, index as u64);
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.helper)));
     }
@@ -339,46 +344,11 @@ impl Builder<'_> {
     fn lea(&mut self, insn: &Instruction) {
         let register = insn.op0_register();
         let n = register.full_register().number() as u8;
-        if self.mode.bits() == 16 || insn.memory_base().is_gpr16() || insn.memory_index().is_gpr16() {
-            // 16-bit addressing: base registers wrap at 64K.
-            self.lea16(insn);
-        } else {
-            self.offset(insn);
+        self.offset(insn);
+        if register.size() == 4 {
+            self.asm.mov32(S0, S0);
         }
-        match register.size() {
-            8 => self.write_register(n, S0),
-            4 => {
-                self.asm.mov32(S0, S0);
-                self.write_register(n, S0);
-            }
-            _ => {
-                // The upper bits of the register stay.
-                self.asm.store(Mem::Base(RSP, context_offset!(hot.lent)), S0);
-                self.read_register(super::asm::S1, n);
-                self.asm.store(Mem::Base(RSP, context_offset!(hot.target)), super::asm::S1);
-                self.asm.load16(super::asm::S1, Mem::Base(RSP, context_offset!(hot.lent)));
-                self.asm.store16(Mem::Base(RSP, context_offset!(hot.target)), super::asm::S1);
-                self.asm.load(super::asm::S1, Mem::Base(RSP, context_offset!(hot.target)));
-                self.write_register(n, super::asm::S1);
-            }
-        }
-    }
-
-    /// The effective address of 16-bit addressing, modulo 64K.
-    fn lea16(&mut self, insn: &Instruction) {
-        let (base, index) = (insn.memory_base(), insn.memory_index());
-        let disp = insn.memory_displacement64() as i32;
-        let number = |r: Register| Reg(r.full_register().number() as u8);
-        let mem = match (base, index) {
-            (Register::None, Register::None) => Mem::Absolute(disp),
-            (b, Register::None) => Mem::Base(number(b), disp),
-            (Register::None, i) => Mem::Base(number(i), disp),
-            (b, i) => Mem::Index(number(b), number(i), 1, disp),
-        };
-        self.asm.lea32(S0, mem);
-        let lent = Mem::Base(RSP, context_offset!(hot.lent));
-        self.asm.store(lent, S0);
-        self.asm.load16(S0, lent);
+        self.write_sized_register(n, register.size(), S0);
     }
 
     /// Whether an address-size prefix stands before the instruction.
@@ -399,8 +369,7 @@ impl Builder<'_> {
 
     /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
     fn crosses_page(&self, offset: usize) -> bool {
-        let page = 4096 - (self.start & 0xfff) as usize;
-        let rest = self.bytes.get(offset..page).unwrap_or_default();
+        let rest = self.bytes.get(offset..self.code.room()).unwrap_or_default();
         rest.len() < 15 && {
             let mut decoder = Decoder::new(self.mode.bits(), rest, DecoderOptions::NONE);
             !rest.is_empty() && decoder.decode().is_invalid()
@@ -427,9 +396,11 @@ impl Builder<'_> {
 
     fn finish(mut self, guest_length: usize) -> Translated {
         for pending in std::mem::take(&mut self.stubs) {
-            let (entry, back, kind) = match pending.stub {
-                SlowStub::Access { entry, back, kind } => (entry, back, kind),
-                SlowStub::Group { entry, back, kind, .. } => (entry, back, kind),
+            let slow = context_offset!(hot.slow);
+            let (entry, back, kind, call) = match pending.stub {
+                SlowStub::Access { entry, back, kind } => (entry, back, kind, slow),
+                SlowStub::Resolve { entry, back, kind } => (entry, back, kind, context_offset!(hot.resolve)),
+                SlowStub::Group { entry, back, kind, .. } => (entry, back, kind, slow),
                 SlowStub::Goto { entry, target, item } => {
                     self.asm.bind(entry);
                     self.current = item;
@@ -443,7 +414,7 @@ impl Builder<'_> {
                 self.asm.lea(S0, Mem::Base(member.base, low));
             }
             self.asm.mov_imm(super::asm::S1, kind.bits() as u64);
-            self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.slow)));
+            self.asm.call_mem(Mem::Base(RSP, call));
             let return_offset = self.position();
             self.sites.push(Site { return_offset, point: pending.point, parked: pending.parked, end: pending.end });
             if let SlowStub::Group { member, .. } = pending.stub {

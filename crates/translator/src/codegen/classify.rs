@@ -19,7 +19,7 @@ pub enum Kind {
     Sensitive(Exec, bool),
     /// A near branch, call or return, emitted inline.
     Branch,
-    /// PUSH, POP, LEAVE, emitted inline.
+    /// PUSH, POP, PUSHA, POPA, LEAVE, emitted inline.
     Stack,
     /// A privileged instruction, emitted inline.
     System,
@@ -27,8 +27,8 @@ pub enum Kind {
     Native,
 }
 
-/// More than 15 bytes (Intel SDM 3A 6.15, interrupt 13).
-pub fn raise_too_long(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
+/// More than 15 bytes, or some outside the code segment (Intel SDM 3A 6.15, interrupt 13).
+pub fn raise_general_protection(_: &mut crate::Vcpu, _: &Instruction) -> Result<(), Stop> {
     Err(arch::Exception::general_protection(0).into())
 }
 
@@ -54,7 +54,7 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if let Some(s) = sensitive(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);
     }
-    let inline = mode.flat() && !mode.checks_alignment();
+    let inline = !mode.checks_alignment();
     match insn.flow_control() {
         FlowControl::Next => {}
         FlowControl::UnconditionalBranch
@@ -164,7 +164,8 @@ pub fn is_near_branch(insn: &Instruction) -> bool {
 }
 
 pub fn is_stack(insn: &Instruction) -> bool {
-    matches!(insn.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave)
+    use Mnemonic::*;
+    matches!(insn.mnemonic(), Push | Pop | Pusha | Pushad | Popa | Popad | Leave)
 }
 
 /// Instructions whose slow path executes the whole of them in Rust.

@@ -10,46 +10,36 @@ use crate::access::AccessKind;
 use crate::cache::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
 use crate::entry::context_offset;
 use crate::mode::Mode;
+use crate::semantics::stack::{counter_width, operand_size};
 
-/// Whether the inline emission covers a near branch in this mode: the operand size is the mode's own.
+/// Whether the inline emission covers a near branch in this mode: in 64-bit code, where the operand size is the mode's own.
 pub fn emits(insn: &Instruction, mode: Mode) -> bool {
-    let native_target = |i: u32| match insn.op_kind(i) {
-        OpKind::NearBranch64 | OpKind::NearBranch32 => (insn.op_kind(i) == OpKind::NearBranch64) == mode.long(),
-        OpKind::Register => insn.op_register(i).size() * 8 == mode.bits() as usize,
-        OpKind::Memory => insn.memory_size().size() * 8 == mode.bits() as usize,
-        _ => false,
-    };
-    match insn.mnemonic() {
-        Mnemonic::Ret => {
-            use iced_x86::Code::*;
-            if mode.long() {
-                matches!(insn.code(), Retnq | Retnq_imm16)
-            } else {
-                matches!(insn.code(), Retnd | Retnd_imm16)
-            }
+    !mode.long()
+        || match insn.mnemonic() {
+            Mnemonic::Ret => operand_size(insn) == 8,
+            _ => match insn.op_kind(0) {
+                OpKind::NearBranch64 => true,
+                OpKind::Register => insn.op_register(0).size() == 8,
+                OpKind::Memory => insn.memory_size().size() == 8,
+                _ => false,
+            },
         }
-        Mnemonic::Jcxz => false,
-        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => native_target(0) && counter_bits(insn) != 16,
-        _ => native_target(0),
-    }
 }
 
-/// Which of CX, ECX and RCX a LOOP counts.
-fn counter_bits(insn: &Instruction) -> u32 {
-    let name = format!("{:?}", insn.code());
-    if name.ends_with("RCX") {
-        64
-    } else if name.ends_with("ECX") {
-        32
-    } else {
-        16
-    }
+/// A branch to a constant address, taken or not.
+fn is_direct(insn: &Instruction) -> bool {
+    matches!(insn.op_kind(0), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
 }
 
 impl Builder<'_> {
     /// Emits a branch; false if the block goes on behind it.
     pub fn branch(&mut self, insn: &Instruction) -> bool {
         use Mnemonic::*;
+        if is_direct(insn) && !self.code.segment.holds(insn.near_branch_target(), 1) && !self.mode.long() {
+            self.need_flags();
+            self.sensitive(insn, crate::semantics::stack::exec, true);
+            return true;
+        }
         match insn.mnemonic() {
             Jmp if insn.is_jmp_short_or_near() => {
                 self.goto(insn.near_branch_target());
@@ -70,14 +60,14 @@ impl Builder<'_> {
                 self.lookup();
             }
             Ret => {
-                let width = self.word();
-                let slot = self.stack_slot(0, false);
-                self.load_word(S0, slot);
+                let size = operand_size(insn);
+                let slot = self.stack_slot(0, size, false);
+                self.load_sized(size, S0, slot);
                 let release = if insn.op_count() == 1 { insn.immediate16() as i32 } else { 0 };
-                self.move_stack(width as i32 + release);
+                self.move_stack(size as i32 + release);
                 self.lookup();
             }
-            Loop | Loope | Loopne | Jecxz | Jrcxz => {
+            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => {
                 self.need_flags();
                 self.count_branch(insn);
             }
@@ -106,7 +96,7 @@ impl Builder<'_> {
     }
 
     fn linkable(&self, target: u64) -> bool {
-        !self.mode.is_single() && !self.mode.is_careful() && target >> 12 == self.start >> 12
+        !self.mode.is_single() && !self.mode.is_careful() && self.code.offset_of(target, self.start).is_some()
     }
 
     /// A backward branch may close a loop: it looks at the poll word.
@@ -176,7 +166,7 @@ impl Builder<'_> {
 
     fn lookup_known(&mut self, target: Option<u64>) {
         let ip = self.current_ip();
-        // Only a branch to a computed address can lead to one that isn't canonical.
+        // Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment.
         let note = |asm: &mut Asm| {
             if target.is_none() {
                 asm.mov_imm(S1, ip);
@@ -192,15 +182,27 @@ impl Builder<'_> {
             return;
         };
         let parked = self.flags == FlagState::Parked;
+        let (mode, segment) = (self.mode, self.code.segment);
         let asm = &mut self.asm;
+        // What is looked up: with the base of a code segment in the upper half.
+        let based = segment.base != 0;
+        if based {
+            asm.mov_imm(S1, u64::from(segment.base) << 32);
+            asm.lea(S0, Mem::Index(S0, S1, 1, 0));
+        }
         let JumpSlot { tags, codes, parked: parked_codes } = cache::jump_slot_offsets(slot);
         let at = |offset: i32| match target {
-            Some(t) => Mem::Base(S2, offset + cache::jump_index(t) as i32 * 8),
+            Some(t) => Mem::Base(S2, offset + cache::jump_index(cache::jump_key(t, segment), mode) as i32 * 8),
             None => Mem::Index(S2, S1, 8, offset),
         };
         if target.is_none() {
             if cache::index_by_pext() {
-                asm.pext(S1, S0, Mem::Base(RSP, context_offset!(hot.jump_mask)));
+                let mask = if mode.segmented() {
+                    context_offset!(hot.segmented_jump_mask)
+                } else {
+                    context_offset!(hot.jump_mask)
+                };
+                asm.pext(S1, S0, Mem::Base(RSP, mask));
             } else {
                 asm.movzx8(S1, S0);
             }
@@ -213,6 +215,9 @@ impl Builder<'_> {
             asm.alu_mem(Alu::Cmp, S0, at(tags));
             asm.jcc(cc::NE ^ 1, hit);
             asm.not(S0);
+            if based {
+                asm.mov32(S0, S0);
+            }
             unpark_flags(asm);
             note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
@@ -226,6 +231,9 @@ impl Builder<'_> {
         asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
         asm.unless_rcx_zero(|asm| {
             asm.load(RCX, context(1));
+            if based {
+                asm.mov32(S0, S0);
+            }
             note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
         });
@@ -236,67 +244,80 @@ impl Builder<'_> {
     /// The target of an indirect branch, in S0.
     fn load_target(&mut self, insn: &Instruction) {
         if memory_operand(insn).is_some() {
-            self.operand(insn, AccessKind::new(self.word(), false, self.mode.context()));
-            self.load_word(S0, Mem::Base(S0, 0));
+            let size = insn.memory_size().size();
+            self.operand(insn, AccessKind::new(size, false, self.mode.context()));
+            self.load_sized(size, S0, Mem::Base(S0, 0));
         } else {
-            self.read_register(S0, insn.op0_register().full_register().number() as u8);
-            if !self.mode.long() {
-                self.asm.mov32(S0, S0);
+            let register = insn.op0_register();
+            self.read_register(S0, register.full_register().number() as u8);
+            match register.size() {
+                2 => self.asm.movzx16(S0, S0),
+                4 => self.asm.mov32(S0, S0),
+                _ => {}
             }
         }
     }
 
     fn push_return_address(&mut self, insn: &Instruction) {
-        let width = self.word() as i32;
-        let slot = self.stack_slot(-width, true);
+        let size = operand_size(insn);
+        let slot = self.stack_slot(-(size as i32), size, true);
         let next = self.wrap_ip(insn.next_ip());
         self.asm.mov_imm(S1, next);
-        self.store_word(slot, S1);
-        self.move_stack(-width);
+        self.store_sized(size, slot, S1);
+        self.move_stack(-(size as i32));
     }
 
-    /// LOOP, LOOPE, LOOPNE, JECXZ, JRCXZ: none touches the flags.
+    /// LOOP, LOOPE, LOOPNE, JCXZ, JECXZ, JRCXZ: none touches the flags.
     fn count_branch(&mut self, insn: &Instruction) {
         use Mnemonic::*;
         let target = insn.near_branch_target();
         let (taken, not_taken) = (self.asm.label(), self.asm.label());
-        let wide = matches!(insn.mnemonic(), Jrcxz) || insn.mnemonic() != Jecxz && counter_bits(insn) == 64;
+        let width = counter_width(insn);
         let next = self.wrap_ip(insn.next_ip());
-        if !wide {
-            // JECXZ by JRCXZ on a zero-extended copy.
-            self.asm.store(context(1), RCX);
-        }
-        match insn.mnemonic() {
-            Jecxz | Jrcxz => {
-                if !wide {
-                    self.asm.mov32(RCX, RCX);
+        // JRCXZ, the one test that spares the flags, on a zero-extended copy; the counter waits in the context.
+        let copied = match insn.mnemonic() {
+            Jcxz | Jecxz | Jrcxz => {
+                if width != 64 {
+                    self.asm.store(context(1), RCX);
+                    self.narrow_counter(width);
                 }
-                self.asm.unless_rcx_zero(|asm| asm.jmp(not_taken));
-                if !wide {
-                    self.asm.load(RCX, context(1));
-                }
-                self.goto(target);
-                self.asm.bind(not_taken);
-                if !wide {
-                    self.asm.load(RCX, context(1));
-                }
-                self.goto(next);
+                width != 64
             }
-            mnemonic => {
-                if wide {
-                    self.asm.lea(RCX, Mem::Base(RCX, -1));
-                } else {
-                    self.asm.lea32(RCX, Mem::Base(RCX, -1));
+            _ => {
+                match width {
+                    64 => self.asm.lea(RCX, Mem::Base(RCX, -1)),
+                    32 => self.asm.lea32(RCX, Mem::Base(RCX, -1)),
+                    _ => {
+                        self.asm.store(context(1), RCX);
+                        self.asm.lea32(RCX, Mem::Base(RCX, -1));
+                        self.asm.store16(context(1), RCX);
+                        self.narrow_counter(width);
+                    }
                 }
+                width == 16
+            }
+        };
+        match insn.mnemonic() {
+            Jcxz | Jecxz | Jrcxz => self.asm.unless_rcx_zero(|asm| asm.jmp(not_taken)),
+            mnemonic => {
                 self.asm.unless_rcx_zero(|asm| match mnemonic {
                     Loope => asm.jcc(4, taken),
                     Loopne => asm.jcc(5, taken),
                     _ => asm.jmp(taken),
                 });
-                self.goto(next);
-                self.asm.bind(taken);
-                self.goto(target);
+                self.asm.jmp(not_taken);
             }
         }
+        for (label, to) in [(taken, target), (not_taken, next)] {
+            self.asm.bind(label);
+            if copied {
+                self.asm.load(RCX, context(1));
+            }
+            self.goto(to);
+        }
+    }
+
+    fn narrow_counter(&mut self, width: u32) {
+        if width == 16 { self.asm.movzx16(RCX, RCX) } else { self.asm.mov32(RCX, RCX) }
     }
 }

@@ -3,11 +3,11 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
 
-use super::classify::{Kind, access_operand, classify, operand_size, raise_too_long, writes};
+use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
 use super::groups::{self, Access, Member, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
-use crate::mode::Mode;
+use crate::mode::{CodeSegment, Mode};
 
 /// Guest instructions in one block at most.
 pub const MAX_INSTRUCTIONS: usize = 40;
@@ -25,11 +25,24 @@ pub struct GuestCode<'a> {
     pub page: &'a [u8],
     /// Where the block begins.
     pub offset: usize,
+    pub segment: CodeSegment,
 }
 
 impl<'a> GuestCode<'a> {
     pub fn bytes(self) -> &'a [u8] {
         &self.page[self.offset..]
+    }
+
+    /// The bytes from the block's start to the page's end.
+    pub fn room(self) -> usize {
+        4096 - self.offset % 4096
+    }
+
+    /// Where in the block's page an address is, if it is.
+    pub fn offset_of(self, address: u64, start: u64) -> Option<usize> {
+        let page = |ip: u64| ip.wrapping_add(self.segment.base.into()) & 0xffff_ffff_ffff_f000;
+        let same = page(address) == page(start) && self.segment.holds(address, 1);
+        same.then(|| (address.wrapping_add(self.segment.base.into()) & 0xfff) as usize)
     }
 }
 
@@ -62,7 +75,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Opti
     let mut items: Vec<Item> = Vec::new();
     let mut branches = 0;
     let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
-    let page = 4096 - (start & 0xfff) as usize;
+    let page = code.room();
     while items.len() < limit {
         let offset = decoder.position();
         if offset >= page && !items.is_empty() {
@@ -81,7 +94,15 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Opti
             // An instruction across the page's end gets a block of its own, so that only such blocks depend on two pages.
             break;
         }
-        let kind = if too_long { Kind::Sensitive(raise_too_long, true) } else { classify(&insn, mode, inline_tsc) };
+        let outside = !code.segment.holds(insn.ip(), insn.len());
+        if outside && !items.is_empty() {
+            break;
+        }
+        let kind = if outside || too_long {
+            Kind::Sensitive(raise_general_protection, true)
+        } else {
+            classify(&insn, mode, inline_tsc)
+        };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
             // Where a conditional branch leads every flag may be needed.
@@ -126,11 +147,10 @@ pub fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahe
 
 /// The flags that the code at `target` may need, if it is in the block's page.
 pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
-    let page = start & !0xfff;
-    let (offset, end) = ((target & 0xfff) as usize, code.page.len().min(4096));
-    if target & !0xfff != page || offset >= end || !mode.long() || mode.is_single() {
+    let end = code.page.len().min(4096);
+    let Some(offset) = code.offset_of(target, start).filter(|&offset| offset < end && !mode.is_single()) else {
         return Flags::ALL;
-    }
+    };
     let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
     let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
     let mut count = 0;

@@ -3,6 +3,7 @@
 //! [`Builder::address`] emits the guest-virtual address, [`Builder::check`] the TLB lookup with its slow path. This pair is
 //! the only place that knows how guest memory is reached.
 
+use arch::{Segment, SegmentRegister};
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{Alu, Asm, GUEST_RSP, Label, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
@@ -12,6 +13,8 @@ use super::reencode::{Home, context, home};
 use crate::access::AccessKind;
 use crate::cpu::Vcpu;
 use crate::entry::context_offset;
+use crate::mmu::operand::segment_register;
+use crate::mmu::segmentation::Ends;
 use crate::tlb;
 
 /// Where host flags are while a guest value of them is still needed.
@@ -51,22 +54,12 @@ fn number(register: Register) -> Option<u8> {
 }
 
 impl Builder<'_> {
-    /// Emits the guest-virtual address of `insn`'s memory operand into S0. Clobbers S1 and, with a segment base, the flags.
+    /// Emits the guest-virtual address of `insn`'s memory operand, in 64-bit mode or in a flat segment, into S0. Clobbers S1
+    /// and, with a segment base, the flags.
     pub fn address(&mut self, insn: &Instruction) {
         self.offset(insn);
-        self.add_segment_base(insn.memory_segment());
-    }
-
-    fn add_segment_base(&mut self, segment: Register) {
-        let base = match segment {
-            Register::FS => context_offset!(segments) + 4 * 16,
-            Register::GS => context_offset!(segments) + 5 * 16,
-            _ => return,
-        };
-        if self.mode.long() {
-            self.asm.alu_mem(Alu::Add, S0, Mem::Base(RSP, base));
-        } else {
-            self.asm.alu_mem32(Alu::Add, S0, Mem::Base(RSP, base));
+        if self.mode.long() && matches!(insn.memory_segment(), Register::FS | Register::GS) {
+            self.asm.alu_mem(Alu::Add, S0, segment_base(segment_register(insn.memory_segment())));
         }
     }
 
@@ -79,11 +72,16 @@ impl Builder<'_> {
                 || self.mode.long()
                     && (base != Register::EIP && insn.memory_displ_size() != 4
                         || base == Register::None && !self.address_size_32(insn));
-            let address = if wide { displacement } else { displacement & 0xffff_ffff };
+            let address = match insn.memory_displ_size() {
+                _ if wide => displacement,
+                2 => displacement & 0xffff,
+                _ => displacement & 0xffff_ffff,
+            };
             self.asm.mov_imm(S0, address);
             return;
         }
-        let narrow = base.is_gpr32() || index.is_gpr32();
+        let word = base.is_gpr16() || index.is_gpr16();
+        let narrow = word || base.is_gpr32() || index.is_gpr32();
         // `lea` with a 32-bit result takes the address modulo 4 GiB, which is what 32-bit addressing means.
         let disp = displacement as i32;
         let asm = &mut self.asm;
@@ -117,6 +115,10 @@ impl Builder<'_> {
             mem if narrow => asm.lea32(S0, mem),
             mem => asm.lea(S0, mem),
         }
+        if word {
+            // 16-bit addressing wraps at 64K.
+            asm.movzx16(S0, S0);
+        }
     }
 
     fn address_size_32(&self, insn: &Instruction) -> bool {
@@ -124,8 +126,8 @@ impl Builder<'_> {
     }
 
     /// Emits the check of an access at the guest-virtual address in S0: afterwards S0 is a host address. Clobbers S1, S2; flags
-    /// that are needed later are parked first.
-    pub fn check(&mut self, kind: AccessKind) {
+    /// that are needed later are parked first. The label is where the slow path comes back to.
+    pub fn check(&mut self, kind: AccessKind) -> Label {
         let slow = self.asm.label();
         let done = self.asm.label();
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
@@ -134,6 +136,21 @@ impl Builder<'_> {
         asm.alu_mem(Alu::Add, S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
         asm.bind(done);
         self.slow_stub(SlowStub::Access { entry: slow, back: done, kind });
+        done
+    }
+
+    /// [`Builder::check`] of an access at the offset in S0 of a segment: is it within the segment's limit, and allowed by its
+    /// type? What emitted code can't tell goes to Rust.
+    fn check_in_segment(&mut self, segment: SegmentRegister, kind: AccessKind) {
+        let resolve = self.asm.label();
+        let ends = context_offset!(hot.segment_ends) + (segment as usize * size_of::<Ends>()) as i32;
+        let end = ends + if kind.write() { std::mem::offset_of!(Ends, write) as i32 } else { 0 };
+        self.asm.lea(S1, Mem::Base(S0, kind.size() as i32));
+        self.asm.alu_mem(Alu::Cmp, S1, Mem::Base(RSP, end));
+        self.asm.jcc(cc::A, resolve);
+        self.asm.alu_mem32(Alu::Add, S0, segment_base(segment));
+        let back = self.check(kind);
+        self.slow_stub(SlowStub::Resolve { entry: resolve, back, kind });
     }
 
     /// Emits the comparison of the address in S0 with its TLB entry, and the jump to `slow` if they differ or the access
@@ -205,53 +222,67 @@ impl Builder<'_> {
         }
     }
 
-    /// Emits address and check of `insn`'s memory operand: the host address in S0. In modes without flat segments Rust
-    /// computes it.
+    /// Emits address and check of `insn`'s memory operand: the host address in S0. What emitted code can't compute, Rust
+    /// does.
     pub fn operand(&mut self, insn: &Instruction, kind: AccessKind) {
         self.free_flags();
-        if self.inline_address(insn, kind.write()) {
-            self.address(insn);
-            self.check(kind);
-        } else {
-            self.asm.mov_imm(S1, kind.bits() as u64);
-            self.resolve();
+        match self.way(insn, kind.write()) {
+            Way::Flat => {
+                self.address(insn);
+                self.check(kind);
+            }
+            Way::Segment(segment) => {
+                self.offset(insn);
+                self.check_in_segment(segment, kind);
+            }
+            Way::Resolve => {
+                self.asm.mov_imm(S1, kind.bits() as u64);
+                self.resolve();
+            }
         }
     }
 
-    /// Whether the operand's address needs no check of segments or alignment, and no 16-bit arithmetic.
-    fn inline_address(&self, insn: &Instruction, write: bool) -> bool {
-        if !self.mode.flat() || self.mode.checks_alignment() {
-            return false;
+    fn way(&self, insn: &Instruction, write: bool) -> Way {
+        if self.mode.checks_alignment() {
+            return Way::Resolve;
         }
-        let (base, index) = (insn.memory_base(), insn.memory_index());
-        let absolute = base == Register::None && index == Register::None;
-        let narrow = base.is_gpr16() || index.is_gpr16() || absolute && insn.memory_displ_size() == 2;
-        self.mode.long()
-            || !narrow
-                && match insn.memory_segment() {
-                    Register::FS => self.mode.fs_open(),
-                    Register::GS => self.mode.gs_open(),
-                    Register::CS => !write,
-                    _ => true,
-                }
+        match insn.memory_segment() {
+            _ if self.mode.long() => Way::Flat,
+            Register::CS if self.mode.flat() && write => Way::Resolve,
+            segment @ (Register::FS | Register::GS) => Way::Segment(segment_register(segment)),
+            _ if self.mode.flat() => Way::Flat,
+            segment => Way::Segment(segment_register(segment)),
+        }
     }
 
-    /// Makes the stack word at `[guest rsp + displacement]` accessible: where it is, by way of S0.
-    pub fn stack_slot(&mut self, displacement: i32, write: bool) -> Mem {
+    /// Makes `size` bytes of stack at `[guest stack pointer + displacement]` accessible: where they are, by way of S0.
+    pub fn stack_slot(&mut self, displacement: i32, size: usize, write: bool) -> Mem {
         if let Some(member) = self.member() {
             self.group_addend(member, write);
             self.note_flags();
             return Mem::Index(S0, GUEST_RSP, 1, displacement);
         }
         self.free_flags();
-        if self.mode.long() {
-            self.asm.lea(S0, Mem::Base(GUEST_RSP, displacement));
-        } else {
-            self.asm.lea32(S0, Mem::Base(GUEST_RSP, displacement));
+        let slot = Mem::Base(GUEST_RSP, displacement);
+        match self.mode.stack_bits() {
+            64 => self.asm.lea(S0, slot),
+            _ => self.asm.lea32(S0, slot),
         }
-        self.check(AccessKind::new(self.word(), write, self.mode.context()));
+        self.check_stack(AccessKind::new(size, write, self.mode.context()));
         self.note_flags();
         Mem::Base(S0, 0)
+    }
+
+    /// The same for what S0 has as a stack pointer.
+    pub fn check_stack(&mut self, kind: AccessKind) {
+        if self.mode.stack_bits() == 16 {
+            self.asm.movzx16(S0, S0);
+        }
+        if self.mode.flat() {
+            self.check(kind);
+        } else {
+            self.check_in_segment(SegmentRegister::Ss, kind);
+        }
     }
 
     /// Copies a guest register (by number) to a host register.
@@ -268,6 +299,29 @@ impl Builder<'_> {
             Home::Memory => self.asm.store(context(n), from),
         }
     }
+
+    /// The same for the low `size` bytes: 2 leave the rest of the register alone.
+    pub fn write_sized_register(&mut self, n: u8, size: usize, from: Reg) {
+        match home(n) {
+            _ if size != 2 => self.write_register(n, from),
+            Home::Host(reg) => self.asm.mov16(reg, from),
+            Home::Memory => self.asm.store16(context(n), from),
+        }
+    }
+}
+
+/// How an operand's address is found.
+enum Way {
+    /// It is what addressing computes.
+    Flat,
+    /// With base and limit of a segment.
+    Segment(SegmentRegister),
+    /// By Rust.
+    Resolve,
+}
+
+fn segment_base(segment: SegmentRegister) -> Mem {
+    Mem::Base(RSP, context_offset!(segments) + (segment as usize * size_of::<Segment>()) as i32)
 }
 
 /// The index of the one memory operand, if there is one that is read or written.

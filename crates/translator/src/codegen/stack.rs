@@ -1,112 +1,145 @@
-//! PUSH, POP and LEAVE inline, and the stack moves of calls and returns.
+//! PUSH, POP, PUSHA, POPA and LEAVE inline, and the stack moves of calls and returns.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::asm::{GUEST_RSP, Mem, RBP, RSP, Reg, S0, S1};
+use super::asm::{GUEST_RSP, Mem, RBP, RSP, Reg, S0, S1, S2};
 use super::block::Builder;
 use super::operand::memory_operand;
 use super::reencode::{Home, home};
 use crate::access::AccessKind;
 use crate::entry::context_offset;
 use crate::mode::Mode;
+use crate::semantics::stack::operand_size;
 
-/// Whether the inline emission covers the instruction in this mode: word-sized pushes and pops of registers, pushes of
-/// constants and memory, LEAVE.
+/// Whether the inline emission covers the instruction in this mode: pushes and pops of registers, pushes of constants and
+/// memory, all registers at once, LEAVE.
 pub fn emits(insn: &Instruction, mode: Mode) -> bool {
-    let word = mode.bits() as usize / 8;
-    if insn.stack_pointer_increment().unsigned_abs() as usize != word && insn.mnemonic() != Mnemonic::Leave {
-        return false;
-    }
     match insn.mnemonic() {
-        Mnemonic::Leave => {
-            if mode.long() {
-                insn.code() == iced_x86::Code::Leaveq
-            } else {
-                insn.code() == iced_x86::Code::Leaved
-            }
-        }
+        Mnemonic::Leave => !mode.long() || insn.code() == Code::Leaveq,
+        Mnemonic::Pusha | Mnemonic::Pushad | Mnemonic::Popa | Mnemonic::Popad => true,
+        _ if mode.long() && word(insn) != 8 => false,
         Mnemonic::Pop => insn.op0_kind() == OpKind::Register,
         _ => true,
     }
 }
 
+/// The bytes by which an instruction moves the stack pointer.
+fn word(insn: &Instruction) -> usize {
+    insn.stack_pointer_increment().unsigned_abs() as usize
+}
+
 impl Builder<'_> {
-    /// The bytes of a stack word.
-    pub fn word(&self) -> usize {
-        self.mode.bits() as usize / 8
+    /// Loads 2, 4 or 8 bytes, zero-extended.
+    pub fn load_sized(&mut self, size: usize, to: Reg, from: Mem) {
+        match size {
+            2 => self.asm.load16(to, from),
+            4 => self.asm.load32(to, from),
+            _ => self.asm.load(to, from),
+        }
     }
 
-    pub fn load_word(&mut self, to: Reg, from: Mem) {
-        if self.mode.long() { self.asm.load(to, from) } else { self.asm.load32(to, from) }
+    pub fn store_sized(&mut self, size: usize, to: Mem, from: Reg) {
+        match size {
+            2 => self.asm.store16(to, from),
+            4 => self.asm.store32(to, from),
+            _ => self.asm.store(to, from),
+        }
     }
 
-    pub fn store_word(&mut self, to: Mem, from: Reg) {
-        if self.mode.long() { self.asm.store(to, from) } else { self.asm.store32(to, from) }
-    }
-
-    /// Adds to the guest's stack pointer, leaving the flags alone.
+    /// Adds to the guest's stack pointer, leaving the flags alone. Clobbers S2.
     pub fn move_stack(&mut self, distance: i32) {
-        let mem = Mem::Base(GUEST_RSP, distance);
-        if self.mode.long() { self.asm.lea(GUEST_RSP, mem) } else { self.asm.lea32(GUEST_RSP, mem) }
+        self.set_stack(GUEST_RSP, distance);
+    }
+
+    /// Sets the guest's stack pointer to a register's value plus a distance.
+    fn set_stack(&mut self, from: Reg, distance: i32) {
+        let mem = Mem::Base(from, distance);
+        match self.mode.stack_bits() {
+            64 => self.asm.lea(GUEST_RSP, mem),
+            32 => self.asm.lea32(GUEST_RSP, mem),
+            _ => {
+                self.asm.lea32(S2, mem);
+                self.asm.mov16(GUEST_RSP, S2);
+            }
+        }
     }
 
     pub fn stack_instruction(&mut self, insn: &Instruction) {
-        let word = self.word();
-        let read = AccessKind::new(word, false, self.mode.context());
+        let size = word(insn);
         match insn.mnemonic() {
-            Mnemonic::Leave => {
-                self.free_flags();
-                if self.mode.long() {
-                    self.asm.mov(S0, RBP)
-                } else {
-                    self.asm.mov32(S0, RBP)
-                }
-                self.check(read);
-                self.load_word(S1, Mem::Base(S0, 0));
-                let above = Mem::Base(RBP, word as i32);
-                if self.mode.long() {
-                    self.asm.lea(GUEST_RSP, above)
-                } else {
-                    self.asm.lea32(GUEST_RSP, above)
-                }
-                self.asm.mov(RBP, S1);
-            }
+            Mnemonic::Leave => self.leave(operand_size(insn)),
+            Mnemonic::Pusha | Mnemonic::Pushad => self.push_all(size / 8),
+            Mnemonic::Popa | Mnemonic::Popad => self.pop_all(size / 8),
             Mnemonic::Pop => {
                 let n = insn.op0_register().full_register().number() as u8;
-                let slot = self.stack_slot(0, false);
-                self.load_word(S1, slot);
-                self.move_stack(word as i32);
-                self.write_register(n, S1);
+                let slot = self.stack_slot(0, size, false);
+                self.load_sized(size, S1, slot);
+                self.move_stack(size as i32);
+                self.write_sized_register(n, size, S1);
             }
             _ if memory_operand(insn).is_some() => {
-                self.operand(insn, read);
-                self.load_word(S0, Mem::Base(S0, 0));
+                self.operand(insn, AccessKind::new(size, false, self.mode.context()));
+                self.load_sized(size, S0, Mem::Base(S0, 0));
                 let lent = Mem::Base(RSP, context_offset!(hot.lent));
                 self.asm.store(lent, S0);
-                let slot = self.stack_slot(-(word as i32), true);
+                let slot = self.stack_slot(-(size as i32), size, true);
                 self.asm.load(S1, lent);
-                self.store_word(slot, S1);
-                self.move_stack(-(word as i32));
+                self.store_sized(size, slot, S1);
+                self.move_stack(-(size as i32));
             }
             _ => {
-                let slot = self.stack_slot(-(word as i32), true);
+                let slot = self.stack_slot(-(size as i32), size, true);
                 if insn.op0_kind() == OpKind::Register {
                     let n = insn.op0_register().full_register().number() as u8;
                     match home(n) {
-                        Home::Host(reg) => self.store_word(slot, reg),
+                        Home::Host(reg) => self.store_sized(size, slot, reg),
                         Home::Memory => {
                             self.read_register(S1, n);
-                            self.store_word(slot, S1);
+                            self.store_sized(size, slot, S1);
                         }
                     }
-                } else if self.mode.long() {
+                } else if size == 8 {
                     self.asm.store_imm(slot, insn.immediate(0) as i32);
                 } else {
                     self.asm.mov_imm(S1, insn.immediate(0) & 0xffff_ffff);
-                    self.store_word(slot, S1);
+                    self.store_sized(size, slot, S1);
                 }
-                self.move_stack(-(word as i32));
+                self.move_stack(-(size as i32));
             }
         }
+    }
+
+    fn leave(&mut self, size: usize) {
+        self.free_flags();
+        match self.mode.stack_bits() {
+            64 => self.asm.mov(S0, RBP),
+            _ => self.asm.mov32(S0, RBP),
+        }
+        self.check_stack(AccessKind::new(size, false, self.mode.context()));
+        self.note_flags();
+        self.load_sized(size, S1, Mem::Base(S0, 0));
+        self.set_stack(RBP, size as i32);
+        self.write_sized_register(RBP.0, size, S1);
+    }
+
+    /// PUSHA: the registers in the order of their encodings, the first at the top.
+    fn push_all(&mut self, size: usize) {
+        let all = 8 * size as i32;
+        self.stack_slot(-all, all as usize, true);
+        for n in 0..8 {
+            let Home::Host(reg) = home(n) else { continue };
+            self.store_sized(size, Mem::Base(S0, (7 - i32::from(n)) * size as i32), reg);
+        }
+        self.move_stack(-all);
+    }
+
+    fn pop_all(&mut self, size: usize) {
+        let all = 8 * size as i32;
+        self.stack_slot(0, all as usize, false);
+        for n in (0..8).filter(|&n| n != 4) {
+            self.load_sized(size, S1, Mem::Base(S0, (7 - i32::from(n)) * size as i32));
+            self.write_sized_register(n, size, S1);
+        }
+        self.move_stack(all);
     }
 }

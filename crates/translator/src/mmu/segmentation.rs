@@ -6,6 +6,25 @@ use arch::{Exception, Segment, SegmentRegister, Vector};
 
 use crate::cpu::Vcpu;
 
+/// How far a segment reaches, for emitted code, which has bases and types from nowhere else: outside 64-bit mode, an
+/// access whose end is not above these is allowed. Zero for what only [`Vcpu::linear`] can decide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Ends {
+    pub read: u64,
+    pub write: u64,
+}
+
+impl Ends {
+    fn of(segment: &Segment, typed: bool) -> Self {
+        if is_expand_down(segment) {
+            return Ends::default();
+        }
+        let end = |write| if typed && !type_allows(segment, write) { 0 } else { u64::from(segment.limit) + 1 };
+        Ends { read: end(false), write: end(true) }
+    }
+}
+
 /// Bits 63:47 are all equal.
 pub const fn is_canonical(address: u64) -> bool {
     (address << 16) as i64 >> 16 == address as i64
@@ -60,6 +79,12 @@ impl Vcpu {
         })
     }
 
+    /// Tells emitted code about the segments as they are now.
+    pub fn find_segment_ends(&mut self) {
+        let typed = self.protected_mode() && !self.v8086();
+        self.hot.segment_ends = std::array::from_fn(|i| Ends::of(&self.segments[i], typed));
+    }
+
     /// #AC(0) for an unaligned access of a program with alignment checks on (Intel SDM 3A 6.15, interrupt 17).
     pub fn check_alignment(&self, address: u64, size: usize) -> Result<(), Exception> {
         let checked = self.rflags & rflags::AC != 0 && self.cr0 & cr0::AM != 0 && matches!(size, 2 | 4 | 8);
@@ -94,12 +119,15 @@ fn type_allows(segment: &Segment, write: bool) -> bool {
     segment.present() && if write { !code && second } else { !code || second }
 }
 
+fn is_expand_down(segment: &Segment) -> bool {
+    segment.kind() & 0xc == 4 && segment.attributes & Segment::S != 0
+}
+
 /// Whether `size` bytes at `offset` lie within a segment (Intel SDM 3A 5.3).
 pub fn limit_allows(segment: &Segment, offset: u64, size: usize) -> bool {
     let last = offset.wrapping_add((size as u64).saturating_sub(1));
     let limit = u64::from(segment.limit);
-    let expand_down = segment.kind() & 0xc == 4 && segment.attributes & Segment::S != 0;
-    if expand_down {
+    if is_expand_down(segment) {
         let top = if segment.default_big() { 0xffff_ffff } else { 0xffff };
         offset > limit && last <= top && last >= offset
     } else {

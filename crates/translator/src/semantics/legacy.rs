@@ -20,8 +20,6 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
         Salc => salc,
         Arpl => arpl,
         Bound => bound,
-        Pusha | Pushad => pusha,
-        Popa | Popad => popa,
         Enter => enter,
         _ => return None,
     };
@@ -144,7 +142,7 @@ fn bound(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     if outside { Err(Exception::new(Vector::BoundRange).into()) } else { Ok(()) }
 }
 
-fn pusha(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
+pub fn pusha(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let size = if insn.code() == Code::Pushaw { 2 } else { 4 };
     let mut stack = Stack::current(cpu);
     // AX, CX, DX, BX, the old SP, BP, SI, DI: the order of encodings.
@@ -154,7 +152,7 @@ fn pusha(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     Ok(())
 }
 
-fn popa(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
+pub fn popa(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let size = if insn.code() == Code::Popaw { 2 } else { 4 };
     let mut stack = Stack::current(cpu);
     // What was popped before a fault stays popped; the stack pointer moves only at the end.

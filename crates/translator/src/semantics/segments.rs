@@ -3,7 +3,7 @@
 
 use arch::registers::{cr4, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};
-use iced_x86::{Code, Instruction, Mnemonic, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::{Exec, Sensitive};
 use crate::cpu::{Stop, Vcpu};
@@ -40,22 +40,26 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
             _ => return None,
         },
     };
-    Some(Sensitive { exec, ends_block: loads_segment(insn), fp: false })
+    Some(Sensitive { exec, ends_block: loaded_segment(insn) == Register::SS, fp: false })
 }
 
-/// Whether the block ends: outside 64-bit mode segments are part of what code was translated for, and SS inhibits
-/// interrupts.
-fn loads_segment(insn: &Instruction) -> bool {
+/// Whether segments change, which outside 64-bit mode may be part of what code was translated for.
+pub fn loads_segment(insn: &Instruction) -> bool {
+    loaded_segment(insn).is_segment_register()
+}
+
+/// The segment register that is loaded, if it is one. SS inhibits interrupts.
+fn loaded_segment(insn: &Instruction) -> Register {
     let target = match insn.mnemonic() {
-        Mnemonic::Mov | Mnemonic::Pop => insn.op0_register(),
+        Mnemonic::Mov | Mnemonic::Pop if insn.op0_kind() == OpKind::Register => insn.op0_register(),
         Mnemonic::Lds => Register::DS,
         Mnemonic::Les => Register::ES,
         Mnemonic::Lfs => Register::FS,
         Mnemonic::Lgs => Register::GS,
         Mnemonic::Lss => Register::SS,
-        _ => return false,
+        _ => return Register::None,
     };
-    target == Register::SS || target.is_segment_register() && insn.code_size() != iced_x86::CodeSize::Code64
+    if target.is_segment_register() { target } else { Register::None }
 }
 
 /// After MOV SS and POP SS interrupts and debug traps wait for one instruction (Intel SDM 3A 6.8.3).
@@ -469,12 +473,12 @@ mod tests {
     }
 
     #[test]
-    fn only_loads_that_change_how_code_is_translated_end_a_block() {
+    fn only_loads_that_inhibit_events_end_a_block() {
         let ends = |bits, bytes: &[u8]| {
             let insn = iced_x86::Decoder::new(bits, bytes, 0).decode();
             lookup(&insn).unwrap().ends_block
         };
-        assert!(ends(64, MOV_SS) && ends(32, MOV_ES) && !ends(64, MOV_ES));
+        assert!(ends(64, MOV_SS) && ends(32, MOV_SS) && !ends(64, MOV_ES));
         assert!(!ends(32, &[0x8c, 0xd8]) && !ends(64, &[0x0f, 0x01, 0xf8]));
     }
 }

@@ -8,7 +8,7 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind};
 use crate::cpu::{Stop, Vcpu};
 use crate::mmu::Stack;
 
-/// Executes a near JMP, Jcc, CALL, RET, LOOP, JCXZ, or a PUSH, POP or LEAVE.
+/// Executes a near JMP, Jcc, CALL, RET, LOOP, JCXZ, or a PUSH, POP, PUSHA, POPA or LEAVE.
 pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     use Mnemonic::*;
     match insn.mnemonic() {
@@ -75,6 +75,8 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
                 return Err(e.into());
             }
         }
+        Pusha | Pushad => super::legacy::pusha(cpu, insn)?,
+        Popa | Popad => super::legacy::popa(cpu, insn)?,
         Leave => {
             let size = operand_size(insn);
             let mut stack = Stack::current(cpu);
@@ -98,7 +100,7 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
 }
 
 /// Bytes of the return address that CALL pushes, RET pops, or of LEAVE's rbp.
-fn operand_size(insn: &Instruction) -> usize {
+pub fn operand_size(insn: &Instruction) -> usize {
     use iced_x86::Code::*;
     match insn.code() {
         Leavew | Retnw | Retnw_imm16 | Call_rel16 | Call_rm16 => 2,
@@ -130,7 +132,7 @@ fn branch(cpu: &mut Vcpu, _: &Instruction, target: u64) -> Result<(), Exception>
     Ok(())
 }
 
-fn counter_width(insn: &Instruction) -> u32 {
+pub fn counter_width(insn: &Instruction) -> u32 {
     use iced_x86::Code::*;
     match insn.code() {
         Jcxz_rel8_16 | Jcxz_rel8_32 => 16,
