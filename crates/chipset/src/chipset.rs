@@ -123,6 +123,12 @@ impl Chipset {
         self.lines.connect(pci_gsi(device, pin))
     }
 
+    /// Lets a device that comes on top answer at `length` ports from `first`, the first of which it sees as `offset`. Its
+    /// reset is its own matter.
+    pub fn insert_ports(&self, first: u16, length: u16, offset: u64, device: Arc<dyn Device>) -> Result<(), Error> {
+        self.ports.insert(first.into(), length.into(), offset, device)
+    }
+
     /// Plugs a function into PCI bus 0.
     pub fn insert_pci(&self, device: u8, function: u8, what: Arc<dyn PciFunction>) -> Result<(), Error> {
         self.pci.insert(device, function, what)

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod engines;
+mod peripherals;
 mod run_control;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use std::thread;
 
 use arch::CpuState;
 use boot::BootConfig;
+use chipset::pci::PciFunction;
 use chipset::{Chipset, ChipsetConfig, HostClock};
 use engine::{Engine, Vcpu};
 use memory::Ram;
@@ -25,6 +27,7 @@ use virtio::VirtioDevice;
 use virtio::pci::VirtioPci;
 
 pub use engines::{Accel, Selection, select_engine};
+pub use peripherals::Peripherals;
 pub use translator::Config as TranslatorConfig;
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
@@ -40,8 +43,6 @@ pub enum Error {
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Engine(#[from] engine::Error),
-    #[error("{}", kvm_message(.0))]
-    Kvm(#[from] kvm::Error),
     #[error(transparent)]
     Chipset(#[from] chipset::Error),
     #[error(transparent)]
@@ -50,20 +51,14 @@ pub enum Error {
     Source(Box<dyn std::error::Error + Send + Sync>),
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
     #[error("{devices} devices are too many: PCI bus 0 has room for {MAX_DEVICES}")]
     TooManyDevices { devices: usize },
     #[error("can't start the thread of vCPU {id}: {source}")]
     Thread { id: u32, source: std::io::Error },
     #[error("{0}")]
     Vcpu(String),
-}
-
-/// For a user who has asked for this engine: what else there is.
-fn kvm_message(error: &kvm::Error) -> String {
-    match error {
-        kvm::Error::Model(error) => error.to_string(),
-        error => format!("--accel kvm: {error}; --accel translate needs none of it"),
-    }
 }
 
 /// How a machine is to be.
@@ -76,6 +71,8 @@ pub struct Config {
     pub serial: [SerialOutput; 4],
     /// Paravirtual devices, in the order of their PCI device numbers, from 1 on.
     pub devices: Vec<Arc<dyn VirtioDevice>>,
+    /// What else a PC has.
+    pub peripherals: Peripherals,
     /// A guest reset ends [`Machine::run`] instead of starting the machine again.
     pub no_reboot: bool,
 }
@@ -109,6 +106,8 @@ pub struct Machine {
     loader: Loader,
     no_reboot: bool,
     devices: Vec<Arc<dyn VirtioDevice>>,
+    /// Those of the peripherals.
+    functions: Vec<Arc<dyn PciFunction>>,
 }
 
 impl Machine {
@@ -118,6 +117,7 @@ impl Machine {
         let loader = Box::new(move |ram: &Ram| Ok(boot::load(ram, &source().map_err(Error::Source)?)?));
         let mut machine = Self::assemble(config.cpus, config.serial, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;
+        machine.functions = config.peripherals.plug_in(&machine.chipset, machine.ram.view(), engine)?;
         Ok(machine)
     }
 
@@ -150,7 +150,8 @@ impl Machine {
         )?;
         let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
         control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());
-        let mut machine = Machine { ram, vcpus, chipset, control, loader, no_reboot, devices: Vec::new() };
+        let mut machine =
+            Machine { ram, vcpus, chipset, control, loader, no_reboot, devices: Vec::new(), functions: Vec::new() };
         // At once, so that what can't be booted is known before anything is said or done.
         machine.load()?;
         Ok(machine)
@@ -166,6 +167,7 @@ impl Machine {
         let result = self.run_until_end();
         // Whoever still has a handle keeps the devices: what they hold back is to be on disk all the same.
         self.devices.iter().for_each(|device| device.reset());
+        self.functions.iter().for_each(|function| function.reset());
         result
     }
 

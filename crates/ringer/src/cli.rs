@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
 use crate::devices::{self, ShareArg, VsockArg};
-use crate::disk::{self, DiskArg};
+use crate::disk::{self, CdRomArg, DiskArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
 use crate::seed::{self, SeedArg};
@@ -41,7 +41,7 @@ pub struct Cli {
 pub enum Command {
     /// Boot a machine, with this terminal as its first serial port (Ctrl-a h lists keys)
     #[command(after_help = EXAMPLES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Make and handle disk images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -50,7 +50,7 @@ pub enum Command {
 #[derive(Clone, Debug, Args)]
 #[command(group = clap::ArgGroup::new("what").multiple(true))]
 pub struct RunArgs {
-    /// How to run the processor: auto, kvm, translate; auto takes KVM where it runs kernels in hardware
+    /// How to run the processor: auto, translate
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = accel)]
     pub accel: Accel,
     /// The processor that the guest sees: host, x86-64-v2, x86-64-v3, x86-64-v4
@@ -71,9 +71,12 @@ pub struct RunArgs {
     /// Kernel command line for --kernel; added to Ringer's own for a kernel that comes from --disk
     #[arg(long, value_name = "STRING", requires = "what", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// A disk image: PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
+    /// A disk image: PATH[,bus=virtio|ide|ahci][,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough]; repeatable
     #[arg(long, value_name = "DISK", value_parser = disk::parse, group = "what")]
     pub disk: Vec<DiskArg>,
+    /// A CD-ROM drive with a disc image in it: ISO[,bus=ahci|ide], or none for an empty drive; repeatable
+    #[arg(long, value_name = "ISO", value_parser = disk::parse_cdrom)]
+    pub cdrom: Vec<CdRomArg>,
     /// Configuration for a guest with cloud-init: USER-DATA[,meta-data=FILE][,network-config=FILE]
     #[arg(long, value_name = "FILE", value_parser = seed::parse)]
     pub cloud_init: Option<SeedArg>,
@@ -169,9 +172,8 @@ fn cpus(text: &str) -> Result<u32, String> {
 fn accel(text: &str) -> Result<Accel, String> {
     match text {
         "auto" => Ok(Accel::Auto),
-        "kvm" => Ok(Accel::Kvm),
         "translate" => Ok(Accel::Translate),
-        _ => Err("allowed are auto, kvm and translate".into()),
+        _ => Err("allowed are auto and translate".into()),
     }
 }
 

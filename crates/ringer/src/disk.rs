@@ -1,8 +1,12 @@
-//! `--disk`: what may be typed, and the device that comes of it.
+//! `--disk` and `--cdrom`: what may be typed, and the devices that come of it.
 
 use std::sync::Arc;
 
 use block::{Cache, Disk, Format, Options};
+use machine::Peripherals;
+use storage::ata::{AtaDisk, Cable};
+use storage::atapi::CdRom;
+use storage::{Drive, Media};
 use virtio::VirtioDevice;
 use virtio::block::Block;
 
@@ -14,20 +18,43 @@ const SERIAL_LENGTH: usize = 20;
 pub struct DiskArg {
     pub image: Options,
     pub serial: Option<String>,
+    pub bus: Bus,
 }
 
-const ALLOWED: &str = "allowed after the path are format=raw|qcow2, ro, snapshot, serial=TEXT, \
+/// How a drive is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bus {
+    Virtio,
+    /// A parallel cable, at the ports of the first PCs.
+    Ide,
+    /// Serial ATA.
+    Ahci,
+}
+
+/// Why there is no place for a drive.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum Full {
+    #[error("more than four drives on bus=ide: there are two cables with two drives each")]
+    Ide,
+    #[error("more than six drives on bus=ahci: it has that many ports")]
+    Ahci,
+}
+
+const ALLOWED: &str = "allowed after the path are bus=virtio|ide|ahci, format=raw|qcow2, ro, snapshot, serial=TEXT, \
                        cache=none|writeback|writethrough and backing=any, each after a comma (a comma in the path is written twice)";
 
-/// Parses `PATH[,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough][,backing=any]`.
+/// Parses `PATH[,bus=virtio|ide|ahci][,format=raw|qcow2][,ro][,snapshot][,serial=S][,cache=none|writeback|writethrough][,backing=any]`.
 pub fn parse(text: &str) -> Result<DiskArg, String> {
     let (path, settings) = split_path(text);
     if path.is_empty() {
         return Err("the path of a disk image is missing".into());
     }
-    let mut disk = DiskArg { image: Options::new(path), serial: None };
+    let mut disk = DiskArg { image: Options::new(path), serial: None, bus: Bus::Virtio };
     for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
         match setting.split_once('=').unwrap_or((setting, "")) {
+            ("bus", "virtio") => disk.bus = Bus::Virtio,
+            ("bus", "ide") => disk.bus = Bus::Ide,
+            ("bus", "ahci") => disk.bus = Bus::Ahci,
             ("ro", "") => disk.image.read_only = true,
             ("snapshot", "") => disk.image.snapshot = true,
             ("format", "raw") => disk.image.format = Some(Format::Raw),
@@ -66,6 +93,59 @@ pub fn split_path(text: &str) -> (String, &str) {
 /// Opens the images.
 pub fn open(disks: &[DiskArg]) -> Result<Vec<Arc<Disk>>, block::Error> {
     disks.iter().map(|disk| Disk::open(&disk.image).map(Arc::new)).collect()
+}
+
+/// A CD-ROM drive, and what lies in it.
+#[derive(Clone, Debug)]
+pub struct CdRomArg {
+    pub image: Option<Options>,
+    pub bus: Bus,
+}
+
+/// Parses `PATH|none[,bus=ahci|ide]`.
+pub fn parse_cdrom(text: &str) -> Result<CdRomArg, String> {
+    let (path, settings) = split_path(text);
+    let image = match path.as_str() {
+        "" => return Err("the path of a disc image is missing; \"none\" is a drive without a disc".into()),
+        "none" => None,
+        _ => Some(disc_options(path)),
+    };
+    let mut drive = CdRomArg { image, bus: Bus::Ahci };
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        drive.bus = match setting {
+            "bus=ahci" => Bus::Ahci,
+            "bus=ide" => Bus::Ide,
+            _ => return Err(format!("\"{setting}\" is not known: allowed after the path are bus=ahci and bus=ide")),
+        };
+    }
+    Ok(drive)
+}
+
+/// How the image of a disc is opened: discs are only read, and their files are as they are.
+pub fn disc_options(path: impl Into<std::path::PathBuf>) -> Options {
+    Options { format: Some(Format::Raw), read_only: true, ..Options::new(path) }
+}
+
+/// Puts a drive onto the first free place of its bus.
+pub fn attach(drive: Drive, bus: Bus, peripherals: &mut Peripherals) -> Result<(), Full> {
+    let (place, full) = match bus {
+        Bus::Ide => (peripherals.ide.iter_mut().flatten().find(|place| place.is_none()), Full::Ide),
+        Bus::Ahci | Bus::Virtio => (peripherals.ahci.iter_mut().find(|place| place.is_none()), Full::Ahci),
+    };
+    *place.ok_or(full)? = Some(drive);
+    Ok(())
+}
+
+/// The drive of an open disk that is on another bus than virtio's, the `number`th disk of the machine.
+pub fn drive(disk: &Arc<Disk>, arg: &DiskArg, number: usize) -> Drive {
+    let cable = if arg.bus == Bus::Ide { Cable::Parallel } else { Cable::Serial };
+    let serial = arg.serial.clone().unwrap_or_else(|| format!("RINGER{number:05}"));
+    Drive::Disk(AtaDisk::new(disk.clone(), &serial, cable))
+}
+
+/// A CD-ROM drive for what is in `media`, the `number`th of the machine.
+pub fn cdrom(media: Arc<Media>, number: usize) -> Drive {
+    Drive::CdRom(CdRom::new(media, &format!("RINGERCD{number:03}")))
 }
 
 /// The device of an open disk, with a queue for each processor.

@@ -39,7 +39,7 @@ pub fn main() -> ExitCode {
     let result = std::panic::catch_unwind(|| {
         signals::install().map_err(run::Error::Signals)?;
         match cli.command {
-            Command::Run(args) => Ok(run::run(args)?),
+            Command::Run(args) => Ok(run::run(*args)?),
             Command::Image(command) => Ok::<(), Box<dyn std::error::Error>>(image::run(&command)?),
         }
     });

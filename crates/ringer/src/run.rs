@@ -8,13 +8,17 @@ use std::thread;
 
 use block::Disk;
 use boot::BootConfig;
-use machine::{BootSource, Config, Handle, Machine, Outcome, SerialOutput, TranslatorConfig, select_engine};
+use machine::{
+    BootSource, Config, Handle, Machine, Outcome, Peripherals, SerialOutput, TranslatorConfig, select_engine,
+};
 use memory::Ram;
 use rustix::stdio::stdin;
 use rustix::termios::isatty;
+use storage::Media;
 use virtio::VirtioDevice;
 
 use crate::cli::{RunArgs, Serial};
+use crate::disk::Bus;
 use crate::disk_boot::Taken;
 use crate::guest::{self, Guest};
 use crate::{cleanup, console, devices, disk, net, seed, terminal};
@@ -31,6 +35,8 @@ pub enum Error {
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Disk(#[from] block::Error),
+    #[error("{0}")]
+    NoPlace(#[from] disk::Full),
     #[error("--net: {0}")]
     Net(#[from] ::net::Error),
     #[error(transparent)]
@@ -82,8 +88,18 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         Some(sink) => Some(Arc::new(virtio::console::Console::new(sink).map_err(Error::Console)?)),
         None => None,
     };
-    let pairs = disks.iter().zip(&args.disk);
-    let mut devices: Vec<_> = pairs.map(|(disk, arg)| disk::device(disk, arg, args.cpus)).collect();
+    let mut devices = Vec::new();
+    let mut peripherals = Peripherals::default();
+    for (number, (disk, arg)) in disks.iter().zip(&args.disk).enumerate() {
+        match arg.bus {
+            Bus::Virtio => devices.push(disk::device(disk, arg, args.cpus)),
+            bus => disk::attach(disk::drive(disk, arg, number), bus, &mut peripherals)?,
+        }
+    }
+    for (number, arg) in args.cdrom.iter().enumerate() {
+        let disc = arg.image.as_ref().map(|image| Disk::open(image).map(Arc::new)).transpose()?;
+        disk::attach(disk::cdrom(Media::new(disc), number), arg.bus, &mut peripherals)?;
+    }
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
@@ -101,12 +117,16 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         boot,
         serial: [output("--serial", &serial, &link)?, None, None, None],
         devices: devices.clone(),
+        peripherals,
         no_reboot: args.no_reboot,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     // A signal ends the process in the middle of everything: what disks hold back is to be in their images then.
-    let closing = cleanup::register(move || devices.iter().for_each(|device| device.reset()));
+    let closing = cleanup::register(move || {
+        devices.iter().for_each(|device| device.reset());
+        disks.iter().for_each(|disk| _ = disk.flush());
+    });
     let _ = link.machine.set(machine.handle());
     let handle = machine.handle();
     let raw = match (hvc, serial, &args.console) {

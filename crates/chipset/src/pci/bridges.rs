@@ -76,6 +76,8 @@ pub fn host_bridge(ram_size: u64) -> Arc<PlainFunction> {
 /// The LPC interface, function 1f.0 (Intel ICH9 datasheet, chapter 13).
 pub fn lpc_bridge() -> Arc<PlainFunction> {
     let mut config = bridge(0x2918, 2, 0x01);
+    // Header type: the device may have further functions.
+    config.set(0x0e, &[0x80]);
     // PMBASE: the power-management block, in I/O space. ACPI_CNTL: enabled, the interrupt is IRQ 9.
     config.set(0x40, &(u32::from(PM_BASE) | 1).to_le_bytes());
     config.set(0x44, &[0x80]);

@@ -52,6 +52,40 @@ const MODULES: [&str; 18] = [
     "virtiofs",
 ];
 
+/// The package that always depends on Debian's newest kernel for any PC, and the drivers that it has besides: for drives
+/// and network cards of real makes.
+const PC_KERNEL_META_PACKAGE: &str = "linux-image-amd64";
+const PC_MODULES: [&str; 28] = [
+    "scsi_common",
+    "scsi_mod",
+    "crct10dif_common",
+    "crct10dif_generic",
+    "crc_t10dif",
+    "crc64",
+    "crc64_rocksoft_generic",
+    "crc64_rocksoft",
+    "t10_pi",
+    "sd_mod",
+    "libata",
+    "libahci",
+    "ahci",
+    "ata_piix",
+    "cdrom",
+    "sr_mod",
+    "isofs",
+    "nls_cp437",
+    "nls_ascii",
+    "nls_utf8",
+    "fat",
+    "msdos",
+    "vfat",
+    "floppy",
+    "e1000",
+    "e1000e",
+    "mii",
+    "8139cp",
+];
+
 /// Where a script may be put into the default initramfs that runs instead of the shell.
 pub const RUN_SCRIPT: &str = "/etc/ringer/run";
 
@@ -80,12 +114,22 @@ pub struct Guest {
 impl Guest {
     /// Takes the guest from the cache, or fetches it first.
     pub fn get(cache: &Path) -> Result<Self, Error> {
-        let directory = cached(cache, &format!("debian-amd64-v{RECIPE}"), |work| {
+        Self::with(cache, "debian-amd64", KERNEL_META_PACKAGE, &MODULES)
+    }
+
+    /// The same with the kernel for any PC, and drivers for its drives and network cards.
+    pub fn pc(cache: &Path) -> Result<Self, Error> {
+        let modules: Vec<_> = MODULES.into_iter().chain(PC_MODULES).collect();
+        Self::with(cache, "debian-pc-amd64", PC_KERNEL_META_PACKAGE, &modules)
+    }
+
+    fn with(cache: &Path, name: &str, kernel: &str, modules: &[&'static str]) -> Result<Self, Error> {
+        let directory = cached(cache, &format!("{name}-v{RECIPE}"), |work| {
             let steps = Steps::new();
             let progress = |percent| steps.percent(percent);
             steps.start("package lists");
             let apt = Apt::new(work, "amd64", &progress)?;
-            let kernel = apt.dependency(KERNEL_META_PACKAGE, "linux-image-")?;
+            let kernel = apt.dependency(kernel, "linux-image-")?;
             steps.start(&kernel);
             let kernel = apt.download(&kernel)?;
             steps.start("busybox-static");
@@ -94,7 +138,7 @@ impl Guest {
             Ok(vec![
                 ("vmlinuz", deb::extract(&kernel, |path| path.starts_with("boot/vmlinuz-"))?),
                 ("busybox", deb::extract(&busybox, |path| path.ends_with("bin/busybox"))?),
-                ("modules.cpio", modules_archive(&kernel)?),
+                ("modules.cpio", modules_archive(&kernel, modules)?),
             ])
         })?;
         let path = |name| directory.join(name);
@@ -137,8 +181,8 @@ impl Guest {
 }
 
 /// The modules of a kernel package, and the order in which to load them.
-fn modules_archive(kernel: &Path) -> Result<Vec<u8>, Error> {
-    let modules = deb::modules(kernel, &MODULES)?;
+fn modules_archive(kernel: &Path, names: &[&'static str]) -> Result<Vec<u8>, Error> {
+    let modules = deb::modules(kernel, names)?;
     let order: String = modules.iter().map(|(name, _)| format!("{name}\n")).collect();
     let image = Initramfs::new().file("lib/modules/order", 0o644, order);
     let add = |image: Initramfs, (name, data)| image.file(&format!("lib/modules/{name}.ko"), 0o644, data);

@@ -31,6 +31,12 @@ pub fn default_guest() -> &'static Guest {
     GUEST.get_or_init(|| Guest::get(&cache()).expect("Debian's kernel and busybox can be fetched"))
 }
 
+/// The guest with drivers for the devices of a PC, fetched on first use.
+pub fn pc_guest() -> &'static Guest {
+    static GUEST: OnceLock<Guest> = OnceLock::new();
+    GUEST.get_or_init(|| Guest::pc(&cache()).expect("Debian's kernel and busybox can be fetched"))
+}
+
 pub fn ringer() -> Command {
     Command::new(env!("CARGO_BIN_EXE_ringer"))
 }
@@ -131,15 +137,26 @@ pub struct Step {
 }
 
 /// Commands to be run in the default guest, each by a name.
-#[derive(Default)]
 pub struct Script {
+    guest: &'static Guest,
     text: String,
-    image: Option<Initramfs>,
+    image: Initramfs,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self::on(default_guest())
+    }
 }
 
 impl Script {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// For another guest than the default one.
+    pub fn on(guest: &'static Guest) -> Self {
+        Script { guest, text: String::new(), image: guest.initramfs().expect("busybox is cached") }
     }
 
     pub fn step(mut self, name: &str, command: &str) -> Self {
@@ -149,19 +166,18 @@ impl Script {
 
     /// Adds a file of the host to the guest's root file system, executable.
     pub fn program(mut self, path: &str, source: &Path) -> Self {
-        let image = self.image.take().unwrap_or_else(|| default_guest().initramfs().expect("busybox is cached"));
-        self.image = Some(image.file(path, 0o755, std::fs::read(source).expect("the program can be read")));
+        self.image = self.image.file(path, 0o755, std::fs::read(source).expect("the program can be read"));
         self
     }
 
     /// A machine with this script in its initramfs, to which options may be added. The directory holds the initramfs.
     pub fn command(self, append: &str) -> (Command, tempfile::TempDir) {
-        let image = self.image.unwrap_or_else(|| default_guest().initramfs().expect("busybox is cached"));
+        let image = self.image;
         let directory = tempfile::tempdir().expect("a temporary directory");
         let initrd = directory.path().join("initrd.cpio");
         std::fs::write(&initrd, image.file(guest::RUN_SCRIPT, 0o644, self.text).build()).expect("it can be written");
         let mut command = ringer();
-        command.arg("run").arg("--kernel").arg(&default_guest().kernel).arg("--initrd").arg(initrd);
+        command.arg("run").arg("--kernel").arg(&self.guest.kernel).arg("--initrd").arg(initrd);
         command.arg("--append").arg(format!("console=ttyS0 quiet panic=-1 {append}"));
         (command, directory)
     }
