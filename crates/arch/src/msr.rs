@@ -48,3 +48,36 @@ pub const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 pub const KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
 pub const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
+
+/// What a vCPU's state holds besides [`mtrrs`]. Segment bases and the TSC itself are kept elsewhere; the clock is written
+/// again after the TSC is right.
+pub const SAVED: &[u32] = &[
+    APIC_BASE,
+    TSC_ADJUST,
+    TSC_AUX,
+    TSC_DEADLINE,
+    EFER,
+    STAR,
+    LSTAR,
+    CSTAR,
+    SFMASK,
+    KERNEL_GS_BASE,
+    SYSENTER_CS,
+    SYSENTER_ESP,
+    SYSENTER_EIP,
+    XSS,
+    SPEC_CTRL,
+    MISC_ENABLE,
+    MCG_STATUS,
+    PAT,
+    KVM_SYSTEM_TIME_NEW,
+    KVM_WALL_CLOCK_NEW,
+];
+
+/// The memory type range registers (Intel SDM 3A 12.11): eight variable ranges of two, the fixed ones, the default type.
+pub fn mtrrs() -> impl Iterator<Item = u32> {
+    (MTRR_PHYS_BASE0..MTRR_PHYS_BASE0 + 16)
+        .chain([MTRR_FIX_64K, MTRR_FIX_16K_80000, MTRR_FIX_16K_A0000])
+        .chain(MTRR_FIX_4K_C0000..MTRR_FIX_4K_C0000 + 8)
+        .chain([MTRR_DEF_TYPE])
+}

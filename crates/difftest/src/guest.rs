@@ -12,10 +12,19 @@ use crate::bare::{Bare, DIRECT, End, Gate, Machine, SCRATCH, STUBS};
 use crate::case::{Input, Outcome, Status, TRACE, XSAVE_SIZE};
 use crate::layout::*;
 
-/// The engine under test.
+/// The engine under test: the translator, or what `RINGER_ENGINE` names.
 pub fn engine(ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
-    let config = translator::Config { cpus, ..Default::default() };
-    Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
+    match std::env::var("RINGER_ENGINE").as_deref() {
+        Ok("kvm") => {
+            let config = kvm::Config { cpus, model: Default::default() };
+            Arc::new(kvm::Kvm::new(ram.clone(), config).expect("a /dev/kvm that can be used"))
+        }
+        Ok("translate") | Err(_) => {
+            let config = translator::Config { cpus, ..Default::default() };
+            Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
+        }
+        Ok(other) => panic!("RINGER_ENGINE={other}: there are translate and kvm"),
+    }
 }
 
 /// The guest side: reusable for any number of batches.

@@ -43,6 +43,8 @@ pub enum Error {
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Engine(#[from] engine::Error),
+    #[error("{}", kvm_message(.0))]
+    Kvm(#[from] kvm::Error),
     #[error(transparent)]
     Chipset(#[from] chipset::Error),
     #[error(transparent)]
@@ -59,6 +61,14 @@ pub enum Error {
     Thread { id: u32, source: std::io::Error },
     #[error("{0}")]
     Vcpu(String),
+}
+
+/// For a user who has asked for this engine: what else there is.
+fn kvm_message(error: &kvm::Error) -> String {
+    match error {
+        kvm::Error::Model(error) => error.to_string(),
+        error => format!("--accel kvm: {error}; --accel translate needs none of it"),
+    }
 }
 
 /// How a machine is to be.

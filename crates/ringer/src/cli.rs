@@ -50,7 +50,7 @@ pub enum Command {
 #[derive(Clone, Debug, Args)]
 #[command(group = clap::ArgGroup::new("what").multiple(true))]
 pub struct RunArgs {
-    /// How to run the processor: auto, translate
+    /// How to run the processor: auto, kvm, translate; auto takes KVM where it runs kernels in hardware
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = accel)]
     pub accel: Accel,
     /// The processor that the guest sees: host, x86-64-v2, x86-64-v3, x86-64-v4
@@ -172,8 +172,9 @@ fn cpus(text: &str) -> Result<u32, String> {
 fn accel(text: &str) -> Result<Accel, String> {
     match text {
         "auto" => Ok(Accel::Auto),
+        "kvm" => Ok(Accel::Kvm),
         "translate" => Ok(Accel::Translate),
-        _ => Err("allowed are auto and translate".into()),
+        _ => Err("allowed are auto, kvm and translate".into()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::capabilities::{AMD_BTC_NO, AMD_LFENCE_SERIALIZING, AMD_SRSO_NO};
 use super::features::FEATURES;
-use super::{APIC_TIMER_HZ, CpuModel, Host, Leaf, Model};
+use super::{CpuModel, Host, Leaf, Model};
 
 /// The vendors' strings as EBX, EDX, ECX of leaf 0.
 pub(super) const AMD: (u32, u32, u32) = (0x6874_7541, 0x6974_6e65, 0x444d_4163);
@@ -98,12 +98,15 @@ impl CpuModel {
 
     /// Leaf 0x15: TSC = crystal * EBX / EAX; leaf 0x16: MHz.
     fn frequencies(&mut self, tsc_khz: u32) {
-        let crystal_khz = APIC_TIMER_HZ / 1000;
-        // Kernels multiply in 32 bits: crystal_khz * EBX must stay below 2^32, so the ratio is in 1/1000.
+        let crystal_khz = (self.apic_timer_hz / 1000).max(1);
+        // Kernels multiply in 32 bits: crystal_khz * EBX must stay below 2^32, so the ratio is in 1/1000. With a clock
+        // beyond that (KVM's of 1 GHz) the leaf stays empty, and kernels measure.
         let scaled = (u64::from(tsc_khz) * 1000 + u64::from(crystal_khz) / 2) / u64::from(crystal_khz);
-        let divisor = gcd(scaled, 1000).max(1);
-        let ratio = Leaf { eax: (1000 / divisor) as u32, ebx: (scaled / divisor) as u32, ecx: APIC_TIMER_HZ, edx: 0 };
-        self.set(0x15, 0, ratio);
+        if crystal_khz <= 100_000 {
+            let divisor = gcd(scaled, 1000).max(1);
+            let (eax, ebx) = ((1000 / divisor) as u32, (scaled / divisor) as u32);
+            self.set(0x15, 0, Leaf { eax, ebx, ecx: self.apic_timer_hz, edx: 0 });
+        }
         let mhz = (tsc_khz / 1000).min(0xffff);
         self.set(0x16, 0, Leaf { eax: mhz, ebx: mhz, ecx: 100, edx: 0 });
     }
@@ -114,7 +117,7 @@ impl CpuModel {
         self.set(KVM_BASE, 0, signature);
         self.set(KVM_BASE + 1, 0, Leaf { eax: KVM_FEATURES, ..Leaf::default() });
         // VMware's timing leaf, which others have adopted: TSC and APIC timer in kHz.
-        let timing = Leaf { eax: tsc_khz, ebx: APIC_TIMER_HZ / 1000, ..Leaf::default() };
+        let timing = Leaf { eax: tsc_khz, ebx: self.apic_timer_hz / 1000, ..Leaf::default() };
         self.set(KVM_BASE + 0x10, 0, timing);
     }
 
@@ -128,10 +131,12 @@ impl CpuModel {
         let linear_bits = 48;
         let mut sizes = Leaf { eax: u32::from(self.physical_bits) | linear_bits << 8, ..Leaf::default() };
         if self.amd {
-            sizes.ebx = AMD_BTC_NO;
+            let immune = |bit: u32, host: u32| if self.translated { bit } else { host & bit };
+            sizes.ebx = immune(AMD_BTC_NO, host.leaf(0x8000_0008, 0).ebx);
             sizes.ecx = (cpus - 1).min(0xff) | id_space(cpus).trailing_zeros() << 12;
-            let fences = host.leaf(0x8000_0021, 0).eax & AMD_LFENCE_SERIALIZING;
-            self.set(0x8000_0021, 0, Leaf { eax: fences | AMD_SRSO_NO, ..Leaf::default() });
+            let facts = host.leaf(0x8000_0021, 0).eax;
+            let eax = facts & AMD_LFENCE_SERIALIZING | immune(AMD_SRSO_NO, facts);
+            self.set(0x8000_0021, 0, Leaf { eax, ..Leaf::default() });
         }
         self.set(0x8000_0008, 0, sizes);
     }

@@ -105,6 +105,10 @@ pub struct EngineFeatures {
     pub physical_bits: u8,
     /// The answer to IA32_ARCH_CAPABILITIES, of [`capabilities`]' bits.
     pub arch_capabilities: u64,
+    /// Guest code does not have the hazards of speculation that the host's has (see [`capabilities`]).
+    pub translated: bool,
+    /// The local APIC timer's input clock in Hz.
+    pub apic_timer_hz: u32,
 }
 
 /// The parts of a vCPU's state that CPUID shows.
@@ -130,6 +134,8 @@ pub struct CpuModel {
     amd: bool,
     physical_bits: u8,
     arch_capabilities: u64,
+    translated: bool,
+    apic_timer_hz: u32,
 }
 
 impl CpuModel {
@@ -154,6 +160,8 @@ impl CpuModel {
             amd: [leaves::AMD, leaves::HYGON].contains(&(identity.ebx, identity.edx, identity.ecx)),
             physical_bits: engine.physical_bits,
             arch_capabilities: engine.arch_capabilities,
+            translated: engine.translated,
+            apic_timer_hz: engine.apic_timer_hz,
         };
         cpu.write_leaves(model, host, cpus.max(1), tsc_khz);
         Ok(cpu)
@@ -200,6 +208,15 @@ impl CpuModel {
             _ => {}
         }
         out
+    }
+
+    /// All leaves that have content, for an engine that has them looked up elsewhere: leaf, sub-leaf, what it says, and
+    /// whether the sub-leaf matters.
+    pub fn leaves(&self, state: &Dynamic) -> impl Iterator<Item = (u32, u32, Leaf, bool)> {
+        let keys = self.table.iter().map(|((leaf, subleaf), _)| (*leaf, *subleaf));
+        keys.map(move |(leaf, subleaf)| {
+            (leaf, subleaf, self.known_leaf(leaf, subleaf, state), leaves::has_subleaves(leaf))
+        })
     }
 
     pub fn has(&self, feature: Feature) -> bool {

@@ -40,6 +40,8 @@ fn engine() -> EngineFeatures {
         host_xcr0: HOST_XCR0,
         physical_bits: 46,
         arch_capabilities: capabilities::TRANSLATED,
+        translated: true,
+        apic_timer_hz: super::APIC_TIMER_HZ,
     }
 }
 

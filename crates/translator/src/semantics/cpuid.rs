@@ -17,6 +17,8 @@ pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         host_xcr0: host::xcr0(),
         physical_bits: 46,
         arch_capabilities: capabilities::TRANSLATED,
+        translated: true,
+        apic_timer_hz: arch::cpuid::APIC_TIMER_HZ,
     };
     CpuModel::new(config.model, &host::cpuid, &engine, config.cpus, tsc_khz)
 }

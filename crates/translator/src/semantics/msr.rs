@@ -207,7 +207,7 @@ impl Vcpu {
 
     /// The MSRs that are not at their reset values: for [`arch::CpuState::msrs`].
     pub fn saved_msrs(&self) -> Vec<(u32, u64)> {
-        let saved = SAVED.iter().copied().chain(mtrr::indices());
+        let saved = msr::SAVED.iter().copied().chain(msr::mtrrs());
         let differs = |&(index, value): &(u32, u64)| match index {
             msr::PAT => value != Msrs::default().pat,
             msr::MISC_ENABLE => value != Msrs::default().misc_enable | MISC_ENABLE_FIXED,
@@ -234,28 +234,3 @@ impl Vcpu {
         Ok(())
     }
 }
-
-/// What a snapshot keeps besides MTRRs. Segment bases and the TSC itself are kept elsewhere; the clock is written again
-/// after the TSC is right.
-const SAVED: &[u32] = &[
-    msr::APIC_BASE,
-    msr::TSC_ADJUST,
-    msr::TSC_AUX,
-    msr::TSC_DEADLINE,
-    msr::EFER,
-    msr::STAR,
-    msr::LSTAR,
-    msr::CSTAR,
-    msr::SFMASK,
-    msr::KERNEL_GS_BASE,
-    msr::SYSENTER_CS,
-    msr::SYSENTER_ESP,
-    msr::SYSENTER_EIP,
-    msr::XSS,
-    msr::SPEC_CTRL,
-    msr::MISC_ENABLE,
-    msr::MCG_STATUS,
-    msr::PAT,
-    msr::KVM_SYSTEM_TIME_NEW,
-    msr::KVM_WALL_CLOCK_NEW,
-];

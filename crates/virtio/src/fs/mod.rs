@@ -6,12 +6,13 @@
 //! its cloud kernel: so this is the one way to share.
 //!
 //! What the guest may do is what Ringer's own process may do below the directory, and less: it can't leave the directory
-//! ([`nodes`]), make devices or set-user-ID programs. If Ringer runs as root, files get the owner that the guest gives them;
+//! ([`nodes`]), make devices or set-user-ID programs, or use other extended attributes than `user.` ones ([`xattr`]). If Ringer runs as root, files get the owner that the guest gives them;
 //! else all belong to the user who runs it.
 
 mod nodes;
 mod server;
 mod wire;
+mod xattr;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};

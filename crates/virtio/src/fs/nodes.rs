@@ -150,6 +150,16 @@ impl Nodes {
         call(self.descriptors.as_fd(), &node.file.as_raw_fd().to_string())
     }
 
+    /// A path to the node itself, also if it is a symbolic link, for calls that take nothing else.
+    pub fn path(&self, node: &Node) -> String {
+        format!("/proc/self/fd/{}", node.file.as_raw_fd())
+    }
+
+    /// Whether so many files are free that some may be opened ahead of need.
+    pub fn plenty(&self) -> bool {
+        self.lock().descriptors() < self.max_files / 2
+    }
+
     pub fn insert_handle(&self, file: File) -> Result<u64, Errno> {
         let mut tables = self.lock();
         if tables.descriptors() >= self.max_files {

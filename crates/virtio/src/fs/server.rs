@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::mem::MaybeUninit;
 
 use memory::file;
@@ -13,7 +14,11 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::nodes::{Node, Nodes, checked};
-use super::wire::{Fields, Header, IN_HEADER, MAJOR, MINOR, OUT_HEADER, Reply, init, opcode, set};
+use super::wire::{
+    ENTRY, Fields, Header, IN_HEADER, MAJOR, MINOR, OPEN_KILL_SUIDGID, OUT_HEADER, Reply, WRITE_KILL_SUIDGID, init,
+    opcode, set,
+};
+use super::xattr;
 use crate::Chain;
 
 /// The most bytes of one READ or WRITE, and how many pages those are.
@@ -21,6 +26,10 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const MAX_PAGES: u16 = (MAX_TRANSFER >> 12) as u16;
 /// The longest request without data: a header and two names.
 const MAX_REQUEST: usize = 16 << 10;
+/// What is before the data of a WRITE.
+const WRITE_HEADER: usize = IN_HEADER + 40;
+/// The most bytes of one COPY_FILE_RANGE: others wait meanwhile.
+const MAX_COPY: u64 = 16 << 20;
 /// Seconds for which the driver may believe what it was told of a file.
 const VALID: u64 = 1;
 /// Permission bits that may be set: not set-user-ID and set-group-ID, which would mean more to the host than to the guest.
@@ -50,10 +59,17 @@ impl Server {
 
     /// Answers one request; returns how many bytes of its writable part were written. `None`: it is none.
     pub fn answer(&self, chain: &Chain) -> Option<u32> {
-        let mut request = vec![0; chain.readable_len().min(MAX_REQUEST)];
-        let length = chain.read_at(0, &mut request);
+        let mut first = [0; IN_HEADER];
+        let length = chain.read_at(0, &mut first);
+        let header = Header::parse(&mut Fields::new(first.get(..length)?))?;
+        let most = match header.opcode {
+            opcode::WRITE => WRITE_HEADER,
+            opcode::SETXATTR => MAX_REQUEST + xattr::LONGEST,
+            _ => MAX_REQUEST,
+        };
+        let mut request = vec![0; chain.readable_len().min(most) - IN_HEADER];
+        let length = chain.read_at(IN_HEADER, &mut request);
         let mut fields = Fields::new(request.get(..length)?);
-        let header = Header::parse(&mut fields)?;
         match header.opcode {
             opcode::FORGET => {
                 fields.u64().into_iter().for_each(|lookups| self.nodes.forget(header.node, lookups));
@@ -101,6 +117,9 @@ impl Server {
                 | opcode::LINK
                 | opcode::CREATE
                 | opcode::FALLOCATE
+                | opcode::SETXATTR
+                | opcode::REMOVEXATTR
+                | opcode::COPY_FILE_RANGE
         );
         if changes && self.read_only {
             return Err(Errno::ROFS);
@@ -131,7 +150,7 @@ impl Server {
                 Ok(opened(self.nodes.insert_handle(file)?))
             }
             opcode::CREATE => self.create(header, fields),
-            opcode::READDIR => self.read_directory(fields),
+            opcode::READDIR | opcode::READDIRPLUS => self.read_directory(header, fields),
             opcode::RELEASE | opcode::RELEASEDIR => {
                 self.nodes.remove_handle(fields.u64().ok_or(Errno::INVAL)?);
                 Ok(Reply::default())
@@ -144,6 +163,15 @@ impl Server {
             }
             opcode::FALLOCATE => self.allocate(fields),
             opcode::LSEEK => self.seek(fields),
+            opcode::COPY_FILE_RANGE => self.copy(fields),
+            opcode::SYNCFS if self.read_only => Ok(Reply::default()),
+            opcode::SYNCFS => {
+                fs::syncfs(self.nodes.open(&*self.nodes.directory(super::nodes::ROOT)?, OFlags::DIRECTORY)?)?;
+                Ok(Reply::default())
+            }
+            opcode::GETXATTR | opcode::SETXATTR | opcode::LISTXATTR | opcode::REMOVEXATTR => {
+                self.extended_attributes(header, fields)
+            }
             // The driver then does without, or by itself.
             _ => Err(Errno::NOSYS),
         }
@@ -152,7 +180,7 @@ impl Server {
     /// The answer that tells the driver of a file in a directory.
     fn entry(&self, parent: &Node, name: &[u8]) -> Answer {
         let (number, stat) = self.nodes.look_up(parent, name)?;
-        Ok(Reply::default().u64(number).u64(0).u64(VALID).u64(VALID).u32(0).u32(0).attributes(&stat))
+        Ok(Reply::default().node(number, VALID, &stat))
     }
 
     /// Gives a new file its owner and exactly its permissions, whatever our own umask.
@@ -169,7 +197,7 @@ impl Server {
             self.nodes.by_name(&node, |directory, name| fs::chmodat(directory, name, mode, AtFlags::empty()))?;
             stat = fs::fstat(&*node)?;
         }
-        Ok(Reply::default().u64(entry.0).u64(0).u64(VALID).u64(VALID).u32(0).u32(0).attributes(&stat))
+        Ok(Reply::default().node(entry.0, VALID, &stat))
     }
 
     fn make(&self, header: &Header, fields: &mut Fields<'_>) -> Answer {
@@ -244,14 +272,24 @@ impl Server {
 
     fn open(&self, header: &Header, fields: &mut Fields<'_>) -> Answer {
         let node = self.nodes.get(header.node)?;
-        let file = self.nodes.open(&node, self.flags(fields.u32().ok_or(Errno::INVAL)?)?)?;
+        let (flags, more) = (fields.u32().ok_or(Errno::INVAL)?, fields.u32().ok_or(Errno::INVAL)?);
+        let file = self.open_node(&node, self.flags(flags)?, more)?;
         Ok(opened(self.nodes.insert_handle(file)?))
+    }
+
+    /// `more`: flags of the protocol itself.
+    fn open_node(&self, node: &Node, flags: OFlags, more: u32) -> Result<File, Errno> {
+        let file = self.nodes.open(node, flags)?;
+        if more & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
+            take_privileges(&file)?;
+        }
+        Ok(file)
     }
 
     fn create(&self, header: &Header, fields: &mut Fields<'_>) -> Answer {
         let invalid = Errno::INVAL;
         let (flags, mode) = (fields.u32().ok_or(invalid)?, fields.u32().ok_or(invalid)?);
-        fields.skip(8).ok_or(invalid)?;
+        let (_umask, more) = (fields.u32().ok_or(invalid)?, fields.u32().ok_or(invalid)?);
         let name = checked(fields.text().ok_or(invalid)?)?;
         let parent = self.nodes.directory(header.node)?;
         let wanted = self.flags(flags)?;
@@ -267,7 +305,7 @@ impl Server {
             Err(Errno::EXIST) if !exclusive => {
                 let entry = self.entry(&parent, name)?;
                 let number = Fields::new(&entry.0).u64().ok_or(invalid)?;
-                let file = self.nodes.open(&*self.nodes.get(number)?, wanted)?;
+                let file = self.open_node(&*self.nodes.get(number)?, wanted, more)?;
                 Ok(Reply([entry.0, opened(self.nodes.insert_handle(file)?).0].concat()))
             }
             Err(error) => Err(error),
@@ -291,12 +329,14 @@ impl Server {
             }
         }
         if has(set::SIZE) {
-            if has(set::FH) {
-                fs::ftruncate(&*self.nodes.handle(change.handle)?, change.size)?;
-            } else if node.kind == FileType::RegularFile {
-                fs::ftruncate(self.nodes.open(&node, OFlags::WRONLY)?, change.size)?;
-            } else {
-                return Err(Errno::INVAL);
+            let file = match node.kind {
+                _ if has(set::FH) => self.nodes.handle(change.handle)?,
+                FileType::RegularFile => self.nodes.open(&node, OFlags::WRONLY)?.into(),
+                _ => return Err(Errno::INVAL),
+            };
+            fs::ftruncate(&*file, change.size)?;
+            if has(set::KILL_SUIDGID) {
+                take_privileges(&file)?;
             }
         }
         if has(set::ATIME | set::MTIME) {
@@ -338,20 +378,28 @@ impl Server {
 
     /// Writes straight from the guest's memory.
     fn write(&self, fields: &mut Fields<'_>, chain: &Chain) -> Answer {
-        const DATA: usize = IN_HEADER + 40;
         if self.read_only {
             return Err(Errno::ROFS);
         }
         let invalid = Errno::INVAL;
         let file = self.nodes.handle(fields.u64().ok_or(invalid)?)?;
         let (offset, size) = (fields.u64().ok_or(invalid)?, fields.u32().ok_or(invalid)?);
-        let length = chain.readable_len().checked_sub(DATA).ok_or(invalid)?.min(size.min(MAX_TRANSFER) as usize);
-        let count = file::write_at(&file, &chain.readable_slices(DATA, length), offset).map_err(|e| errno(&e))?;
+        let how = fields.u32().ok_or(invalid)?;
+        let room = chain.readable_len().checked_sub(WRITE_HEADER).ok_or(invalid)?;
+        let data = chain.readable_slices(WRITE_HEADER, room.min(size.min(MAX_TRANSFER) as usize));
+        let count = file::write_at(&file, &data, offset).map_err(|e| errno(&e))?;
+        if how & WRITE_KILL_SUIDGID != 0 {
+            take_privileges(&file)?;
+        }
         Ok(Reply::default().u32(count as u32).u32(0))
     }
 
-    fn read_directory(&self, fields: &mut Fields<'_>) -> Answer {
+    /// Reads names (READDIR), or names with what a LOOKUP of each would answer (READDIRPLUS).
+    fn read_directory(&self, header: &Header, fields: &mut Fields<'_>) -> Answer {
         let invalid = Errno::INVAL;
+        let plus = header.opcode == opcode::READDIRPLUS;
+        let directory = if plus { Some(self.nodes.directory(header.node)?) } else { None };
+        let before = if plus { ENTRY } else { 0 };
         let file = self.nodes.handle(fields.u64().ok_or(invalid)?)?;
         let (offset, size) = (fields.u64().ok_or(invalid)?, fields.u32().ok_or(invalid)?);
         let size = (size as usize).min(MAX_ENTRIES);
@@ -362,8 +410,16 @@ impl Server {
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
-            if reply.0.len() + (24 + name.len()).next_multiple_of(8) > size {
+            if reply.0.len() + before + (24 + name.len()).next_multiple_of(8) > size {
                 break;
+            }
+            if let Some(directory) = &directory {
+                // Where there is no answer, the driver asks if it wants to know.
+                let node = if self.nodes.plenty() { self.nodes.look_up(directory, name).ok() } else { None };
+                reply = match node {
+                    Some((number, stat)) => reply.node(number, VALID, &stat),
+                    None => reply.zeros(ENTRY),
+                };
             }
             // DT_* are the type bits of a mode, or 0.
             let kind = match entry.file_type() {
@@ -410,6 +466,35 @@ impl Server {
         };
         Ok(Reply::default().u64(fs::seek(&*file, to)?))
     }
+
+    /// Copies on the host, without a way through the guest.
+    fn copy(&self, fields: &mut Fields<'_>) -> Answer {
+        let mut number = || fields.u64().ok_or(Errno::INVAL);
+        let (from, mut from_offset, _node) = (self.nodes.handle(number()?)?, number()?, number()?);
+        let (to, mut to_offset) = (self.nodes.handle(number()?)?, number()?);
+        let length = number()?.min(MAX_COPY) as usize;
+        let count = fs::copy_file_range(&*from, Some(&mut from_offset), &*to, Some(&mut to_offset), length)?;
+        Ok(Reply::default().u32(count as u32).u32(0))
+    }
+
+    fn extended_attributes(&self, header: &Header, fields: &mut Fields<'_>) -> Answer {
+        let invalid = Errno::INVAL;
+        let node = self.nodes.get(header.node)?;
+        let mut number = || fields.u32().ok_or(invalid);
+        match header.opcode {
+            opcode::REMOVEXATTR => xattr::remove(&self.nodes, &node, fields.text().ok_or(invalid)?),
+            opcode::LISTXATTR => xattr::list(&self.nodes, &node, number()? as usize),
+            opcode::GETXATTR => {
+                let (room, _) = (number()? as usize, number()?);
+                xattr::get(&self.nodes, &node, fields.text().ok_or(invalid)?, room)
+            }
+            _ => {
+                let (size, flags) = (number()? as usize, number()?);
+                let name = fields.text().ok_or(invalid)?;
+                xattr::set(&self.nodes, &node, name, fields.bytes(size).ok_or(invalid)?, flags)
+            }
+        }
+    }
 }
 
 /// What SETATTR asks for.
@@ -453,11 +538,24 @@ fn initialize(fields: &mut Fields<'_>) -> Answer {
         | init::ATOMIC_O_TRUNC
         | init::BIG_WRITES
         | init::AUTO_INVAL_DATA
+        | init::DO_READDIRPLUS
+        | init::READDIRPLUS_AUTO
+        | init::ASYNC_DIO
         | init::PARALLEL_DIROPS
+        | init::HANDLE_KILLPRIV_V2
         | init::MAX_PAGES;
     // `struct fuse_init_out`: limits of background requests are the driver's own where we say 0; times are in nanoseconds.
     let reply = Reply::default().u32(MAJOR).u32(MINOR).u32(read_ahead).u32(offered & served).u16(0).u16(0);
     Ok(reply.u32(MAX_TRANSFER).u32(1).u16(MAX_PAGES).u16(0).zeros(32))
+}
+
+/// What the host's kernel does for others, but not for root: a file that is changed loses set-user-ID, and set-group-ID if
+/// it is a program.
+fn take_privileges(file: &File) -> Result<(), Errno> {
+    let mode = fs::fstat(file)?.st_mode;
+    let group = if mode & 0o010 == 0 { 0 } else { 0o2000 };
+    let taken = mode & (0o4000 | group);
+    if taken == 0 { Ok(()) } else { fs::fchmod(file, Mode::from_raw_mode(mode & !taken & 0o7777)) }
 }
 
 /// `struct fuse_attr_out`

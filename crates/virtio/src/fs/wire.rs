@@ -1,15 +1,17 @@
-//! The FUSE protocol's numbers, as a virtio-fs driver sends and takes them (Linux `include/uapi/linux/fuse.h`, version 7.31).
+//! The FUSE protocol's numbers, as a virtio-fs driver sends and takes them (Linux `include/uapi/linux/fuse.h`, version 7.34).
 //! All are little-endian here, since driver and device are of one architecture.
 
 use rustix::fs::{Stat, StatVfs};
 
 /// What we speak. The driver adapts itself to the lower of the two.
 pub const MAJOR: u32 = 7;
-pub const MINOR: u32 = 31;
+pub const MINOR: u32 = 34;
 
 /// Bytes of the headers.
 pub const IN_HEADER: usize = 40;
 pub const OUT_HEADER: usize = 16;
+/// Bytes of what tells of a node (`struct fuse_entry_out`).
+pub const ENTRY: usize = 128;
 
 /// Requests.
 pub mod opcode {
@@ -31,6 +33,10 @@ pub mod opcode {
     pub const STATFS: u32 = 17;
     pub const RELEASE: u32 = 18;
     pub const FSYNC: u32 = 20;
+    pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
+    pub const REMOVEXATTR: u32 = 24;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
@@ -42,8 +48,11 @@ pub mod opcode {
     pub const DESTROY: u32 = 38;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
+    pub const READDIRPLUS: u32 = 44;
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
+    pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SYNCFS: u32 = 50;
 }
 
 /// Flags of INIT that we can serve.
@@ -52,9 +61,18 @@ pub mod init {
     pub const ATOMIC_O_TRUNC: u32 = 1 << 3;
     pub const BIG_WRITES: u32 = 1 << 5;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
+    pub const DO_READDIRPLUS: u32 = 1 << 13;
+    pub const READDIRPLUS_AUTO: u32 = 1 << 14;
+    pub const ASYNC_DIO: u32 = 1 << 15;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
+    /// The server takes set-user-ID bits away from what is written, truncated or given away.
+    pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 }
+
+/// By which OPEN, CREATE and WRITE say that the file loses set-user-ID and set-group-ID bits.
+pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 
 /// Which fields of SETATTR count.
 pub mod set {
@@ -67,6 +85,7 @@ pub mod set {
     pub const FH: u32 = 1 << 6;
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
+    pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// Takes a request apart. A field that is not there any more is `None`.
@@ -96,6 +115,13 @@ impl<'a> Fields<'a> {
     pub fn skip(&mut self, count: usize) -> Option<()> {
         self.rest = self.rest.get(count..)?;
         Some(())
+    }
+
+    /// The next `count` bytes.
+    pub fn bytes(&mut self, count: usize) -> Option<&'a [u8]> {
+        let (bytes, rest) = self.rest.split_at_checked(count)?;
+        self.rest = rest;
+        Some(bytes)
     }
 
     /// Bytes up to a zero.
@@ -167,6 +193,11 @@ impl Reply {
             .u32(0)
     }
 
+    /// `struct fuse_entry_out`
+    pub fn node(self, number: u64, valid: u64, stat: &Stat) -> Self {
+        self.u64(number).u64(0).u64(valid).u64(valid).u32(0).u32(0).attributes(stat)
+    }
+
     /// `struct fuse_statfs_out`
     pub fn statfs(self, stat: &StatVfs) -> Self {
         self.u64(stat.f_blocks)
@@ -217,6 +248,7 @@ mod tests {
     fn structures_have_the_sizes_of_the_protocol() {
         let stat = rustix::fs::stat("/").unwrap();
         assert_eq!(Reply::default().attributes(&stat).0.len(), 88);
+        assert_eq!(Reply::default().node(1, 1, &stat).0.len(), ENTRY);
         let stat = rustix::fs::statvfs("/").unwrap();
         assert_eq!(Reply::default().statfs(&stat).0.len(), 80);
         assert_eq!(Reply::default().entry(1, 2, 4, b"name").0.len(), 32);

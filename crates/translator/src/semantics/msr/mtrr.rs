@@ -37,11 +37,6 @@ fn decode(index: u32) -> Option<Mtrr> {
     })
 }
 
-/// All of them, in the order in which they are saved.
-pub(super) fn indices() -> impl Iterator<Item = u32> {
-    (msr::MTRR_PHYS_BASE0..=msr::MTRR_DEF_TYPE).filter(|&i| decode(i).is_some())
-}
-
 impl Vcpu {
     pub(super) fn read_mtrr(&self, index: u32) -> Option<u64> {
         if index == msr::MTRR_CAP {

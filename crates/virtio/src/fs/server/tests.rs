@@ -114,7 +114,11 @@ fn a_read_only_share_can_not_be_changed() {
     let node = share.look_up(ROOT, "file").unwrap();
     let names = [text("file"), text("new")].concat();
     let any = [opcode::SYMLINK, opcode::MKNOD, opcode::MKDIR, opcode::UNLINK, opcode::RMDIR, opcode::RENAME];
-    for opcode in any.into_iter().chain([opcode::RENAME2, opcode::LINK, opcode::CREATE, opcode::SETATTR]) {
+    for opcode in any.into_iter().chain([opcode::RENAME2, opcode::LINK, opcode::CREATE, opcode::SETATTR]).chain([
+        opcode::SETXATTR,
+        opcode::REMOVEXATTR,
+        opcode::COPY_FILE_RANGE,
+    ]) {
         assert_eq!(share.ask(opcode, ROOT, &names).unwrap_err(), Errno::ROFS, "{opcode}");
     }
     for flags in [OFlags::WRONLY, OFlags::RDWR, OFlags::TRUNC] {
@@ -179,6 +183,123 @@ fn directories_are_read_in_pieces() {
     assert_eq!(names.len(), 302);
 }
 
+/// Numbers of 64 bits as a body.
+fn wide(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
+}
+
+#[test]
+fn a_directory_is_read_with_what_its_files_are() {
+    let share = Share::new(false);
+    std::fs::write(share.path("file"), "12345").unwrap();
+    std::fs::create_dir(share.path("directory")).unwrap();
+    let opened = share.ask(opcode::OPENDIR, ROOT, &body(&[0, 0], "")).unwrap();
+    let handle = Fields::new(&opened.0).u64().unwrap();
+    let reply = share.ask(opcode::READDIRPLUS, ROOT, &wide(&[handle, 0, 4096])).unwrap().0;
+    let mut found = Vec::new();
+    let mut rest = &reply[..];
+    while !rest.is_empty() {
+        let (entry, tail) = rest.split_at(ENTRY);
+        let length = u32::from_le_bytes(tail[16..20].try_into().unwrap()) as usize;
+        let number = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+        found.push((String::from_utf8(tail[24..24 + length].to_vec()).unwrap(), number(0), number(48)));
+        rest = &tail[(24 + length).next_multiple_of(8)..];
+    }
+    found.sort();
+    let names: Vec<_> = found.iter().map(|(name, ..)| name.as_str()).collect();
+    assert_eq!(names, [".", "..", "directory", "file"]);
+    assert_eq!((found[0].1, found[1].1), (0, 0), "the driver knows them");
+    assert_eq!(found[3].2, 5, "the size");
+    assert_eq!(share.look_up(ROOT, "file").unwrap(), found[3].1);
+    // Told twice, so forgotten twice.
+    share.server.nodes.forget(found[3].1, 1);
+    assert!(share.ask(opcode::GETATTR, found[3].1, b"").is_ok());
+    share.server.nodes.forget(found[3].1, 1);
+    assert_eq!(share.ask(opcode::GETATTR, found[3].1, b"").unwrap_err(), Errno::STALE);
+}
+
+#[test]
+fn attributes_of_users_are_kept_and_those_of_the_host_are_not_the_guests() {
+    let share = Share::new(false);
+    std::fs::write(share.path("file"), "").unwrap();
+    let file = share.look_up(ROOT, "file").unwrap();
+    let set = |name: &str, value: &[u8], flags: u32| {
+        share.ask(opcode::SETXATTR, file, &[&body(&[value.len() as u32, flags], name)[..], value].concat())
+    };
+    let get = |name: &str, room: u32| share.ask(opcode::GETXATTR, file, &body(&[room, 0], name)).map(|reply| reply.0);
+    let host = |name: &str| {
+        let mut value = [0; 16];
+        let length = fs::getxattr(share.path("file"), name, &mut value).unwrap();
+        value[..length].to_vec()
+    };
+    for name in ["security.capability", "trusted.overlay.opaque", "system.posix_acl_access", "user", ""] {
+        assert_eq!(set(name, b"value", 0).unwrap_err(), Errno::OPNOTSUPP, "{name}");
+        assert_eq!(share.ask(opcode::REMOVEXATTR, file, &text(name)).unwrap_err(), Errno::OPNOTSUPP, "{name}");
+    }
+    assert_eq!(get("security.capability", 100).unwrap_err(), Errno::NODATA);
+    assert_eq!(get("system.posix_acl_access", 100).unwrap_err(), Errno::OPNOTSUPP);
+    let flags = fs::XattrFlags::empty();
+    if fs::setxattr(share.path("file"), "user.host", b"12", flags) == Err(Errno::OPNOTSUPP) {
+        // A file system without any.
+        assert_eq!(set("user.a", b"value", 0).unwrap_err(), Errno::OPNOTSUPP);
+        return;
+    }
+    set("user.a", b"value", 0).unwrap();
+    assert_eq!(host("user.a"), b"value");
+    assert_eq!(set("user.a", b"again", 1).unwrap_err(), Errno::EXIST, "XATTR_CREATE");
+    assert_eq!(set("user.b", b"again", 2).unwrap_err(), Errno::NODATA, "XATTR_REPLACE");
+    assert_eq!(get("user.host", 100).unwrap(), b"12");
+    assert_eq!(get("user.a", 0).unwrap(), Reply::default().u32(5).u32(0).0);
+    assert_eq!(get("user.a", 4).unwrap_err(), Errno::RANGE);
+    let list = share.ask(opcode::LISTXATTR, file, &body(&[100, 0], "")).unwrap().0;
+    let mut names: Vec<_> = list.split(|byte| *byte == 0).collect();
+    names.sort();
+    assert_eq!(names, [&b""[..], b"user.a", b"user.host"]);
+    assert_eq!(share.ask(opcode::LISTXATTR, file, &body(&[0, 0], "")).unwrap().0, Reply::default().u32(17).u32(0).0);
+    share.ask(opcode::REMOVEXATTR, file, &text("user.a")).unwrap();
+    assert_eq!(get("user.a", 100).unwrap_err(), Errno::NODATA);
+}
+
+#[test]
+fn files_are_copied_on_the_host_and_synced() {
+    let share = Share::new(false);
+    std::fs::write(share.path("from"), "0123456789").unwrap();
+    std::fs::write(share.path("to"), "abcdefghij").unwrap();
+    let open = |name: &str, flags: u32| {
+        let opened = share.ask(opcode::OPEN, share.look_up(ROOT, name).unwrap(), &body(&[flags, 0], "")).unwrap();
+        Fields::new(&opened.0).u64().unwrap()
+    };
+    let (from, to) = (open("from", 0), open("to", OFlags::WRONLY.bits()));
+    let copied = share.ask(opcode::COPY_FILE_RANGE, ROOT, &wide(&[from, 2, 0, to, 5, 3, 0])).unwrap();
+    assert_eq!(copied.0, Reply::default().u32(3).u32(0).0);
+    assert_eq!(std::fs::read(share.path("to")).unwrap(), b"abcde234ij");
+    assert_eq!(share.ask(opcode::COPY_FILE_RANGE, ROOT, &wide(&[to, 0, 0, from, 0, 3, 0])).unwrap_err(), Errno::BADF);
+    share.ask(opcode::SYNCFS, ROOT, &wide(&[0])).unwrap();
+}
+
+#[test]
+fn a_program_of_the_host_loses_its_privileges_when_it_is_changed() {
+    let share = Share::new(false);
+    let program = |mode: u32| {
+        std::fs::write(share.path("program"), "program").unwrap();
+        std::fs::set_permissions(share.path("program"), std::fs::Permissions::from_mode(mode)).unwrap();
+        share.look_up(ROOT, "program").unwrap()
+    };
+    let mode = || std::fs::metadata(share.path("program")).unwrap().permissions().mode() & 0o7777;
+    let flags = (OFlags::WRONLY | OFlags::TRUNC).bits();
+    share.ask(opcode::OPEN, program(0o6755), &body(&[flags, OPEN_KILL_SUIDGID], "")).unwrap();
+    assert_eq!(mode(), 0o755);
+    let mut change = [0; 22];
+    (change[0], change[4]) = (set::SIZE | set::KILL_SUIDGID, 3);
+    share.ask(opcode::SETATTR, program(0o6745), &body(&change, "")).unwrap();
+    // Set-group-ID without execution by the group means mandatory locking.
+    assert_eq!(mode(), 0o2745);
+    share.ask(opcode::CREATE, ROOT, &body(&[flags, 0o644, 0, OPEN_KILL_SUIDGID], "program")).unwrap();
+    program(0o4755);
+    share.ask(opcode::CREATE, ROOT, &body(&[flags, 0o644, 0, OPEN_KILL_SUIDGID], "program")).unwrap();
+    assert_eq!(mode(), 0o755);
+}
+
 #[test]
 fn any_bytes_are_answered() {
     let share = Share::new(false);
@@ -193,6 +314,7 @@ fn any_bytes_are_answered() {
         let length = next() as usize % 100;
         let bytes: Vec<u8> =
             (0..length).map(|_| if next() % 3 == 0 { next() as u8 } else { (next() % 3) as u8 }).collect();
+        // Not SYNCFS, which takes its time.
         _ = share.ask((next() % 50) as u32, next() % 5, &bytes);
     }
     assert!(Path::new(&share.directory.path().join("secret")).exists());

@@ -1,0 +1,242 @@
+//! Does this /dev/kvm run an ordinary kernel?
+//!
+//! Some hosts have a /dev/kvm without hardware virtualization behind it (paravirtual kinds such as PVM): guests that are
+//! made for it run well, but of any other kernel every instruction is emulated, a thousand times slower than it should
+//! be, until one comes that can't be. Neither the device nor its capabilities tell. So a small guest does what kernels
+//! do, at CPL 0 with paging on: a loop of plain instructions; then CR3, MSRs, SWAPGS, INVLPG, IRET, vector registers.
+//! What counts is the processor time that it takes, compared with what this thread needs for the same loop: about as
+//! much in hardware (and where that hardware is itself emulated), several hundred times as much where KVM emulates.
+
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use arch::registers::{cr0, cr4, efer, gpr, pte, rflags};
+use arch::{CpuState, DescriptorTable, Segment, msr};
+use engine::{Bus, Exit, Vcpu as _, VcpuControl};
+use memory::vm_memory::{Bytes, GuestAddress};
+
+use crate::Error;
+use crate::vcpu::Vcpu;
+use crate::vm::Vm;
+
+/// What the probe says of a host's KVM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Guests run in the processor.
+    Runs,
+    /// They don't; in words that follow "because".
+    DoesNotRun(String),
+}
+
+/// Times round the loop of plain instructions, two in each.
+const PLAIN: u32 = 60_000;
+/// Times round the loop of privileged ones.
+const PRIVILEGED: u32 = 20;
+/// How many times the processor time of the same loop outside a guest is too much, and what is too little to tell.
+const FACTOR: u32 = 100;
+const LEAST: Duration = Duration::from_millis(8);
+/// How long it may take.
+const LONGEST: Duration = Duration::from_millis(40);
+
+/// Places in the guest's first 64 KiB.
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+const DIRECTORY: u64 = 0x3000;
+const GDT: u64 = 0x4000;
+const CODE: u64 = 0x5000;
+const STACK_TOP: u64 = 0x7000;
+const END: u64 = 0x1_0000;
+const CODE_SELECTOR: u16 = 0x08;
+const DATA_SELECTOR: u16 = 0x10;
+
+/// The guest, in 64-bit mode. Registers: R8D and R9D count the loops down, RSP is the stack.
+#[rustfmt::skip]
+const GUEST: &[u8] = &[
+    0x41, 0xff, 0xc8,                   // plain: dec r8d
+    0x75, 0xfb,                         // jnz plain
+    0x0f, 0x20, 0xd8,                   // privileged: mov rax, cr3
+    0x0f, 0x22, 0xd8,                   // mov cr3, rax
+    0xb9, 0x02, 0x01, 0x00, 0xc0,       // mov ecx, KERNEL_GS_BASE
+    0x31, 0xc0,                         // xor eax, eax
+    0x31, 0xd2,                         // xor edx, edx
+    0x0f, 0x30,                         // wrmsr
+    0x0f, 0x32,                         // rdmsr
+    0x0f, 0x01, 0xf8,                   // swapgs
+    0x0f, 0x01, 0xf8,                   // swapgs
+    0x0f, 0x01, 0x3c, 0x24,             // invlpg [rsp]
+    0x48, 0x89, 0xe0,                   // mov rax, rsp
+    0x6a, 0x10,                         // push DATA_SELECTOR
+    0x50,                               // push rax
+    0x9c,                               // pushfq
+    0x6a, 0x08,                         // push CODE_SELECTOR
+    0x48, 0x8d, 0x15, 0x03, 0x00, 0x00, 0x00, // lea rdx, [next]
+    0x52,                               // push rdx
+    0x48, 0xcf,                         // iretq
+    0x41, 0xff, 0xc9,                   // next: dec r9d
+    0x75, 0xcb,                         // jnz privileged
+    0xdb, 0xe3,                         // fninit
+    0x66, 0x0f, 0xef, 0xc0,             // pxor xmm0, xmm0
+    0xe6, 0xf4,                         // out 0xf4, al: done
+    0xf4,                               // hlt
+];
+
+/// A bus on which nothing answers: what the vCPU has until the machine takes it.
+pub struct NoBus;
+
+impl Bus for NoBus {
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+    fn acknowledge_pic(&self) -> u8 {
+        0xff
+    }
+    fn end_of_interrupt(&self, _: u8) {}
+}
+
+/// Stops the vCPU at the guest's end.
+struct ProbeBus(Arc<dyn VcpuControl>);
+
+impl Bus for ProbeBus {
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {
+        self.0.stop();
+    }
+    fn acknowledge_pic(&self) -> u8 {
+        0xff
+    }
+    fn end_of_interrupt(&self, _: u8) {}
+}
+
+fn state() -> CpuState {
+    let mut state = CpuState::reset();
+    let data = Segment::flat_data(DATA_SELECTOR, 0);
+    state.segments = [data, Segment::flat_code(CODE_SELECTOR, true, 0), data, data, data, data];
+    state.gdtr = DescriptorTable { base: GDT, limit: 0x17 };
+    state.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::MP | cr0::WP | cr0::PG;
+    state.cr3 = PML4;
+    state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+    state.msrs = vec![(msr::EFER, efer::LME | efer::LMA)];
+    state.rip = CODE;
+    state.rflags = rflags::FIXED;
+    state.gpr = [0; 16];
+    state.gpr[gpr::R8] = PLAIN.into();
+    state.gpr[gpr::R9] = PRIVILEGED.into();
+    state.gpr[gpr::RSP] = STACK_TOP;
+    state
+}
+
+/// Puts the guest into RAM.
+fn load(vm: &Vm) -> Result<(), Error> {
+    let write = |at: u64, bytes: &[u8]| {
+        let written = vm.ram.view().write_slice(bytes, GuestAddress(at));
+        written.map_err(|e| Error::State(format!("the probe's guest is not in RAM: {e}")))
+    };
+    let bits = pte::P | pte::W;
+    write(PML4, &(PDPT | bits).to_le_bytes())?;
+    write(PDPT, &(DIRECTORY | bits).to_le_bytes())?;
+    write(DIRECTORY, &(bits | pte::PS).to_le_bytes())?;
+    write(GDT + u64::from(CODE_SELECTOR), &0x00af_9b00_0000_ffffu64.to_le_bytes())?;
+    write(GDT + u64::from(DATA_SELECTOR), &0x00cf_9300_0000_ffffu64.to_le_bytes())?;
+    write(CODE, GUEST)
+}
+
+/// The calling thread's processor time, with that of guests that it runs.
+fn processor_time() -> Duration {
+    // SAFETY: `time` is a valid place for the result; every Linux has this clock.
+    let time = unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time);
+        time
+    };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Runs the guest on a vCPU that has nothing to do yet.
+pub fn run(vcpu: &mut Vcpu, vm: &Vm) -> Result<Verdict, Error> {
+    load(vm)?;
+    let control = vcpu.control();
+    vcpu.set_bus(Arc::new(ProbeBus(control.clone())));
+    vcpu.replace_state(&state())?;
+    let (begin, busy) = (Instant::now(), processor_time());
+    let exit = watched(vcpu, &control);
+    let (elapsed, busy) = (begin.elapsed(), processor_time().saturating_sub(busy));
+    tracing::debug!(?elapsed, ?busy, outside = ?outside(), ?exit, "the probe of KVM");
+    let left = vcpu.export().map_or(0, |state| state.gpr[gpr::R8] as u32);
+    memory::discard(vm.ram.view(), 0, END)
+        .map_err(|source| Error::Call { what: "free the probe's pages".into(), source })?;
+    let instructions = 2 * (PLAIN - left.min(PLAIN));
+    let emulates = format!(
+        "it emulates kernels instead of running them, {} million instructions a second here",
+        (u128::from(instructions) / busy.as_micros().max(1)).max(1)
+    );
+    let slow = busy > LEAST.max(FACTOR * outside());
+    Ok(match exit {
+        Exit::Stopped if slow => Verdict::DoesNotRun(emulates),
+        // Done; or a host that has had no time for us, which has shown nothing.
+        Exit::Stopped => Verdict::Runs,
+        Exit::TripleFault => Verdict::DoesNotRun("it can't do what every kernel does at its start".into()),
+        Exit::Failed(why) if slow => Verdict::DoesNotRun(format!("{emulates}, and then {why}")),
+        Exit::Failed(why) => Verdict::DoesNotRun(why),
+    })
+}
+
+/// The processor time of the plain loop outside a guest.
+fn outside() -> Duration {
+    let once = || {
+        let begin = processor_time();
+        // SAFETY: changes nothing but a register of its own and flags.
+        unsafe {
+            std::arch::asm!("2: dec {count:e}", "jnz 2b", count = inout(reg) PLAIN => _, options(nomem, nostack));
+        }
+        processor_time().saturating_sub(begin)
+    };
+    // The one that was disturbed least.
+    (0..4).map(|_| once()).min().unwrap_or_default()
+}
+
+/// Runs the vCPU, and stops it when it has taken too long.
+fn watched(vcpu: &mut Vcpu, control: &Arc<dyn VcpuControl>) -> Exit {
+    let (finished, waiting) = mpsc::channel::<()>();
+    let watchdog = control.clone();
+    let thread = thread::Builder::new().name("kvm-probe".into()).spawn(move || {
+        // Emulated, the guest would take much longer still: to wait for all of it shows nothing more.
+        if waiting.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
+            watchdog.stop();
+        }
+    });
+    let Ok(thread) = thread else {
+        return Exit::Failed("can't start a thread".into());
+    };
+    let exit = vcpu.run();
+    drop(finished);
+    // It has nothing to panic for.
+    let _ = thread.join();
+    exit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_jumps_lead_to_their_labels() {
+        let at = |bytes: &[u8]| GUEST.windows(bytes.len()).position(|w| w == bytes).unwrap() as i64;
+        let target = |from: i64| from + 2 + i64::from(GUEST[from as usize + 1] as i8);
+        assert_eq!(target(at(&[0x75, 0xfb])), 0);
+        assert_eq!(target(at(&[0x75, 0xcb])), at(&[0x0f, 0x20, 0xd8]));
+        let lea = at(&[0x48, 0x8d, 0x15]);
+        assert_eq!(lea + 7 + i64::from(GUEST[lea as usize + 3]), at(&[0x41, 0xff, 0xc9]));
+    }
+}

@@ -1,0 +1,146 @@
+//! One machine's VM: its memory slots, interrupt routes and vCPUs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use arch::cpuid::CpuModel;
+use kvm_bindings::*;
+use kvm_ioctls::VmFd;
+use memory::Ram;
+
+use crate::control::Control;
+use crate::interrupts::LevelRoutes;
+use crate::state::MsrSet;
+use crate::system::System;
+use crate::{Config, Error, cpuid};
+
+/// Where KVM keeps what some Intel processors need for real mode: three pages for a task state, and a page of identity
+/// mapping. Below the flash, above the local APICs, where the machine has nothing.
+const IDENTITY_MAP: u64 = 0xfeff_c000;
+const TSS: usize = 0xfeff_d000;
+
+/// What vCPUs share.
+pub struct Vm {
+    pub fd: VmFd,
+    pub ram: Ram,
+    pub config: Config,
+    pub host: cpuid::Host,
+    /// The area that KVM reads and writes for XSAVE, in bytes.
+    pub xsave_size: usize,
+    pub has_xsave2: bool,
+    /// Where PKRU is in it.
+    pub pkru_offset: Option<usize>,
+    /// The level of the 8259's output.
+    pub pic_asserted: AtomicBool,
+    pub routes: Mutex<LevelRoutes>,
+    pub vcpus: RwLock<Vec<Arc<Control>>>,
+    model: OnceLock<CpuModel>,
+    pub msrs: OnceLock<MsrSet>,
+}
+
+impl Vm {
+    pub fn new(system: &System, ram: Ram, config: Config) -> Result<Self, Error> {
+        let most = system.kvm.get_max_vcpus();
+        if config.cpus as usize > most {
+            return Err(Error::Vcpus { asked: config.cpus, most });
+        }
+        let fd = system.kvm.create_vm().map_err(Error::call("make a virtual machine"))?;
+        fd.set_identity_map_address(IDENTITY_MAP).map_err(Error::call("place the identity map"))?;
+        fd.set_tss_address(TSS).map_err(Error::call("place the task state"))?;
+        let enable = |cap: u32, arguments: [u64; 4], what: &str| {
+            let cap = kvm_enable_cap { cap, args: arguments, ..Default::default() };
+            fd.enable_cap(&cap).map_err(Error::call(what))
+        };
+        let routes = LevelRoutes::SLOTS as u64;
+        enable(KVM_CAP_SPLIT_IRQCHIP, [routes, 0, 0, 0], "keep local APICs without an I/O APIC")?;
+        let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        enable(KVM_CAP_X2APIC_API, [x2apic.into(), 0, 0, 0], "use x2APIC ids of 32 bits")?;
+        // Its timer at the rate that the translated machine's has, where the kernel lets us choose (Linux 6.11).
+        let apic_timer_hz = match system.capability(KVM_CAP_X86_APIC_BUS_CYCLES_NS) {
+            0 => 1_000_000_000,
+            _ => {
+                let cycle = u64::from(1_000_000_000 / arch::cpuid::APIC_TIMER_HZ);
+                enable(KVM_CAP_X86_APIC_BUS_CYCLES_NS, [cycle, 0, 0, 0], "set the APIC timers' rate")?;
+                arch::cpuid::APIC_TIMER_HZ
+            }
+        };
+        if system.capability(KVM_CAP_EXIT_ON_EMULATION_FAILURE) != 0 {
+            enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, [1, 0, 0, 0], "report failed emulation")?;
+        }
+        let xsave2 = system.capability(KVM_CAP_XSAVE2) as usize;
+        let host = cpuid::Host::new(system, apic_timer_hz)?;
+        let vm = Vm {
+            fd,
+            ram,
+            config,
+            xsave_size: xsave2.max(size_of::<kvm_xsave>()),
+            has_xsave2: xsave2 != 0,
+            pkru_offset: host.pkru_offset(),
+            host,
+            pic_asserted: AtomicBool::new(false),
+            routes: Mutex::default(),
+            vcpus: RwLock::default(),
+            model: OnceLock::new(),
+            msrs: OnceLock::new(),
+        };
+        vm.map_ram(system.kvm.get_nr_memslots())?;
+        Ok(vm)
+    }
+
+    /// Makes each region of RAM a memory slot.
+    fn map_ram(&self, most: usize) -> Result<(), Error> {
+        let needed = self.ram.regions().len();
+        if needed > most {
+            return Err(Error::Slots { needed, most });
+        }
+        for (slot, region) in (0..).zip(self.ram.regions()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.start,
+                memory_size: region.size,
+                userspace_addr: region.host as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is mapped for as long as `ram`, which this keeps; nothing takes guest memory for
+            // ordinary Rust data.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(Error::call(format!("map {} bytes of RAM", region.size)))?;
+        }
+        Ok(())
+    }
+
+    /// The processor that the vCPUs are. `tsc_khz` is asked for when it is first needed.
+    pub fn model(&self, tsc_khz: impl FnOnce() -> Result<u32, Error>) -> Result<&CpuModel, Error> {
+        if let Some(model) = self.model.get() {
+            return Ok(model);
+        }
+        let model = self.host.model(&self.config, tsc_khz()?)?;
+        Ok(self.model.get_or_init(|| model))
+    }
+
+    /// The state components that the vCPUs have; 0 before [`Vm::model`].
+    pub fn xcr0_mask(&self) -> u64 {
+        // Without XSAVE there are x87 and SSE all the same.
+        self.model.get().map_or(0, |model| model.xcr0_mask() | 3)
+    }
+
+    pub fn add_vcpu(&self, control: Arc<Control>) {
+        self.vcpus.write().unwrap_or_else(PoisonError::into_inner).push(control);
+    }
+
+    /// A vCPU has ended a level-triggered interrupt.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).ended(vector);
+    }
+
+    /// The 8259's output goes to the bootstrap processor, which must come out of the guest to take its interrupt.
+    pub fn set_pic_output(&self, asserted: bool) {
+        if self.pic_asserted.swap(asserted, Ordering::SeqCst) == asserted || !asserted {
+            return;
+        }
+        let bootstrap = self.vcpus.read().unwrap_or_else(PoisonError::into_inner).first().cloned();
+        if let Some(bootstrap) = bootstrap {
+            bootstrap.kick();
+        }
+    }
+}
