@@ -23,6 +23,8 @@ mod drive;
 pub mod ide;
 mod link;
 mod media;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 pub use drive::Drive;
