@@ -1,4 +1,5 @@
-//! bzImage by the 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`).
+//! bzImage by the 64-bit or, where the kernel has no such entry, the 32-bit boot protocol (Linux
+//! `Documentation/arch/x86/boot.rst`).
 //!
 //! The file is a real-mode part, of which only the setup header is used, and the protected-mode kernel, which goes to
 //! where the header prefers it, or as low as it may if RAM ends too early. It needs `init_size` bytes there to unpack
@@ -17,13 +18,14 @@ use crate::{Error, entry, layout};
 const HEADER_START: u64 = 0x1f1;
 const HEADER_LENGTH: u64 = 0x201;
 const HEADER_LENGTH_BASE: u64 = 0x202;
-/// `xloadflags` and the 64-bit entry came with this version.
+/// `init_size` and `pref_address` came with this version (2.6.31), `xloadflags` and the 64-bit entry with that one.
+const OLDEST_VERSION: u16 = 0x20a;
 const VERSION_64_BIT: u16 = 0x20c;
 const XLF_KERNEL_64: u16 = 1 << 0;
 const LOADFLAGS_LOADED_HIGH: u8 = 1 << 0;
 /// "Undefined" boot loader.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// Of the 64-bit entry, from the start of the protected-mode kernel.
+/// Of the 64-bit entry, from the start of the protected-mode kernel, which is where the 32-bit one is.
 const ENTRY_OFFSET: u64 = 0x200;
 const SECTOR: u64 = 512;
 
@@ -48,7 +50,11 @@ pub fn load(ram: &Ram, image: &Image, initrd: Option<&Image>, command_line: &str
     let params = zero_page(ram, kernel.header, address, initrd_place);
     view.write_obj(params, GuestAddress(layout::BOOT_PARAMS))
         .map_err(|source| Error::Memory { what: "the boot parameters", source })?;
-    entry::long_mode(view, address + ENTRY_OFFSET, layout::BOOT_PARAMS)
+    if kernel.has_64_bit_entry() {
+        entry::long_mode(view, address + ENTRY_OFFSET, layout::BOOT_PARAMS)
+    } else {
+        entry::linux_32(view, address as u32, layout::BOOT_PARAMS)
+    }
 }
 
 impl Kernel {
@@ -62,9 +68,9 @@ impl Kernel {
         let known = bytes.len().min(end.saturating_sub(HEADER_START) as usize);
         image.read_at(bytes.get_mut(..known).unwrap_or_default(), HEADER_START)?;
 
-        let (version, flags, loadflags) = (header.version, header.xloadflags, header.loadflags);
-        if version < VERSION_64_BIT || flags & XLF_KERNEL_64 == 0 || loadflags & LOADFLAGS_LOADED_HIGH == 0 {
-            return Err(Error::No64BitEntry { path: image.path().to_owned() });
+        let (version, loadflags) = (header.version, header.loadflags);
+        if version < OLDEST_VERSION || loadflags & LOADFLAGS_LOADED_HIGH == 0 {
+            return Err(Error::OldKernel { path: image.path().to_owned() });
         }
         // 0 means 4, for the oldest of kernels.
         let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
@@ -81,6 +87,11 @@ impl Kernel {
             return Err(image.bad_header(format!("its alignment of {alignment:#x} is not a power of two")));
         }
         Ok(Kernel { header, offset, size })
+    }
+
+    fn has_64_bit_entry(&self) -> bool {
+        let (version, flags) = (self.header.version, self.header.xloadflags);
+        version >= VERSION_64_BIT && flags & XLF_KERNEL_64 != 0
     }
 
     /// Finds room for the kernel and the RAM disk.

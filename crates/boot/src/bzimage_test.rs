@@ -66,10 +66,21 @@ fn a_signature_behind_the_kernel_is_not_loaded() {
 }
 
 #[test]
-fn kernels_without_a_64_bit_entry_are_refused() {
-    let changes: [fn(&mut setup_header); 3] = [|h| h.version = 0x206, |h| h.xloadflags = 0, |h| h.loadflags = 0];
+fn a_kernel_without_a_64_bit_entry_is_entered_in_32_bit_protected_mode() {
+    let changes: [fn(&mut setup_header); 2] = [|h| h.version = 0x20a, |h| h.xloadflags = 0];
     for change in changes {
-        assert!(matches!(boot(64 << 20, &bzimage(change), None, ""), Err(Error::No64BitEntry { .. })));
+        let (_, state) = boot(64 << 20, &bzimage(change), None, "").unwrap();
+        assert_eq!((state.rip, state.gpr[gpr::RSI]), (16 << 20, layout::BOOT_PARAMS));
+        assert_eq!(state.cr0 & (cr0::PE | cr0::PG), cr0::PE);
+        assert!(!state.segments[1].long() && state.segments[1].default_big());
+    }
+}
+
+#[test]
+fn kernels_of_old_protocols_are_refused() {
+    let changes: [fn(&mut setup_header); 2] = [|h| h.version = 0x206, |h| h.loadflags = 0];
+    for change in changes {
+        assert!(matches!(boot(64 << 20, &bzimage(change), None, ""), Err(Error::OldKernel { .. })));
     }
 }
 

@@ -44,6 +44,17 @@ pub fn protected_mode(view: &View, eip: u32, start_info: u64) -> Result<CpuState
     Ok(state)
 }
 
+/// 32-bit protected mode, flat, paging and interrupts off, ESI = `boot_params` (Linux `Documentation/arch/x86/boot.rst`,
+/// 32-bit boot protocol).
+pub fn linux_32(view: &View, eip: u32, boot_params: u64) -> Result<CpuState, Error> {
+    let mut state = flat(view, Segment::flat_code(CODE_SELECTOR, false, 0))?;
+    state.cr0 = cr0::PE | cr0::ET;
+    state.rip = eip.into();
+    state.gpr[gpr::RSI] = boot_params;
+    state.gpr[gpr::RSP] = layout::STACK_TOP;
+    Ok(state)
+}
+
 /// Flat segments from a descriptor table in memory, and nothing else on.
 fn flat(view: &View, code: Segment) -> Result<CpuState, Error> {
     let data = Segment::flat_data(DATA_SELECTOR, 0);

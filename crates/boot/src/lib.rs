@@ -1,7 +1,7 @@
 //! Direct kernel boot: what a boot loader and firmware would have left in memory when the kernel starts.
 //!
 //! [`load`] is all of it. It opens the kernel, tells by its header what it is, and lays into RAM
-//! - the kernel: a bzImage by the 64-bit boot protocol (`bzimage`) or an ELF image by its PVH entry (`pvh`),
+//! - the kernel: a bzImage by the 64-bit or the 32-bit boot protocol (`bzimage`) or an ELF image by its PVH entry (`pvh`),
 //! - the initial RAM disk, as high as kernel and RAM allow (`initrd`),
 //! - what the firmware tells: the memory map ([`layout`]), ACPI tables ([`acpi`]), SMBIOS tables ([`smbios`]),
 //!
@@ -67,8 +67,8 @@ pub enum Error {
     NotAKernel { path: PathBuf },
     #[error("{} is not a kernel that can be loaded: {why}", path.display())]
     BadHeader { path: PathBuf, why: String },
-    #[error("{} is a 32-bit or old kernel: a bzImage must have the 64-bit entry (boot protocol 2.12, x86-64)", path.display())]
-    No64BitEntry { path: PathBuf },
+    #[error("{} is too old a kernel: a bzImage must have boot protocol 2.10 (Linux 2.6.31)", path.display())]
+    OldKernel { path: PathBuf },
     #[error(
         "{} is a {bits}-bit ELF image without the PVH note XEN_ELFNOTE_PHYS32_ENTRY: build the kernel with CONFIG_PVH, \
          or give its bzImage",
