@@ -114,21 +114,33 @@ pub struct Guest {
 impl Guest {
     /// Takes the guest from the cache, or fetches it first.
     pub fn get(cache: &Path) -> Result<Self, Error> {
-        Self::with(cache, "debian-amd64", KERNEL_META_PACKAGE, &MODULES)
+        Self::with(cache, "debian-amd64", "amd64", KERNEL_META_PACKAGE, &MODULES)
     }
 
     /// The same with the kernel for any PC, and drivers for its drives and network cards.
     pub fn pc(cache: &Path) -> Result<Self, Error> {
         let modules: Vec<_> = MODULES.into_iter().chain(PC_MODULES).collect();
-        Self::with(cache, "debian-pc-amd64", PC_KERNEL_META_PACKAGE, &modules)
+        Self::with(cache, "debian-pc-amd64", "amd64", PC_KERNEL_META_PACKAGE, &modules)
     }
 
-    fn with(cache: &Path, name: &str, kernel: &str, modules: &[&'static str]) -> Result<Self, Error> {
+    /// A 32-bit guest: kernels for processors without or with PAE, no drivers.
+    pub fn i386(cache: &Path, pae: bool) -> Result<Self, Error> {
+        let flavour = if pae { "686-pae" } else { "686" };
+        Self::with(cache, &format!("debian-{flavour}"), "i386", &format!("linux-image-{flavour}"), &[])
+    }
+
+    fn with(
+        cache: &Path,
+        name: &str,
+        architecture: &str,
+        kernel: &str,
+        modules: &[&'static str],
+    ) -> Result<Self, Error> {
         let directory = cached(cache, &format!("{name}-v{RECIPE}"), |work| {
             let steps = Steps::new();
             let progress = |percent| steps.percent(percent);
             steps.start("package lists");
-            let apt = Apt::new(work, "amd64", &progress)?;
+            let apt = Apt::new(work, architecture, &progress)?;
             let kernel = apt.dependency(kernel, "linux-image-")?;
             steps.start(&kernel);
             let kernel = apt.download(&kernel)?;
