@@ -9,7 +9,8 @@
 //! anything is written, read piecewise straight into guest memory, and never trusted: every number in a header is
 //! held against the size of the file and of RAM.
 //!
-//! It is not firmware: nothing of it runs in the guest. A machine that resets calls [`load`] again.
+//! Nothing of it runs in the guest. A machine that resets calls [`load`] again. A machine that starts with real firmware
+//! has the same tables from [`firmware`], and nothing is laid into its RAM.
 //!
 //! From `linux-loader` come the structures of the boot protocols. Its loaders are not used: they take a file that is cut
 //! off for a whole one, look neither at the 64-bit flag nor at `init_size`, know no 32-bit ELF, and their errors name
@@ -20,6 +21,7 @@ pub mod acpi;
 mod bzimage;
 mod entry;
 mod file;
+pub mod firmware;
 mod initrd;
 pub mod layout;
 mod pvh;
@@ -91,6 +93,8 @@ pub enum Error {
     CommandLineZero,
     #[error("{cpus} processors are not possible: from 1 to {MAX_CPUS} are")]
     Cpus { cpus: u32 },
+    #[error("the firmware {} can't be used: {why}", path.display())]
+    Firmware { path: PathBuf, why: String },
     #[error("can't write {what} into guest memory: {source}")]
     Memory { what: &'static str, source: GuestMemoryError },
 }

@@ -19,6 +19,12 @@ pub fn write(ram: &Ram, cpus: u32) -> Result<(), Error> {
     crate::write(ram.view(), "the SMBIOS entry point", layout::SMBIOS, &entry_point(structures.len() as u32))
 }
 
+/// Entry point and structures for firmware, which puts them where it likes, and the address into the entry point.
+pub fn for_firmware(ram: &Ram, cpus: u32) -> (Vec<u8>, Vec<u8>) {
+    let structures = structures(ram, cpus);
+    (entry_point(structures.len() as u32), structures)
+}
+
 /// 5.2.2: anchor, checksum, length, version, revision of the entry point, size and address of the structures.
 fn entry_point(size: u32) -> Vec<u8> {
     let mut entry = b"_SM3_\0".to_vec();

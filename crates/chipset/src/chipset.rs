@@ -1,13 +1,20 @@
 //! All devices of a machine, each at its address and on its line.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
+use memory::Ram;
+
+use crate::a20::A20Gate;
 use crate::bus::{Device, DeviceBus};
 use crate::constants::*;
+use crate::debug::{DEBUG_CONSOLE_PORTS, DEBUG_EXIT_SIZE, DebugConsole, DebugExit};
+use crate::flash::{self, Flash, Image, Rom};
+use crate::fw_cfg::{FW_CFG_PORT, FW_CFG_SIZE, FwCfg};
 use crate::i8042::{AUXILIARY_IRQ, KEYBOARD_IRQ, KeyboardController};
 use crate::ioapic::IoApic;
 use crate::irq::{InterruptLine, Lines};
-use crate::pci::{ConfigPorts, Ecam, PciBus, PciFunction, host_bridge, lpc_bridge};
+use crate::pci::{ConfigPorts, HostBridge, LpcBridge, PciBus, PciFunction};
 use crate::pic::Pic;
 use crate::pit::{PORT_B_OFFSET, Pit};
 use crate::power::PowerManagement;
@@ -15,7 +22,7 @@ use crate::reset::{ResetControl, SystemControlA};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
 use crate::timer::Timers;
-use crate::{ChipsetConfig, Error, PowerEvents};
+use crate::{ChipsetConfig, Error, Firmware, PowerEvents};
 
 /// The devices of one machine.
 pub struct Chipset {
@@ -28,6 +35,9 @@ pub struct Chipset {
     power: Arc<PowerManagement>,
     serial: [Option<Arc<Serial>>; 4],
     timers: Timers,
+    debug_console: Option<Arc<DebugConsole>>,
+    /// What keeps firmware in the memory map.
+    _rom: Option<Rom>,
     /// All of the above and more, in the order in which they are reset: interrupt controllers last.
     devices: Vec<Arc<dyn Device>>,
 }
@@ -40,7 +50,8 @@ impl Chipset {
         interrupts: Arc<dyn engine::Interrupts>,
         power: Arc<dyn PowerEvents>,
     ) -> Result<Arc<Self>, Error> {
-        let ChipsetConfig { ram_size, cpus, clock, serial: sinks } = config;
+        let ChipsetConfig { ram, cpus, clock, serial: sinks, firmware, debug_console, debug_exit } = config;
+        let starts_with_firmware = firmware.is_some();
         let timers = Timers::start(clock.clone()).map_err(|source| Error::Thread { what: "timers", source })?;
         let (ports, memory) = (Arc::new(DeviceBus::ports()), Arc::new(DeviceBus::memory()));
         let pic = Arc::new(Pic::new(interrupts.clone()));
@@ -48,17 +59,19 @@ impl Chipset {
         let lines = Arc::new(Lines::new(pic.clone(), ioapic.clone()));
         let pci = Arc::new(PciBus::new(&memory, &ports));
         let mut builder = Builder { ports: &ports, memory: &memory, devices: Vec::new() };
+        let gate = A20Gate::new(ram.map().clone());
 
         let pit = Pit::new(clock.clone(), &timers, lines.connect(PIT_IRQ));
         builder.ports(&[(PIT_PORT, 4, 0), (PORT_B, 1, PORT_B_OFFSET)], pit)?;
-        let rtc = Rtc::new(clock.clone(), &timers, lines.connect(RTC_IRQ), ram_size, cpus);
+        let rtc = Rtc::new(clock.clone(), &timers, lines.connect(RTC_IRQ), ram.size(), cpus);
         builder.ports(&[(RTC_PORT, 2, 0)], rtc)?;
         let management = PowerManagement::new(clock.clone(), &timers, lines.connect(SCI_IRQ), power.clone());
-        builder.ports(&[(PM_BASE, PM_SIZE, 0)], management.clone())?;
-        let keyboard =
-            KeyboardController::new(lines.connect(KEYBOARD_IRQ), lines.connect(AUXILIARY_IRQ), power.clone());
+        builder.devices.push(management.clone());
+        builder.ports(&[(APM_PORT, 2, 0)], Arc::new(Apm::default()))?;
+        let (keyboard_line, auxiliary_line) = (lines.connect(KEYBOARD_IRQ), lines.connect(AUXILIARY_IRQ));
+        let keyboard = KeyboardController::new(keyboard_line, auxiliary_line, gate.clone(), power.clone());
         builder.ports(&[(I8042_DATA_PORT, 1, 0), (I8042_COMMAND_PORT, 1, 1)], Arc::new(keyboard))?;
-        builder.ports(&[(PORT_A, 1, 0)], Arc::new(SystemControlA::new(power.clone())))?;
+        builder.ports(&[(PORT_A, 1, 0)], Arc::new(SystemControlA::new(gate, power.clone())))?;
 
         let mut serial = [const { None }; 4];
         for ((place, sink), (port, irq)) in serial.iter_mut().zip(sinks).zip(SERIAL_PORTS) {
@@ -69,17 +82,45 @@ impl Chipset {
             *place = Some(device);
         }
 
+        let debug_console = debug_console
+            .map(DebugConsole::new)
+            .transpose()
+            .map_err(|source| Error::Thread { what: "the debug console", source })?
+            .map(Arc::new);
+        if let Some(console) = &debug_console {
+            builder.ports(&DEBUG_CONSOLE_PORTS.map(|port| (port, 1, 0)), console.clone())?;
+        }
+        if let Some(port) = debug_exit {
+            builder.ports(&[(port, DEBUG_EXIT_SIZE, 0)], Arc::new(DebugExit::new(power.clone())))?;
+        }
+        let rom = match firmware {
+            Some(firmware) => builder.firmware(firmware, &ram)?,
+            None => None,
+        };
+
         let mechanism = ConfigPorts::new(pci.clone(), ResetControl::new(power));
         builder.ports(&[(PCI_CONFIG_PORT, 8, 0)], Arc::new(mechanism))?;
-        builder.memory(ECAM_BASE, ECAM_SIZE, Arc::new(Ecam::new(pci.clone())))?;
-        pci.insert(0x00, 0, host_bridge(ram_size))?;
-        pci.insert(0x1f, 0, lpc_bridge())?;
+        pci.insert(0x00, 0, HostBridge::new(&ram, Arc::downgrade(&pci), starts_with_firmware))?;
+        pci.insert(0x1f, 0, LpcBridge::new(management.clone(), lines.clone(), starts_with_firmware))?;
 
         builder.memory(IOAPIC_BASE, IOAPIC_SIZE, ioapic.clone())?;
         builder.ports(&[(0x20, 2, 0), (0xa0, 2, 2), (0x4d0, 2, 4)], pic.clone())?;
         let devices = builder.devices;
         let power = management;
-        Ok(Arc::new(Chipset { ports, memory, pic, ioapic, lines, pci, power, serial, timers, devices }))
+        Ok(Arc::new(Chipset {
+            ports,
+            memory,
+            pic,
+            ioapic,
+            lines,
+            pci,
+            power,
+            serial,
+            timers,
+            debug_console,
+            _rom: rom,
+            devices,
+        }))
     }
 
     /// Puts all devices into their power-on state. No vCPU may be running.
@@ -103,9 +144,10 @@ impl Chipset {
         }
     }
 
-    /// Waits until what the guest sent to its serial ports has been written.
+    /// Waits until what the guest sent to its serial ports and its debug console has been written.
     pub fn flush(&self) {
         self.serial.iter().flatten().for_each(|port| port.flush());
+        self.debug_console.iter().for_each(|console| console.flush());
     }
 
     /// Asks the guest to shut down, as the button does.
@@ -157,6 +199,43 @@ impl Builder<'_> {
         self.devices.push(device);
         Ok(())
     }
+
+    /// The firmware in memory, and what tells it about the machine.
+    fn firmware(&mut self, firmware: Firmware, ram: &Ram) -> Result<Option<Rom>, Error> {
+        self.ports(&[(FW_CFG_PORT, FW_CFG_SIZE, 0)], Arc::new(FwCfg::new(ram.view().clone(), firmware.items)))?;
+        let chips = match firmware.image {
+            Image::Rom(content) => return flash::rom(ram, &content).map(Some),
+            Image::Flash(chips) => chips,
+        };
+        let mut end = flash::TOP;
+        for chip in chips {
+            let chip = Flash::new(ram, chip, end)?;
+            let (base, size) = chip.place();
+            self.memory(base, size, chip)?;
+            end = base;
+        }
+        Ok(None)
+    }
+}
+
+/// The APM ports: what is written stays.
+#[derive(Default)]
+struct Apm([AtomicU8; 2]);
+
+impl Device for Apm {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(self.0.get(offset as usize).map_or(0xff, |register| register.load(Ordering::Relaxed)));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Some(register), Some(&value)) = (self.0.get(offset as usize), data.first()) {
+            register.store(value, Ordering::Relaxed);
+        }
+    }
+
+    fn reset(&self) {
+        self.0.iter().for_each(|register| register.store(0, Ordering::Relaxed));
+    }
 }
 
 impl engine::Bus for Chipset {
@@ -204,10 +283,13 @@ mod tests {
             let (recorder, power) = (Arc::new(Recorder::default()), Arc::new(Power::default()));
             let sink = || Some(Box::new(std::io::sink()) as Box<dyn std::io::Write + Send>);
             let config = ChipsetConfig {
-                ram_size: 1 << 30,
+                ram: Ram::new(1 << 30).unwrap(),
                 cpus: 2,
                 clock: Arc::new(HostClock::new()),
                 serial: [sink(), sink(), None, None],
+                firmware: None,
+                debug_console: None,
+                debug_exit: None,
             };
             let chipset = Chipset::new(config, recorder.clone(), power.clone()).unwrap();
             Bench { chipset, recorder, power }

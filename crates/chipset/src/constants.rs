@@ -33,10 +33,11 @@ pub const PIT_GSI: u8 = 2;
 pub const RTC_IRQ: u8 = 8;
 /// The ACPI system control interrupt: level-triggered; the MADT needs an override 9 -> 9 (level, active high).
 pub const SCI_IRQ: u8 = 9;
-/// Interrupt lines of PCI functions: pin INTA..INTD of device d is line `PCI_GSI_BASE + (d + pin) % 8`, pin from 0.
-/// Level-triggered, active low in what ACPI says.
+/// Interrupt lines of PCI functions: pin INTA..INTD of device d is line `PCI_GSI_BASE + (d + pin) % 8`, pin from 0; of the
+/// chipset's own devices, from 25 on, `PCI_GSI_BASE + pin`. Level-triggered, active low in what ACPI says.
 pub const PCI_GSI_BASE: u8 = 16;
 pub const PCI_GSI_COUNT: u8 = 8;
+const FIRST_CHIPSET_DEVICE: u8 = 25;
 
 /// Serial ports COM1 to COM4: first port and IRQ.
 pub const SERIAL_PORTS: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
@@ -76,6 +77,9 @@ pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// SLP_TYP of soft-off, for the `\_S5` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
 
+/// APM control and status: what is written is kept, and causes no SMI.
+pub const APM_PORT: u16 = 0xb2;
+
 /// The reset control register: FADT RESET_REG, in I/O space, 8 bits wide.
 pub const RESET_PORT: u16 = 0xcf9;
 /// FADT RESET_VALUE.
@@ -85,5 +89,6 @@ pub const PORT_A: u16 = 0x92;
 
 /// The interrupt line of a PCI function on bus 0: of device `device` (0..32), interrupt pin `pin` (0 is INTA).
 pub const fn pci_gsi(device: u8, pin: u8) -> u8 {
-    PCI_GSI_BASE + (device.wrapping_add(pin)) % PCI_GSI_COUNT
+    let rotated = if device < FIRST_CHIPSET_DEVICE { device.wrapping_add(pin) } else { pin };
+    PCI_GSI_BASE + rotated % PCI_GSI_COUNT
 }

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::a20::A20Gate;
 use crate::irq::InterruptLine;
 use crate::{Device, PowerEvents};
 
@@ -34,7 +35,7 @@ const TRANSLATE: u8 = 1 << 6;
 /// Output port.
 const NO_RESET: u8 = 1 << 0;
 const A20: u8 = 1 << 1;
-const OUTPUT_PORT: u8 = NO_RESET | A20 | 0xcc;
+const OUTPUT_PORT: u8 = NO_RESET | 0xcc;
 
 /// What a device that isn't there "answers": resend, with the time-out flag.
 const RESEND: u8 = 0xfe;
@@ -46,13 +47,14 @@ struct State {
     /// The command that waits for its data byte.
     pending: Option<u8>,
     last_was_command: bool,
+    gate: A20Gate,
 }
 
 impl State {
-    fn new() -> Self {
+    fn new(gate: A20Gate) -> Self {
         let mut memory = [0; 32];
         memory[0] = SYSTEM_FLAG | KEYBOARD_OFF | AUXILIARY_OFF | TRANSLATE;
-        State { memory, output: None, output_port: OUTPUT_PORT, pending: None, last_was_command: false }
+        State { memory, output: None, output_port: OUTPUT_PORT, pending: None, last_was_command: false, gate }
     }
 
     fn status(&self) -> u8 {
@@ -76,7 +78,7 @@ impl State {
         self.output = Some(Output { byte: RESEND, auxiliary, timed_out: true });
     }
 
-    /// A command byte at port 0x64. Says whether it resets the machine.
+    /// A command byte at port 0x64. Says whether it resets the processor.
     fn command(&mut self, command: u8) -> bool {
         self.last_was_command = true;
         self.pending = None;
@@ -100,8 +102,11 @@ impl State {
             0xc0 => self.reply(0x80),
             0xd0 => {
                 let full = if self.output.is_some() { 1 << 4 } else { 0 };
-                self.reply(self.output_port & !(1 << 4) | full);
+                let a20 = if self.gate.enabled() { A20 } else { 0 };
+                self.reply(self.output_port & !(1 << 4 | A20) | full | a20);
             }
+            // The A20 gate without a data byte, as some controllers have it.
+            0xdd | 0xdf => self.gate.set(command == 0xdf),
             // Test inputs: both clocks low.
             0xe0 => self.reply(0x00),
             // Pulses the output lines whose bits are clear.
@@ -111,13 +116,14 @@ impl State {
         false
     }
 
-    /// A data byte at port 0x60. Says whether it resets the machine.
+    /// A data byte at port 0x60. Says whether it resets the processor.
     fn data(&mut self, byte: u8) -> bool {
         self.last_was_command = false;
         match self.pending.take() {
             Some(command @ 0x60..=0x7f) => self.memory[usize::from(command & 0x1f)] = byte,
             Some(0xd1) => {
                 self.output_port = byte;
+                self.gate.set(byte & A20 != 0);
                 return byte & NO_RESET == 0;
             }
             Some(0xd2) => self.reply(byte),
@@ -145,8 +151,13 @@ pub const KEYBOARD_IRQ: u8 = 1;
 pub const AUXILIARY_IRQ: u8 = 12;
 
 impl KeyboardController {
-    pub fn new(keyboard_line: InterruptLine, auxiliary_line: InterruptLine, power: Arc<dyn PowerEvents>) -> Self {
-        KeyboardController { state: Mutex::new(State::new()), keyboard_line, auxiliary_line, power }
+    pub fn new(
+        keyboard_line: InterruptLine,
+        auxiliary_line: InterruptLine,
+        gate: A20Gate,
+        power: Arc<dyn PowerEvents>,
+    ) -> Self {
+        KeyboardController { state: Mutex::new(State::new(gate)), keyboard_line, auxiliary_line, power }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -185,13 +196,14 @@ impl Device for KeyboardController {
         self.update(&state);
         drop(state);
         if reset {
-            self.power.reset();
+            self.power.init();
         }
     }
 
     fn reset(&self) {
         let mut state = self.lock();
-        *state = State::new();
+        state.gate.set(true);
+        *state = State::new(state.gate.clone());
         self.update(&state);
     }
 }
@@ -212,7 +224,8 @@ mod tests {
             let all = Controllers::new();
             let power = Arc::new(Power::default());
             let (keyboard, auxiliary) = (all.lines.connect(KEYBOARD_IRQ), all.lines.connect(AUXILIARY_IRQ));
-            let device = KeyboardController::new(keyboard, auxiliary, power.clone());
+            let gate = A20Gate::new(memory::Ram::new(4 << 20).unwrap().map().clone());
+            let device = KeyboardController::new(keyboard, auxiliary, gate, power.clone());
             Bench { all, power, device }
         }
 
@@ -293,10 +306,10 @@ mod tests {
         bench.data(0xdf);
         assert!(bench.power.take().is_empty());
         bench.command(0xfe);
-        assert_eq!(bench.power.take(), ["reset"]);
+        assert_eq!(bench.power.take(), ["init"]);
         bench.command(0xd1);
         bench.data(0xde);
-        assert_eq!(bench.power.take(), ["reset"]);
+        assert_eq!(bench.power.take(), ["init"]);
     }
 
     #[test]
@@ -306,6 +319,9 @@ mod tests {
         bench.command(0xd1);
         bench.data(0xdd);
         assert_eq!(bench.ask(0xd0) & A20, 0);
+        bench.command(0xdf);
+        assert_ne!(bench.ask(0xd0) & A20, 0);
+        bench.command(0xdd);
         bench.device.reset();
         assert_ne!(bench.ask(0xd0) & A20, 0);
     }

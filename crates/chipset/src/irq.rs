@@ -1,7 +1,8 @@
 //! Interrupt lines: from devices to the interrupt controllers.
 //!
-//! Lines 0 to 15 are the ISA IRQs and reach both the 8259 pair and the I/O APIC; lines 16 to 23 reach the I/O APIC
-//! only. Several devices may share a line: it is asserted while any of them asserts it.
+//! Lines 0 to 15 are the ISA IRQs and reach both the 8259 pair and the I/O APIC; lines 16 to 23, the PIRQs, reach the I/O
+//! APIC, and the 8259 pair where the chipset routes them to an ISA IRQ. Several devices may share a line: it is asserted
+//! while any of them asserts it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,18 +10,32 @@ use crate::constants::{IOAPIC_PINS, PIT_GSI, PIT_IRQ};
 use crate::ioapic::IoApic;
 use crate::pic::{CASCADE, Pic};
 
+/// Lines that can be routed to the 8259 pair: from 16 on.
+pub const PIRQS: u8 = 8;
+const FIRST_PIRQ: u8 = 16;
+
+#[derive(Default)]
+struct PicInputs {
+    /// How many lines assert each input.
+    assertions: [u32; 16],
+    /// Where each PIRQ goes, and whether it is asserted.
+    routes: [(Option<u8>, bool); PIRQS as usize],
+}
+
 /// The wiring of all lines.
 pub struct Lines {
     /// How many devices assert each line. The lock is held while the controllers hear of a change, so that they hear
     /// of changes in order.
     assertions: [Mutex<u32>; IOAPIC_PINS],
+    /// Locked after a line, and while the 8259 pair hears of a change.
+    inputs: Mutex<PicInputs>,
     pic: Arc<Pic>,
     ioapic: Arc<IoApic>,
 }
 
 impl Lines {
     pub fn new(pic: Arc<Pic>, ioapic: Arc<IoApic>) -> Self {
-        Lines { assertions: Default::default(), pic, ioapic }
+        Lines { assertions: Default::default(), inputs: Mutex::default(), pic, ioapic }
     }
 
     /// One device's connection to line `number`, not asserted. A line that isn't there goes nowhere.
@@ -40,14 +55,44 @@ impl Lines {
     }
 
     fn drive(&self, number: u8, level: bool) {
-        if number < 16 && number != CASCADE {
-            self.pic.set_line(number, level);
+        let mut inputs = self.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        match inputs.routes.get_mut(usize::from(number.wrapping_sub(FIRST_PIRQ))) {
+            Some((route, asserted)) => {
+                *asserted = level;
+                let route = *route;
+                self.drive_input(&mut inputs, route, level);
+            }
+            None if number != CASCADE => self.drive_input(&mut inputs, Some(number), level),
+            None => {}
         }
+        drop(inputs);
         match number {
             // On a PC the timer comes in at input 2, which the cascade leaves free.
             PIT_IRQ => self.ioapic.set_line(PIT_GSI, level),
             CASCADE => {}
             _ => self.ioapic.set_line(number, level),
+        }
+    }
+
+    /// One line more, or one less, asserts an input of the 8259 pair.
+    fn drive_input(&self, inputs: &mut PicInputs, input: Option<u8>, assert: bool) {
+        let Some(input) = input else { return };
+        let Some(count) = inputs.assertions.get_mut(usize::from(input)) else { return };
+        let before = *count > 0;
+        *count = if assert { count.saturating_add(1) } else { count.saturating_sub(1) };
+        if before != (*count > 0) {
+            self.pic.set_line(input, !before);
+        }
+    }
+
+    /// Routes PIRQ `pirq` (0 is line 16) to an ISA IRQ of the 8259 pair, or nowhere.
+    pub fn route(&self, pirq: u8, irq: Option<u8>) {
+        let mut inputs = self.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((route, asserted)) = inputs.routes.get_mut(usize::from(pirq)) else { return };
+        let (before, asserted) = (std::mem::replace(route, irq), *asserted);
+        if before != irq && asserted {
+            self.drive_input(&mut inputs, before, false);
+            self.drive_input(&mut inputs, irq, true);
         }
     }
 
@@ -95,12 +140,7 @@ impl Drop for InterruptLine {
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::{Controllers, read8, write8};
-
-    /// The 8259 pair's requests: what its IRRs say.
-    fn requests(all: &Controllers) -> u16 {
-        u16::from(read8(&*all.pic, 0)) | u16::from(read8(&*all.pic, 2)) << 8
-    }
+    use crate::testing::{Controllers, write8};
 
     #[test]
     fn a_shared_line_stays_asserted_until_the_last_device_lets_go() {
@@ -110,9 +150,9 @@ mod tests {
         a.raise();
         b.raise();
         a.lower();
-        assert_eq!(requests(&all), 1 << 5);
+        assert_eq!(all.requests(), 1 << 5);
         drop(b);
-        assert_eq!(requests(&all), 0);
+        assert_eq!(all.requests(), 0);
     }
 
     #[test]
@@ -131,6 +171,6 @@ mod tests {
         let all = Controllers::new();
         let lines: Vec<_> = (16..=255).map(|n| all.lines.connect(n)).collect();
         lines.iter().for_each(|line| line.raise());
-        assert_eq!(requests(&all), 0);
+        assert_eq!(all.requests(), 0);
     }
 }

@@ -10,9 +10,13 @@
 //! delivery while it calls the bus.
 #![forbid(unsafe_code)]
 
+pub mod a20;
 pub mod bus;
 pub mod clock;
 pub mod constants;
+pub mod debug;
+pub mod flash;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;
 pub mod irq;
@@ -32,6 +36,8 @@ mod chipset;
 
 use std::io::Write;
 use std::sync::Arc;
+
+use memory::Ram;
 
 pub use bus::{Device, DeviceBus};
 pub use chipset::Chipset;
@@ -53,6 +59,10 @@ pub enum Error {
     CapabilitiesFull { id: u8 },
     #[error("can't start the thread for {what}: {source}")]
     Thread { what: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error("the firmware can't be put into memory: {why}")]
+    Firmware { why: String },
 }
 
 /// What the guest asks of the whole machine. Called on a vCPU's thread, in the middle of an instruction: the machine
@@ -62,15 +72,30 @@ pub trait PowerEvents: Send + Sync {
     fn power_off(&self);
     /// The reset of the whole machine.
     fn reset(&self);
+    /// The boot processor goes to its reset vector; all else stays as it is.
+    fn init(&self);
+    /// The guest ends the machine, with an exit status of its choice.
+    fn exit(&self, value: u8);
 }
 
 /// What a machine can choose about its chipset.
 pub struct ChipsetConfig {
-    /// All of RAM, in bytes; CMOS tells it.
-    pub ram_size: u64,
+    pub ram: Ram,
     pub cpus: u32,
     pub clock: Arc<dyn Clock>,
     /// Where serial ports COM1 to COM4 send what the guest writes; no port where there is none. Blocking is no harm: each
     /// has a thread of its own.
     pub serial: [Option<Box<dyn Write + Send>>; 4],
+    /// What the processors start from; without it the chipset is in the state in which firmware leaves it.
+    pub firmware: Option<Firmware>,
+    /// Where the debug console sends what the guest writes; `None`: no such ports.
+    pub debug_console: Option<Box<dyn Write + Send>>,
+    /// The first port by which the guest can end the machine.
+    pub debug_exit: Option<u16>,
+}
+
+/// Firmware, and what it is told.
+pub struct Firmware {
+    pub image: flash::Image,
+    pub items: Vec<fw_cfg::Item>,
 }

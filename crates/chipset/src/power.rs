@@ -2,11 +2,14 @@
 //!
 //! Status bits that are enabled assert the system control interrupt. The machine is always in ACPI mode: SCI_EN can't be
 //! cleared, and there is no SMI command port. The only sleep state is S5.
+//!
+//! Behind ACPI's registers are an ICH9's own. There is no SMM: SMI_EN says that the SMI of the APM port is set up already,
+//! which firmware takes for "leave it alone". General-purpose events never happen, and the TCO timer is halted.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::{Clock, nanoseconds, ticks};
-use crate::constants::{PM_TIMER_HZ, S5_SLEEP_TYPE};
+use crate::constants::{PM_SIZE, PM_TIMER_HZ, S5_SLEEP_TYPE};
 use crate::irq::InterruptLine;
 use crate::timer::{Timer, Timers};
 use crate::{Device, PowerEvents};
@@ -17,6 +20,18 @@ const ENABLE: usize = 2;
 const CONTROL: usize = 4;
 const TIMER: usize = 8;
 const REGISTERS: usize = 12;
+/// The rest of the block (Intel ICH9 13.8.3, 13.9): general-purpose event enables, SMI enables, TCO.
+const REST: usize = PM_SIZE as usize - REGISTERS;
+const GPE0_ENABLE: std::ops::Range<usize> = 0x28..0x30;
+const SMI_ENABLE: usize = 0x30;
+const SMI_ENABLE_APM: u8 = 1 << 5;
+const TCO_RELOAD: usize = 0x60;
+const TCO_DATA: std::ops::Range<usize> = 0x62..0x64;
+const TCO_CONTROL_HIGH: usize = 0x69;
+const TCO_HALTED: u8 = 1 << 3;
+const TCO_CONTROL_2: usize = 0x6a;
+const TCO_SCRATCH: std::ops::Range<usize> = 0x6c..0x6f;
+const TCO_TIMER: std::ops::Range<usize> = 0x72..0x74;
 
 /// Status and enable bits (ACPI 6.5, tables 4.13, 4.14).
 const TIMER_CARRY: u16 = 1 << 0;
@@ -43,6 +58,30 @@ struct State {
     control: u16,
     /// How often the highest bit of the timer had changed when that was last looked at.
     carries: u64,
+    rest: [u8; REST],
+}
+
+/// The rest of the block after a reset.
+fn initial_rest() -> [u8; REST] {
+    let mut rest = [0; REST];
+    for (offset, value) in [(SMI_ENABLE, SMI_ENABLE_APM), (TCO_CONTROL_HIGH, TCO_HALTED), (TCO_TIMER.start, 4)] {
+        rest[offset - REGISTERS] = value;
+    }
+    rest
+}
+
+/// The bits that software can change of a byte in the rest of the block.
+fn writable(offset: usize) -> u8 {
+    const TCO_RELOAD_HIGH: usize = TCO_RELOAD + 1;
+    match offset {
+        SMI_ENABLE => 0x1f,
+        TCO_RELOAD_HIGH => 0x03,
+        TCO_CONTROL_HIGH => 0x03,
+        TCO_CONTROL_2 => 0x3e,
+        0x31..0x34 | TCO_RELOAD => 0xff,
+        _ if [GPE0_ENABLE, TCO_DATA, TCO_SCRATCH, TCO_TIMER].iter().any(|range| range.contains(&offset)) => 0xff,
+        _ => 0,
+    }
 }
 
 /// As a [`Device`]: the whole power-management block of I/O ports.
@@ -65,7 +104,7 @@ impl PowerManagement {
                 }
             });
             let carries = ticks(clock.now(), PM_TIMER_HZ) / CARRY_PERIOD;
-            let state = Mutex::new(State { status: 0, enable: 0, control: 0, carries });
+            let state = Mutex::new(State { status: 0, enable: 0, control: 0, carries, rest: initial_rest() });
             PowerManagement { state, clock, line, timer, power }
         })
     }
@@ -127,7 +166,7 @@ impl Device for PowerManagement {
         }
         let registers = self.registers(&state);
         data.fill(0);
-        let bytes = registers.iter().skip(usize::try_from(offset).unwrap_or(REGISTERS));
+        let bytes = registers.iter().chain(&state.rest).skip(offset as usize);
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     }
 
@@ -144,7 +183,12 @@ impl Device for PowerManagement {
                     let value = state.control & rest | bits;
                     off |= Self::write_control(&mut state, value);
                 }
-                _ => {}
+                _ => {
+                    let mask = writable(at);
+                    if let Some(old) = at.checked_sub(REGISTERS).and_then(|index| state.rest.get_mut(index)) {
+                        *old = *old & !mask | byte & mask;
+                    }
+                }
             }
         }
         self.update(&mut state);
@@ -157,7 +201,7 @@ impl Device for PowerManagement {
     fn reset(&self) {
         let mut state = self.lock();
         let carries = state.carries;
-        *state = State { status: 0, enable: 0, control: 0, carries };
+        *state = State { status: 0, enable: 0, control: 0, carries, rest: initial_rest() };
         self.line.lower();
         self.timer.cancel();
     }
@@ -253,6 +297,19 @@ mod tests {
         bench.device.press_power_button();
         bench.device.reset();
         assert!(!bench.all.asserted(SCI_IRQ));
+    }
+
+    #[test]
+    fn smi_is_said_to_be_set_up_and_the_watchdog_is_halted() {
+        let bench = Bench::new();
+        bench.device.write(0x30, &[0; 4]);
+        assert_eq!(read::<4>(&*bench.device, 0x30), [SMI_ENABLE_APM, 0, 0, 0]);
+        bench.device.write(0x68, &[0xff; 2]);
+        assert_eq!(read::<2>(&*bench.device, 0x68), [0, 0x0b]);
+        bench.device.write(0x28, &[0xff; 4]);
+        assert_eq!((read::<4>(&*bench.device, 0x20), read::<4>(&*bench.device, 0x28)), ([0; 4], [0xff; 4]));
+        bench.device.reset();
+        assert_eq!(read::<4>(&*bench.device, 0x28), [0; 4]);
     }
 
     #[test]

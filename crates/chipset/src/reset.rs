@@ -1,12 +1,12 @@
 //! The ports by which software resets the machine: the reset control register (0xcf9) and system control port A (0x92).
 //!
-//! Hard, soft and full resets are one here: a soft reset would send the processors to firmware that isn't there, so all of
-//! them ask for the reset of the whole machine. The A20 gate keeps what is written to it but masks no address,
-//! as on processors since Haswell, which have no A20M pin.
+//! The reset control register resets the whole machine. Port A, and the keyboard controller, send the processor to its
+//! reset vector (INIT): so software for the 80286 left protected mode, and firmware knows what to do then.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use crate::a20::A20Gate;
 use crate::{Device, PowerEvents};
 
 /// Reset control register (Intel ICH9 13.7.5): the 0 to 1 change of bit 2 resets; bits 1 and 3 say how.
@@ -43,9 +43,10 @@ impl Device for ResetControl {
     }
 }
 
-/// System control port A: bit 1 is the A20 gate, the 0 to 1 change of bit 0 resets.
+/// System control port A: bit 1 is the A20 gate, the 0 to 1 change of bit 0 sends the processor to its reset vector.
 pub struct SystemControlA {
     value: AtomicU8,
+    gate: A20Gate,
     power: Arc<dyn PowerEvents>,
 }
 
@@ -53,26 +54,29 @@ const FAST_RESET: u8 = 1 << 0;
 const A20: u8 = 1 << 1;
 
 impl SystemControlA {
-    pub fn new(power: Arc<dyn PowerEvents>) -> Self {
-        SystemControlA { value: AtomicU8::new(A20), power }
+    pub fn new(gate: A20Gate, power: Arc<dyn PowerEvents>) -> Self {
+        SystemControlA { value: AtomicU8::new(0), gate, power }
     }
 }
 
 impl Device for SystemControlA {
     fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(self.value.load(Ordering::Relaxed));
+        let a20 = if self.gate.enabled() { A20 } else { 0 };
+        data.fill(self.value.load(Ordering::Relaxed) | a20);
     }
 
     fn write(&self, _offset: u64, data: &[u8]) {
         let Some(&value) = data.first() else { return };
-        let before = self.value.swap(value & (FAST_RESET | A20), Ordering::Relaxed);
+        self.gate.set(value & A20 != 0);
+        let before = self.value.swap(value & FAST_RESET, Ordering::Relaxed);
         if value & !before & FAST_RESET != 0 {
-            self.power.reset();
+            self.power.init();
         }
     }
 
     fn reset(&self) {
-        self.value.store(A20, Ordering::Relaxed);
+        self.value.store(0, Ordering::Relaxed);
+        self.gate.set(true);
     }
 }
 
@@ -104,14 +108,17 @@ mod tests {
     }
 
     #[test]
-    fn port_a_has_a20_on_and_a_fast_reset() {
-        let power = Arc::new(Power::default());
-        let port = SystemControlA::new(power.clone());
+    fn port_a_has_the_a20_gate_and_a_fast_reset() {
+        let (power, ram) = (Arc::new(Power::default()), memory::Ram::new(4 << 20).unwrap());
+        let port = SystemControlA::new(A20Gate::new(ram.map().clone()), power.clone());
         assert_eq!(read8(&port, 0), 0x02);
         write8(&port, 0, 0x00);
-        assert!(power.take().is_empty());
+        assert!(power.take().is_empty() && !ram.map().a20());
         write8(&port, 0, 0x03);
-        assert_eq!(power.take(), ["reset"]);
+        assert_eq!(power.take(), ["init"]);
         assert_eq!(read8(&port, 0), 0x03);
+        write8(&port, 0, 0x01);
+        port.reset();
+        assert!(ram.map().a20());
     }
 }

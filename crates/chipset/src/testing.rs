@@ -51,6 +51,14 @@ impl PowerEvents for Power {
     fn reset(&self) {
         self.events.lock().unwrap().push("reset");
     }
+
+    fn init(&self) {
+        self.events.lock().unwrap().push("init");
+    }
+
+    fn exit(&self, _value: u8) {
+        self.events.lock().unwrap().push("exit");
+    }
 }
 
 impl Power {
@@ -74,6 +82,11 @@ impl Controllers {
         let ioapic = Arc::new(IoApic::new(recorder.clone()));
         let lines = Arc::new(Lines::new(pic.clone(), ioapic.clone()));
         Controllers { recorder, pic, ioapic, lines }
+    }
+
+    /// The 8259 pair's requests: what its IRRs say.
+    pub fn requests(&self) -> u16 {
+        u16::from(read8(&*self.pic, 0)) | u16::from(read8(&*self.pic, 2)) << 8
     }
 
     /// Whether the line reaches the 8259 pair right now, as its IRR says.

@@ -9,8 +9,6 @@ use kvm_bindings::*;
 use crate::system::System;
 use crate::{Config, Error};
 
-/// The widest guest-physical addresses of any engine, so that a machine fits wherever it goes.
-const PHYSICAL_BITS: u32 = 46;
 /// The leaf of KVM's paravirtual features, and the one among them that is the monitor's to keep: 15 bits of destination in
 /// messages.
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -70,7 +68,7 @@ impl Host {
     /// The processor that `config` asks for, as far as this host has it.
     pub fn model(&self, config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         let xcr0 = self.leaf(0xd, 0);
-        let bits = (self.leaf(0x8000_0008, 0).eax & 0xff).clamp(36, PHYSICAL_BITS);
+        let bits = (self.leaf(0x8000_0008, 0).eax & 0xff).clamp(36, arch::cpuid::PHYSICAL_BITS.into());
         let engine = EngineFeatures {
             implements: FeatureSet::system().iter().filter(|f| self.has(*f)).collect(),
             declines: FeatureSet::EMPTY,

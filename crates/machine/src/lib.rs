@@ -1,7 +1,8 @@
 //! A machine: RAM, an engine's vCPUs, a chipset and what is booted on them, put together and run.
 //!
 //! The data flow to follow: [`Machine::new`] takes RAM and an engine (made by [`select_engine`]), wires the chipset to
-//! the engine's interrupts and the vCPUs to the chipset's bus, loads the kernel and puts the first vCPU at its entry.
+//! the engine's interrupts and the vCPUs to the chipset's bus, loads the kernel and puts the first vCPU at its entry, or
+//! gives the chipset firmware and lets the first vCPU begin where a processor does.
 //! [`Machine::run`] gives each vCPU a host thread and waits for all of them to leave; [`run_control`] says when they
 //! do. After a reset it resets and loads the same parts again, after all else it returns.
 #![forbid(unsafe_code)]
@@ -19,7 +20,7 @@ use std::thread;
 use arch::CpuState;
 use boot::BootConfig;
 use chipset::pci::PciFunction;
-use chipset::{Chipset, ChipsetConfig, HostClock};
+use chipset::{Chipset, ChipsetConfig, Firmware, HostClock};
 use engine::{Engine, Vcpu};
 use memory::Ram;
 use run_control::{Request, RunControl};
@@ -75,8 +76,7 @@ fn kvm_message(error: &kvm::Error) -> String {
 pub struct Config {
     /// From 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// What to boot, asked for at every start: after a reset it may be another kernel.
-    pub boot: BootSource,
+    pub start: Start,
     /// Where the serial ports COM1 to COM4 send what the guest writes.
     pub serial: [SerialOutput; 4],
     /// Paravirtual devices, in the order of their PCI device numbers, from 1 on.
@@ -85,6 +85,17 @@ pub struct Config {
     pub peripherals: Peripherals,
     /// A guest reset ends [`Machine::run`] instead of starting the machine again.
     pub no_reboot: bool,
+    /// Where the debug console leads; `None`: there is none.
+    pub debug_console: SerialOutput,
+    /// The first port by which the guest can end the machine.
+    pub debug_exit: Option<u16>,
+}
+
+/// What the first vCPU executes first.
+pub enum Start {
+    /// A kernel, asked for at every start: after a reset it may be another one.
+    Kernel(BootSource),
+    Firmware(Firmware),
 }
 
 /// Says what to boot. The files that it names last until it is called again, or dropped.
@@ -105,6 +116,8 @@ pub enum Outcome {
     Reset,
     /// [`Handle::end`] was called.
     Ended,
+    /// The guest wrote this to its debug exit.
+    DebugExit(u8),
 }
 
 /// A machine, until it is powered off.
@@ -114,6 +127,8 @@ pub struct Machine {
     chipset: Arc<Chipset>,
     control: Arc<RunControl>,
     loader: Loader,
+    /// Those of the processors that wait to be started.
+    msrs: Vec<(u32, u64)>,
     no_reboot: bool,
     devices: Vec<Arc<dyn VirtioDevice>>,
     /// Those of the peripherals.
@@ -123,9 +138,23 @@ pub struct Machine {
 impl Machine {
     /// Wires a machine together and loads what it boots; nothing runs yet. `engine` must run on `ram`.
     pub fn new(config: Config, ram: Ram, engine: &dyn Engine) -> Result<Self, Error> {
-        let mut source = config.boot;
-        let loader = Box::new(move |ram: &Ram| Ok(boot::load(ram, &source().map_err(Error::Source)?)?));
-        let mut machine = Self::assemble(config.cpus, config.serial, config.no_reboot, ram, engine, loader)?;
+        let (loader, firmware): (Loader, _) = match config.start {
+            Start::Kernel(mut source) => {
+                let load = move |ram: &Ram| Ok(boot::load(ram, &source().map_err(Error::Source)?)?);
+                (Box::new(load), None)
+            }
+            Start::Firmware(firmware) => (Box::new(|_: &Ram| Ok(CpuState::reset())), Some(firmware)),
+        };
+        let parts = ChipsetConfig {
+            ram: ram.clone(),
+            cpus: config.cpus,
+            clock: Arc::new(HostClock::default()),
+            serial: config.serial,
+            firmware,
+            debug_console: config.debug_console,
+            debug_exit: config.debug_exit,
+        };
+        let mut machine = Self::assemble(parts, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;
         machine.functions = config.peripherals.plug_in(&machine.chipset, machine.ram.view(), engine)?;
         Ok(machine)
@@ -145,23 +174,30 @@ impl Machine {
     }
 
     fn assemble(
-        cpus: u32,
-        serial: [SerialOutput; 4],
+        parts: ChipsetConfig,
         no_reboot: bool,
         ram: Ram,
         engine: &dyn Engine,
         loader: Loader,
     ) -> Result<Self, Error> {
-        let control = Arc::new(RunControl::default());
-        let chipset = Chipset::new(
-            ChipsetConfig { ram_size: ram.size(), cpus, clock: Arc::new(HostClock::default()), serial },
-            engine.interrupts(),
-            control.clone(),
-        )?;
+        let (cpus, firmware) = (parts.cpus, parts.firmware.is_some());
+        // Without firmware nobody knows what to do at the reset vector.
+        let control = Arc::new(RunControl::new(firmware.then(|| engine.interrupts())));
+        let chipset = Chipset::new(parts, engine.interrupts(), control.clone())?;
         let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
         control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());
-        let mut machine =
-            Machine { ram, vcpus, chipset, control, loader, no_reboot, devices: Vec::new(), functions: Vec::new() };
+        let msrs = if firmware { Vec::new() } else { boot::firmware_msrs() };
+        let mut machine = Machine {
+            ram,
+            vcpus,
+            chipset,
+            control,
+            loader,
+            msrs,
+            no_reboot,
+            devices: Vec::new(),
+            functions: Vec::new(),
+        };
         // At once, so that what can't be booted is known before anything is said or done.
         machine.load()?;
         Ok(machine)
@@ -190,6 +226,7 @@ impl Machine {
                 Some(Request::PowerOff) => return Ok(Outcome::PowerOff),
                 Some(Request::Reset) if self.no_reboot => return Ok(Outcome::Reset),
                 Some(Request::End) => return Ok(Outcome::Ended),
+                Some(Request::DebugExit(value)) => return Ok(Outcome::DebugExit(value)),
                 Some(Request::Failed(why)) => return Err(Error::Vcpu(why)),
                 Some(Request::Reset) | None => {
                     self.chipset.reset();
@@ -203,11 +240,8 @@ impl Machine {
     fn load(&mut self) -> Result<(), Error> {
         let entry = (self.loader)(&self.ram)?;
         for (id, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let waiting = CpuState {
-                activity: arch::state::Activity::WaitForSipi,
-                msrs: boot::firmware_msrs(),
-                ..CpuState::reset()
-            };
+            let waiting =
+                CpuState { activity: arch::state::Activity::WaitForSipi, msrs: self.msrs.clone(), ..CpuState::reset() };
             vcpu.set_state(if id == 0 { &entry } else { &waiting })?;
         }
         Ok(())

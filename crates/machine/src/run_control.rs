@@ -7,7 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use engine::{Exit, Vcpu, VcpuControl};
+use engine::{Exit, Interrupts, Vcpu, VcpuControl};
 
 /// Why the vCPUs are to leave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum Request {
     Reset,
     /// The user ends the machine.
     End,
+    /// The guest ends the machine by its debug exit.
+    DebugExit(u8),
     /// A vCPU can't go on.
     Failed(String),
 }
@@ -34,9 +36,20 @@ struct State {
 pub struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
+    /// How INIT reaches the boot processor, where there is firmware for it to start from.
+    interrupts: Option<Arc<dyn Interrupts>>,
 }
 
+/// INIT to the processor with APIC id 0 (Intel SDM 3A 10.11).
+const INIT_ADDRESS: u64 = 0xfee0_0000;
+const INIT_DATA: u32 = 0x4500;
+
 impl RunControl {
+    /// `interrupts`: INIT can be sent by it; without, the whole machine is reset in its place.
+    pub fn new(interrupts: Option<Arc<dyn Interrupts>>) -> Self {
+        RunControl { interrupts, ..RunControl::default() }
+    }
+
     /// From now on `vcpus` are those to be stopped.
     pub fn attach(&self, vcpus: Vec<Arc<dyn VcpuControl>>) {
         self.state().vcpus = vcpus;
@@ -127,5 +140,16 @@ impl chipset::PowerEvents for RunControl {
 
     fn reset(&self) {
         self.request(Request::Reset);
+    }
+
+    fn init(&self) {
+        match &self.interrupts {
+            Some(interrupts) => interrupts.send_msi(INIT_ADDRESS, INIT_DATA),
+            None => self.request(Request::Reset),
+        }
+    }
+
+    fn exit(&self, value: u8) {
+        self.request(Request::DebugExit(value));
     }
 }

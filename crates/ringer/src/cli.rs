@@ -9,6 +9,7 @@ use machine::Accel;
 
 use crate::devices::{self, ShareArg, VsockArg};
 use crate::disk::{self, CdRomArg, DiskArg};
+use crate::firmware::{self, FirmwareArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
 use crate::seed::{self, SeedArg};
@@ -21,10 +22,12 @@ Examples:
   ringer image debian debian.qcow2               a bootable Debian server, which then runs by
   ringer run --disk debian.qcow2 --memory 1G
   ringer run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
+  ringer run --disk debian.qcow2 --firmware ovmf --firmware-vars vars.fd
+  ringer run --cdrom system.iso
   printf 'uname -a\\npoweroff -f\\n' | ringer run >log
 
 Exit status: 0 the guest powered off, was reset under --no-reboot, or was ended by Ctrl-a x;
-1 the monitor failed; 2 the command line is wrong.";
+1 the monitor failed; 2 the command line is wrong; the guest's own by --debug-exit.";
 
 /// A virtual machine monitor that needs no hardware virtualization.
 #[derive(Debug, Parser)]
@@ -65,6 +68,12 @@ pub struct RunArgs {
     /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: that of the first disk, or else Debian's, fetched once
     #[arg(long, value_name = "FILE", group = "what")]
     pub kernel: Option<PathBuf>,
+    /// Start as a PC does, from firmware: seabios, ovmf, or the path of an image; needed by what is no Linux
+    #[arg(long, value_name = "FIRMWARE", value_parser = firmware::parse, group = "what")]
+    pub firmware: Option<FirmwareArg>,
+    /// Where EFI firmware keeps its variables; made if it is not there. Without it they are lost at the end
+    #[arg(long, value_name = "FILE", requires = "firmware")]
+    pub firmware_vars: Option<PathBuf>,
     /// Initial RAM disk for --kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
@@ -92,6 +101,12 @@ pub struct RunArgs {
     /// Where the guest's paravirtual console hvc0 leads: stdio, file:PATH, none
     #[arg(long, value_name = "TO", default_value = "none", value_parser = serial)]
     pub console: Serial,
+    /// Where the debug console (ports 0x402 and 0xe9) leads: stdio, file:PATH, none
+    #[arg(long, value_name = "TO", default_value = "none", value_parser = serial)]
+    pub debugcon: Serial,
+    /// Let the guest end the machine by a write to this port; the exit status is twice what it writes, plus one
+    #[arg(long, value_name = "PORT", value_parser = port)]
+    pub debug_exit: Option<u16>,
     /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub balloon: u64,
@@ -167,6 +182,15 @@ fn translation_cache(text: &str) -> Result<u64, String> {
 fn cpus(text: &str) -> Result<u32, String> {
     let most = machine::MAX_CPUS;
     text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or_else(|| format!("allowed are 1 to {most}"))
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    let last = u16::MAX - (chipset::debug::DEBUG_EXIT_SIZE - 1);
+    number.ok().filter(|port| *port <= last).ok_or_else(|| format!("allowed are 0 to {last:#x}"))
 }
 
 fn accel(text: &str) -> Result<Accel, String> {

@@ -10,6 +10,8 @@ use storage::{Drive, Media};
 use virtio::VirtioDevice;
 use virtio::block::Block;
 
+use crate::firmware::boot_path;
+
 /// Bytes of a serial number that a guest can see.
 const SERIAL_LENGTH: usize = 20;
 
@@ -126,14 +128,17 @@ pub fn disc_options(path: impl Into<std::path::PathBuf>) -> Options {
     Options { format: Some(Format::Raw), read_only: true, ..Options::new(path) }
 }
 
-/// Puts a drive onto the first free place of its bus.
-pub fn attach(drive: Drive, bus: Bus, peripherals: &mut Peripherals) -> Result<(), Full> {
+/// Puts a drive onto the first free place of its bus. Returns its path for the boot order.
+pub fn attach(drive: Drive, bus: Bus, peripherals: &mut Peripherals) -> Result<String, Full> {
     let (place, full) = match bus {
-        Bus::Ide => (peripherals.ide.iter_mut().flatten().find(|place| place.is_none()), Full::Ide),
-        Bus::Ahci | Bus::Virtio => (peripherals.ahci.iter_mut().find(|place| place.is_none()), Full::Ahci),
+        Bus::Ide => (peripherals.ide.iter_mut().flatten().enumerate().find(|(_, place)| place.is_none()), Full::Ide),
+        Bus::Ahci | Bus::Virtio => {
+            (peripherals.ahci.iter_mut().enumerate().find(|(_, place)| place.is_none()), Full::Ahci)
+        }
     };
-    *place.ok_or(full)? = Some(drive);
-    Ok(())
+    let (number, place) = place.ok_or(full)?;
+    *place = Some(drive);
+    Ok(if bus == Bus::Ide { boot_path::ide(number / 2, number % 2) } else { boot_path::ahci(number) })
 }
 
 /// The drive of an open disk that is on another bus than virtio's, the `number`th disk of the machine.

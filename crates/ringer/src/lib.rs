@@ -14,6 +14,7 @@ mod debian;
 mod devices;
 mod disk;
 mod disk_boot;
+mod firmware;
 pub mod guest;
 mod image;
 mod net;
@@ -40,12 +41,15 @@ pub fn main() -> ExitCode {
         signals::install().map_err(run::Error::Signals)?;
         match cli.command {
             Command::Run(args) => Ok(run::run(*args)?),
-            Command::Image(command) => Ok::<(), Box<dyn std::error::Error>>(image::run(&command)?),
+            Command::Image(command) => {
+                image::run(&command)?;
+                Ok::<u8, Box<dyn std::error::Error>>(0)
+            }
         }
     });
     cleanup::wait_if_ending();
     match result {
-        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Ok(status)) => status.into(),
         Ok(Err(error)) => {
             eprintln!("ringer: {error}");
             ExitCode::FAILURE

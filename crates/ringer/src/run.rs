@@ -9,7 +9,7 @@ use std::thread;
 use block::Disk;
 use boot::BootConfig;
 use machine::{
-    BootSource, Config, Handle, Machine, Outcome, Peripherals, SerialOutput, TranslatorConfig, select_engine,
+    BootSource, Config, Handle, Machine, Outcome, Peripherals, SerialOutput, Start, TranslatorConfig, select_engine,
 };
 use memory::Ram;
 use rustix::stdio::stdin;
@@ -20,6 +20,7 @@ use virtio::VirtioDevice;
 use crate::cli::{RunArgs, Serial};
 use crate::disk::Bus;
 use crate::disk_boot::Taken;
+use crate::firmware::{self, FirmwareArg, boot_path};
 use crate::guest::{self, Guest};
 use crate::{cleanup, console, devices, disk, net, seed, terminal};
 
@@ -47,9 +48,11 @@ pub enum Error {
     Seed(#[from] seed::Error),
     #[error(transparent)]
     Share(#[from] virtio::fs::ShareError),
+    #[error(transparent)]
+    Firmware(#[from] firmware::Error),
     #[error("--vsock {}: {source}", path.display())]
     Vsock { path: PathBuf, source: io::Error },
-    #[error("only one of --serial and --console can lead to stdio")]
+    #[error("only one of --serial, --console and --debugcon can lead to stdio")]
     TwoOnStdio,
     #[error("can't make the console: {0}")]
     Console(io::Error),
@@ -63,10 +66,14 @@ pub enum Error {
     OutputGone,
 }
 
-/// Boots a machine and waits for its end.
-pub fn run(args: RunArgs) -> Result<(), Error> {
+/// Boots a machine and waits for its end. Returns the exit status.
+pub fn run(args: RunArgs) -> Result<u8, Error> {
     let disks = disk::open(&args.disk)?;
-    let boot = boot_source(&args, disks.first())?;
+    // Before anything is made of the rest: what can't be booted is to be known first.
+    let plan = match firmware::wanted(&args) {
+        Some(firmware) => Plan::Firmware(firmware),
+        None => Plan::Kernel(boot_source(&args, disks.first())?),
+    };
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
         cpus: args.cpus,
@@ -79,31 +86,38 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     let link = Arc::new(Link::default());
     let serial = args.serial.clone().unwrap_or(match args.console {
         Serial::Stdio => Serial::None,
+        _ if args.debugcon == Serial::Stdio => Serial::None,
         Serial::File(_) | Serial::None => Serial::Stdio,
     });
-    if serial == Serial::Stdio && args.console == Serial::Stdio {
+    if [&serial, &args.console, &args.debugcon].iter().filter(|to| ***to == Serial::Stdio).count() > 1 {
         return Err(Error::TwoOnStdio);
     }
     let hvc = match output("--console", &args.console, &link)? {
         Some(sink) => Some(Arc::new(virtio::console::Console::new(sink).map_err(Error::Console)?)),
         None => None,
     };
-    let mut devices = Vec::new();
+    let (mut devices, mut boot_order) = (Vec::new(), Vec::new());
     let mut peripherals = Peripherals::default();
     for (number, (disk, arg)) in disks.iter().zip(&args.disk).enumerate() {
         match arg.bus {
-            Bus::Virtio => devices.push(disk::device(disk, arg, args.cpus)),
-            bus => disk::attach(disk::drive(disk, arg, number), bus, &mut peripherals)?,
+            Bus::Virtio => {
+                devices.push(disk::device(disk, arg, args.cpus));
+                boot_order.push(boot_path::virtio_disk(devices.len()));
+            }
+            bus => boot_order.push(disk::attach(disk::drive(disk, arg, number), bus, &mut peripherals)?),
         }
     }
     for (number, arg) in args.cdrom.iter().enumerate() {
         let disc = arg.image.as_ref().map(|image| Disk::open(image).map(Arc::new)).transpose()?;
-        disk::attach(disk::cdrom(Media::new(disc), number), arg.bus, &mut peripherals)?;
+        boot_order.push(disk::attach(disk::cdrom(Media::new(disc), number), arg.bus, &mut peripherals)?);
     }
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
-    devices.extend(net::devices(&args.net, args.cpus)?);
+    for device in net::devices(&args.net, args.cpus)? {
+        devices.push(device);
+        boot_order.push(boot_path::network(devices.len()));
+    }
     devices.extend(devices::shares(&args.share)?);
     let vsock = match &args.vsock {
         Some(vsock) => Some(devices::vsock(vsock).map_err(|source| Error::Vsock { path: vsock.path.clone(), source })?),
@@ -112,13 +126,19 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     devices.extend(vsock.iter().map(|(device, _)| device.clone()));
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
+    let start = match plan {
+        Plan::Kernel(source) => Start::Kernel(source),
+        Plan::Firmware(what) => Start::Firmware(firmware::prepare(&what, &args, &serial, boot_order, &ram)?),
+    };
     let config = Config {
         cpus: args.cpus,
-        boot,
+        start,
         serial: [output("--serial", &serial, &link)?, None, None, None],
         devices: devices.clone(),
         peripherals,
         no_reboot: args.no_reboot,
+        debug_console: output("--debugcon", &args.debugcon, &link)?,
+        debug_exit: args.debug_exit,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
@@ -149,7 +169,17 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
         // The guest's last line may be unfinished.
         eprintln!("\nringer: ended by Ctrl-a x");
     }
-    Ok(())
+    Ok(match outcome {
+        // Never 0, which says that all is well: as the port has it elsewhere.
+        Outcome::DebugExit(value) => value << 1 | 1,
+        _ => 0,
+    })
+}
+
+/// What the machine is to start with.
+enum Plan {
+    Kernel(BootSource),
+    Firmware(FirmwareArg),
 }
 
 /// From serial output, which is made before the machine, back to the machine.

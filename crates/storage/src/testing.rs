@@ -84,6 +84,8 @@ struct NoPower;
 impl PowerEvents for NoPower {
     fn power_off(&self) {}
     fn reset(&self) {}
+    fn init(&self) {}
+    fn exit(&self, _: u8) {}
 }
 
 /// Messages that reach the vCPUs.
@@ -110,10 +112,13 @@ impl Board {
         let recorder = Arc::new(Recorder::default());
         let ram = Ram::new(16 << 20).unwrap();
         let config = ChipsetConfig {
-            ram_size: ram.size(),
+            ram: ram.clone(),
             cpus: 1,
             clock: Arc::new(HostClock::new()),
             serial: [const { None }; 4],
+            firmware: None,
+            debug_console: None,
+            debug_exit: None,
         };
         let chipset = Chipset::new(config, recorder.clone(), Arc::new(NoPower)).unwrap();
         Board { chipset, ram, recorder }

@@ -92,6 +92,10 @@ pub enum Error {
     Missing { model: Model, missing: String },
 }
 
+/// The widest guest-physical addresses of any engine, so that a machine fits wherever it goes. More than RAM and the
+/// windows of PCI need has a price: EFI firmware maps all of it, page by page.
+pub const PHYSICAL_BITS: u8 = 40;
+
 /// What the engine does of its own accord.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineFeatures {

@@ -1,9 +1,11 @@
 //! ACPI tables: how a system learns what the machine has (ACPI specification 6.5).
 //!
-//! [`tables`] lays them out one behind the other from [`layout::ACPI`], RSDP first, and [`write()`] puts them there. The
-//! machine starts in ACPI mode: there is no SMI command port. Addresses and interrupt lines are `chipset`'s.
+//! [`tables`] lays them out one behind the other, RSDP first; [`write()`] puts them at [`layout::ACPI`], and [`loader`] tells
+//! firmware how to put them where it likes. The machine starts in ACPI mode: there is no SMI command port. Addresses and
+//! interrupt lines are `chipset`'s.
 
 mod dsdt;
+pub mod loader;
 mod madt;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -36,15 +38,15 @@ pub struct Table {
 
 /// Writes the tables of a machine with `cpus` processors.
 pub fn write(ram: &Ram, cpus: u32) -> Result<(), Error> {
-    for table in tables(ram, cpus) {
+    for table in tables(layout::ACPI, ram, cpus) {
         crate::write(ram.view(), "the ACPI tables", table.address, &table.bytes)?;
     }
     Ok(())
 }
 
-/// All tables: RSDP, FACS, DSDT, FADT, MADT, MCFG, XSDT.
-pub fn tables(ram: &Ram, cpus: u32) -> Vec<Table> {
-    let mut area = Area { next: layout::ACPI, tables: Vec::new() };
+/// All tables, from `base` on: RSDP, FACS, DSDT, FADT, MADT, MCFG, XSDT.
+pub fn tables(base: u64, ram: &Ram, cpus: u32) -> Vec<Table> {
+    let mut area = Area { next: base, tables: Vec::new() };
     let rsdp = area.reserve(Rsdp::len() as u64);
     let facs = area.add(&FACS::new());
     let dsdt = area.add(&dsdt::dsdt(ram, cpus));

@@ -49,7 +49,7 @@ fn round_trip(table: &Table) -> String {
 
 #[test]
 fn iasl_understands_every_table() {
-    let tables = tables(&ram(), 4);
+    let tables = tables(layout::ACPI, &ram(), 4);
     for table in tables.iter().filter(|t| !t.bytes.starts_with(b"RSD PTR ")) {
         let source = round_trip(table);
         assert!(!source.contains("Invalid") && !source.contains("Error"), "{source}");
@@ -58,7 +58,7 @@ fn iasl_understands_every_table() {
 
 #[test]
 fn the_dsdt_names_the_devices_of_a_pc() {
-    let source = round_trip(find(&tables(&ram(), 300), b"DSDT"));
+    let source = round_trip(find(&tables(layout::ACPI, &ram(), 300), b"DSDT"));
     for id in ["PNP0A08", "PNP0501", "PNP0B00", "PNP0C02", "ACPI0007", "_S5", "_PRT", "_CRS"] {
         assert!(source.contains(id), "{id} is missing");
     }
@@ -69,7 +69,7 @@ fn the_dsdt_names_the_devices_of_a_pc() {
 
 #[test]
 fn every_checksum_is_right() {
-    for table in tables(&ram(), 2) {
+    for table in tables(layout::ACPI, &ram(), 2) {
         match &table.bytes[..4] {
             b"FACS" => {}
             b"RSD " => assert_eq!((sum(&table.bytes[..20]), sum(&table.bytes)), (0, 0)),
@@ -80,7 +80,7 @@ fn every_checksum_is_right() {
 
 #[test]
 fn tables_are_found_from_the_rsdp() {
-    let tables = tables(&ram(), 2);
+    let tables = tables(layout::ACPI, &ram(), 2);
     let at = |address: u64| tables.iter().find(|t| t.address == address).expect("a table at that address");
     let rsdp = at(layout::ACPI);
     let xsdt = at(u64_at(&rsdp.bytes, 24));
@@ -95,7 +95,7 @@ fn tables_are_found_from_the_rsdp() {
 
 #[test]
 fn tables_stay_in_their_area_with_the_most_processors() {
-    let tables = tables(&ram(), crate::MAX_CPUS);
+    let tables = tables(layout::ACPI, &ram(), crate::MAX_CPUS);
     for pair in tables.windows(2) {
         assert!(pair[0].address + pair[0].bytes.len() as u64 <= pair[1].address);
         assert_eq!(pair[1].address % 64, 0);
@@ -106,7 +106,7 @@ fn tables_stay_in_their_area_with_the_most_processors() {
 
 #[test]
 fn the_fadt_says_where_the_fixed_hardware_is() {
-    let tables = tables(&ram(), 1);
+    let tables = tables(layout::ACPI, &ram(), 1);
     let fadt = &find(&tables, b"FACP").bytes;
     assert_eq!(fadt.len(), 276);
     assert_eq!((fadt[8], fadt[131]), (6, 5), "version 6.5");
@@ -120,7 +120,7 @@ fn the_fadt_says_where_the_fixed_hardware_is() {
 #[test]
 fn the_madt_lists_processors_and_interrupt_controllers() {
     let entries = |cpus| {
-        let tables = tables(&ram(), cpus);
+        let tables = tables(layout::ACPI, &ram(), cpus);
         let mut rest = &find(&tables, b"APIC").bytes[44..];
         let mut entries = Vec::new();
         while let [_, length, ..] = rest {

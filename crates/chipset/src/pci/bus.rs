@@ -1,13 +1,13 @@
 //! PCI bus 0: its functions, the two ways to their configuration spaces, and their windows on the other buses.
 //!
 //! Data flow: a configuration access comes from port 0xcfc ([`ConfigPorts`]) or from the memory-mapped space ([`Ecam`]),
-//! and reaches the function in that slot. If it touched what decides where base address registers decode, the function's windows on the
-//! memory and port buses are brought up to date.
+//! and reaches the function in that slot. If it has changed where the function decodes, by its base address registers or by registers of
+//! its own, the windows on the memory and port buses are brought up to date.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::config::{AFTER_BARS, BarWindow, COMMAND, FIRST_BAR};
+use super::config::BarWindow;
 use crate::reset::ResetControl;
 use crate::{Device, DeviceBus, Error};
 
@@ -75,9 +75,9 @@ impl PciBus {
 
     fn write_config(&self, address: ConfigAddress, data: &[u8]) {
         let Some(function) = self.function(address.bus, address.slot) else { return };
+        let before = function.windows();
         function.write_config(address.register, data);
-        let register = usize::from(address.register) & !3;
-        if register == COMMAND || (FIRST_BAR..AFTER_BARS).contains(&register) {
+        if function.windows() != before {
             self.remap(&mut self.lock());
         }
     }
@@ -199,6 +199,7 @@ impl Device for ConfigPorts {
     fn reset(&self) {
         self.set_address(0);
         self.reset.reset();
+        self.bus.reset();
     }
 }
 
@@ -209,11 +210,12 @@ fn byte_at(offset: u64, wanted: u64) -> Option<usize> {
 
 /// The memory-mapped configuration space (PCI Express base 5.0, 7.2.2): 4 KiB for each function.
 pub struct Ecam {
-    bus: Arc<PciBus>,
+    // The host bridge, which is on the bus, owns this.
+    bus: Weak<PciBus>,
 }
 
 impl Ecam {
-    pub fn new(bus: Arc<PciBus>) -> Self {
+    pub fn new(bus: Weak<PciBus>) -> Self {
         Ecam { bus }
     }
 }
@@ -228,14 +230,17 @@ impl Device for Ecam {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
-        self.bus.read_config(ecam_address(offset), data);
+        match self.bus.upgrade() {
+            Some(bus) => bus.read_config(ecam_address(offset), data),
+            None => data.fill(0xff),
+        }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        self.bus.write_config(ecam_address(offset), data);
+        if let Some(bus) = self.bus.upgrade() {
+            bus.write_config(ecam_address(offset), data);
+        }
     }
 
-    fn reset(&self) {
-        self.bus.reset();
-    }
+    fn reset(&self) {}
 }

@@ -8,12 +8,11 @@ pub const CONFIG_SIZE: usize = 4096;
 /// Registers of a type 0 header (PCI local bus 3.0, 6.1).
 const VENDOR: usize = 0x00;
 const DEVICE: usize = 0x02;
-pub(super) const COMMAND: usize = 0x04;
+const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
-pub(super) const FIRST_BAR: usize = 0x10;
-pub(super) const AFTER_BARS: usize = 0x28;
+const FIRST_BAR: usize = 0x10;
 const SUBSYSTEM_VENDOR: usize = 0x2c;
 const SUBSYSTEM: usize = 0x2e;
 const CAPABILITIES: usize = 0x34;
@@ -141,6 +140,11 @@ impl ConfigSpace {
         for (index, &byte) in (offset..CONFIG_SIZE).zip(mask) {
             self.writable[index] |= byte;
         }
+    }
+
+    /// Makes bytes read-only that software could change.
+    pub fn forbid(&mut self, offset: usize, count: usize) {
+        self.writable.iter_mut().skip(offset).take(count).for_each(|mask| *mask = 0);
     }
 
     /// Says that the function interrupts by pin `pin`: 1 is INTA.

@@ -1,14 +1,16 @@
-//! PCI: bus 0 with its host bridge and LPC bridge, and what a further function needs to be on it.
+//! PCI: bus 0 with its host bridge and LPC bridge, as in a Q35, and what a further function needs to be on it.
 
-mod bridges;
 mod bus;
 mod config;
 mod endpoint;
+mod host_bridge;
+mod lpc_bridge;
 
-pub use bridges::{PlainFunction, host_bridge, lpc_bridge};
 pub use bus::{ConfigPorts, Ecam, PciBus, PciFunction};
 pub use config::{BarKind, BarWindow, CONFIG_SIZE, ConfigSpace, Identity};
 pub use endpoint::Endpoint;
+pub use host_bridge::HostBridge;
+pub use lpc_bridge::LpcBridge;
 
 #[cfg(test)]
 mod tests;

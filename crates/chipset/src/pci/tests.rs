@@ -3,9 +3,12 @@
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::constants::{ECAM_BASE, ECAM_SIZE, PCI_CONFIG_PORT};
+use crate::clock::fake::FakeClock;
+use crate::constants::{ECAM_BASE, PCI_CONFIG_PORT, SCI_IRQ};
+use crate::power::PowerManagement;
 use crate::reset::ResetControl;
-use crate::testing::{Power, Random};
+use crate::testing::{Controllers, Power, Random};
+use crate::timer::Timers;
 use crate::{Device, DeviceBus};
 
 /// Answers with its own number.
@@ -70,6 +73,7 @@ struct Bench {
     ports: Arc<DeviceBus>,
     pci: Arc<PciBus>,
     power: Arc<Power>,
+    _timers: Timers,
 }
 
 impl Bench {
@@ -79,12 +83,15 @@ impl Bench {
         let pci = Arc::new(PciBus::new(&memory, &ports));
         let mechanism = Arc::new(ConfigPorts::new(pci.clone(), ResetControl::new(power.clone())));
         ports.insert(PCI_CONFIG_PORT.into(), 8, 0, mechanism).unwrap();
-        memory.insert(ECAM_BASE, ECAM_SIZE, 0, Arc::new(Ecam::new(pci.clone()))).unwrap();
-        pci.insert(0, 0, host_bridge(5 << 30)).unwrap();
-        pci.insert(31, 0, lpc_bridge()).unwrap();
+        let (all, clock) = (Controllers::new(), FakeClock::new());
+        let timers = Timers::manual(clock.clone());
+        let management = PowerManagement::new(clock, &timers, all.lines.connect(SCI_IRQ), power.clone());
+        let ram = memory::Ram::new(5 << 30).unwrap();
+        pci.insert(0, 0, HostBridge::new(&ram, Arc::downgrade(&pci), false)).unwrap();
+        pci.insert(31, 0, LpcBridge::new(management, all.lines, false)).unwrap();
         pci.insert(1, 0, Card::new(1)).unwrap();
         pci.insert(2, 0, Card::new(2)).unwrap();
-        Bench { memory, ports, pci, power }
+        Bench { memory, ports, pci, power, _timers: timers }
     }
 
     fn port<const N: usize>(&self, port: u16) -> [u8; N] {

@@ -100,7 +100,30 @@ fn machine(
 ) -> Machine {
     let loader = Box::new(|_: &Ram| Ok(CpuState::reset()));
     let (ram, engine) = (Ram::new(16 << 20).unwrap(), FakeEngine(Arc::new(program)));
-    Machine::assemble(cpus, Default::default(), no_reboot, ram, &engine, loader).unwrap()
+    Machine::assemble(parts(&ram, cpus, Default::default()), no_reboot, ram, &engine, loader).unwrap()
+}
+
+fn parts(ram: &Ram, cpus: u32, serial: [SerialOutput; 4]) -> ChipsetConfig {
+    ChipsetConfig {
+        ram: ram.clone(),
+        cpus,
+        clock: Arc::new(HostClock::default()),
+        serial,
+        firmware: None,
+        debug_console: None,
+        debug_exit: Some(0x501),
+    }
+}
+
+#[test]
+fn the_guest_ends_the_machine_by_its_debug_exit() {
+    let mut machine = machine(2, false, |id, bus, _| {
+        if id == 1 {
+            bus.pio_write(0x501, &[7, 0, 0, 0]);
+        }
+        None
+    });
+    assert_eq!(machine.run().unwrap(), Outcome::DebugExit(7));
 }
 
 #[test]

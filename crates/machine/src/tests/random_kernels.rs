@@ -168,7 +168,7 @@ fn random_kernels_neither_break_nor_hang_the_machine() {
         Ok(entry_state(&mut random))
     });
     let serial = [Some(Box::new(std::io::sink()) as _), None, None, None];
-    let mut machine = Machine::assemble(1, serial, true, ram, &*selection.engine, loader).unwrap();
+    let mut machine = Machine::assemble(super::parts(&ram, 1, serial), true, ram, &*selection.engine, loader).unwrap();
     let control = machine.control.clone();
     let watched = number.clone();
     std::thread::spawn(move || {

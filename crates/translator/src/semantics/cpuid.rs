@@ -15,7 +15,7 @@ pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         // String instructions are calls into Rust here: what is short is better moved otherwise.
         declines: FeatureSet::EMPTY.with(Feature::Fsrm).with(Feature::Fzrm).with(Feature::Fsrs),
         host_xcr0: host::xcr0(),
-        physical_bits: 46,
+        physical_bits: arch::cpuid::PHYSICAL_BITS,
         arch_capabilities: capabilities::TRANSLATED,
         translated: true,
         apic_timer_hz: arch::cpuid::APIC_TIMER_HZ,

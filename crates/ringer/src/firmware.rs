@@ -1,0 +1,158 @@
+//! `--firmware`: where firmware is on this host, and what it is told.
+
+use std::path::{Path, PathBuf};
+
+use boot::firmware::{FirmwareConfig, Kernel};
+use chipset::constants::SERIAL_PORTS;
+use memory::Ram;
+
+use crate::cli::{RunArgs, Serial};
+
+/// What the user asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FirmwareArg {
+    SeaBios,
+    Ovmf,
+    Path(PathBuf),
+}
+
+/// Why there is no firmware to start with.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    #[error("{what} is not installed: {} is what is looked for; install the package {package}", path.display())]
+    NotInstalled { what: &'static str, path: &'static Path, package: &'static str },
+    #[error("--append goes with --kernel: what is on a disk, firmware boots with a command line of the disk's own")]
+    Append,
+}
+
+/// Where distributions put the images.
+const SEABIOS: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin"];
+/// The code, and the variables that belong to it.
+const OVMF: [(&str, &str); 4] = [
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+];
+/// The option ROM by which SeaBIOS loads a kernel.
+const LINUX_ROM: [&str; 2] = ["/usr/share/qemu/linuxboot_dma.bin", "/usr/share/seabios/optionrom/linuxboot_dma.bin"];
+
+/// Parses `seabios`, `ovmf` or a path.
+pub fn parse(text: &str) -> Result<FirmwareArg, String> {
+    match text {
+        "" => Err("allowed are seabios, ovmf and the path of an image".into()),
+        "seabios" => Ok(FirmwareArg::SeaBios),
+        "ovmf" => Ok(FirmwareArg::Ovmf),
+        path => Ok(FirmwareArg::Path(path.into())),
+    }
+}
+
+/// What the machine starts with: firmware that was asked for, or that a CD-ROM alone needs.
+pub fn wanted(args: &RunArgs) -> Option<FirmwareArg> {
+    let only_disc = args.kernel.is_none() && args.disk.is_empty() && args.cdrom.iter().any(|cd| cd.image.is_some());
+    args.firmware.clone().or(only_disc.then_some(FirmwareArg::SeaBios))
+}
+
+/// Reads the firmware and what goes with it. `boot_order`: Open Firmware paths.
+pub fn prepare(
+    what: &FirmwareArg,
+    args: &RunArgs,
+    serial: &Serial,
+    boot_order: Vec<String>,
+    ram: &Ram,
+) -> Result<chipset::Firmware, Error> {
+    if args.append.is_some() && args.kernel.is_none() {
+        return Err(Error::Append);
+    }
+    let (image, variables_template) = match what {
+        FirmwareArg::SeaBios => (installed(&SEABIOS, "SeaBIOS", "seabios")?, None),
+        FirmwareArg::Ovmf => {
+            let codes = OVMF.map(|(code, _)| code);
+            let code = installed(&codes, "OVMF", "ovmf")?;
+            let template = OVMF.iter().find(|pair| Path::new(pair.0) == code).map(|pair| pair.1.into());
+            (code, template)
+        }
+        FirmwareArg::Path(path) => (path.clone(), sibling(path)),
+    };
+    let kernel = match &args.kernel {
+        Some(kernel) => Some(Kernel {
+            image: kernel.clone(),
+            initrd: args.initrd.clone(),
+            command_line: args.append.clone().unwrap_or_default(),
+            option_rom: match what {
+                FirmwareArg::Ovmf => None,
+                FirmwareArg::SeaBios => Some(installed(&LINUX_ROM, "the option ROM for --kernel", "qemu-system-data")?),
+                FirmwareArg::Path(_) => LINUX_ROM.iter().map(PathBuf::from).find(|path| path.exists()),
+            },
+        }),
+        None => None,
+    };
+    let config = FirmwareConfig {
+        image,
+        variables_template,
+        variables: args.firmware_vars.clone(),
+        cpus: args.cpus,
+        kernel,
+        boot_order,
+        serial_console: (*serial != Serial::None).then_some(SERIAL_PORTS[0].0),
+    };
+    Ok(boot::firmware::prepare(ram, &config)?)
+}
+
+fn installed(paths: &[&'static str], what: &'static str, package: &'static str) -> Result<PathBuf, Error> {
+    let first = paths.first().copied().unwrap_or_default();
+    let found = paths.iter().map(PathBuf::from).find(|path| path.exists());
+    found.ok_or(Error::NotInstalled { what, path: Path::new(first), package })
+}
+
+/// The variables that lie beside a file with firmware's code, by the name that its makers give them.
+fn sibling(code: &Path) -> Option<PathBuf> {
+    let name = code.file_name()?.to_str().filter(|name| name.contains("CODE"))?;
+    let path = code.with_file_name(name.replace("CODE", "VARS").replace(".secboot", ""));
+    path.exists().then_some(path)
+}
+
+/// Open Firmware paths of devices that can be booted from, as SeaBIOS and OVMF read them.
+pub mod boot_path {
+    pub fn virtio_disk(slot: usize) -> String {
+        format!("/pci@i0cf8/scsi@{slot:x}/disk@0,0")
+    }
+
+    pub fn network(slot: usize) -> String {
+        format!("/pci@i0cf8/ethernet@{slot:x}/ethernet-phy@0")
+    }
+
+    pub fn ahci(port: usize) -> String {
+        format!("/pci@i0cf8/pci8086,2922@1f,2/drive@{port:x}/disk@0")
+    }
+
+    pub fn ide(cable: usize, unit: usize) -> String {
+        format!("/pci@i0cf8/ide@1f,1/drive@{cable:x}/disk@{unit:x}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn firmware_has_a_name_or_a_path() {
+        assert_eq!(parse("seabios"), Ok(FirmwareArg::SeaBios));
+        assert_eq!(parse("./ovmf"), Ok(FirmwareArg::Path("./ovmf".into())));
+        assert!(parse("").is_err());
+    }
+
+    #[test]
+    fn variables_lie_beside_the_code() {
+        let directory = tempfile::tempdir().unwrap();
+        let code = directory.path().join("OVMF_CODE_4M.secboot.fd");
+        assert_eq!(sibling(&code), None);
+        let variables = directory.path().join("OVMF_VARS_4M.fd");
+        std::fs::write(&variables, [0]).unwrap();
+        assert_eq!(sibling(&code), Some(variables));
+        assert_eq!(sibling(&directory.path().join("firmware.fd")), None);
+    }
+}
