@@ -89,3 +89,21 @@ fn an_l2_table_that_maps_itself_is_found() {
     fs::write(&path, data).unwrap();
     assert!(image::check(&path, false).unwrap().errors > 0);
 }
+
+#[test]
+fn reference_counts_that_can_not_grow_are_survived_and_mended() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut data = sample(directory.path());
+    let number = |data: &[u8], at: usize| u64::from_be_bytes(data[at..at + 8].try_into().unwrap());
+    let table = number(&data, 48) as usize;
+    let counts = number(&data, table) as usize;
+    data[counts..counts + 64].fill(0xff);
+    support::image_file(directory.path(), &data);
+    let path = directory.path().join("image");
+    fs::write(&path, data).unwrap();
+    assert!(image::check(&path, false).unwrap().leaks > 0);
+    assert_eq!(image::check(&path, true).unwrap().leaks, 0);
+    let mut buffer = vec![0; 4096];
+    Disk::open(&Options::new(&path)).unwrap().read(&[VolatileSlice::from(buffer.as_mut_slice())], 1 << 20).unwrap();
+    assert_eq!(buffer, [0x5a; 4096]);
+}

@@ -152,6 +152,51 @@ fn a_guest_that_starts_again_boots_what_is_on_its_disk_then() {
     assert_eq!(ended.stdout.matches("the first system").count(), 1);
 }
 
+/// The name of a test that runs itself again where the host's disk is small.
+const INSIDE: &str = "RINGER_TEST_ON_A_SMALL_DISK";
+
+#[test]
+fn on_a_full_disk_of_the_host_writes_fail_and_images_stay_whole() {
+    let Some(place) = std::env::var_os(INSIDE) else {
+        let directory = tempfile::tempdir().unwrap();
+        support::default_guest();
+        // A file system of 12 MiB that only this sees.
+        let status = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c"])
+            .arg("mount -t tmpfs -o size=12m tmpfs \"$0\" && exec \"$@\"")
+            .arg(directory.path())
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "on_a_full_disk_of_the_host_writes_fail_and_images_stay_whole", "--nocapture"])
+            .env(INSIDE, directory.path())
+            .status();
+        return assert!(status.expect("unshare is there").success(), "see above");
+    };
+    for format in [Format::Qcow2, Format::Raw] {
+        let path = Path::new(&place).join("disk");
+        image::create(&path, format, Some(64 * MIB), None).unwrap();
+        let disk = format!("{},format={}", path.display(), if format == Format::Raw { "raw" } else { "qcow2" });
+        let (mut command, _initrd) = Script::new()
+            .step("some", "dd if=/bin/busybox of=/dev/vda bs=64k count=8 oflag=direct && sync /dev/vda")
+            .step("many", "for n in $(seq 40); do dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=$n oflag=direct || break; done 2>&1 | grep error")
+            .step("flush", "sync /dev/vda")
+            .step("read", "dd if=/dev/vda bs=64k count=8 iflag=direct | cmp -n 524288 - /bin/busybox")
+            .command("");
+        // Their own initramfs lies elsewhere.
+        command.args(["--disk", &disk, "--net", "none", "--no-reboot"]).stdin(Stdio::null());
+        let ended = Process::start(&mut command).end();
+        assert!(ended.status.success(), "{ended:?}");
+        let steps = support::steps(&ended.stdout);
+        assert!(steps["some"].status == 0 && steps["read"].status == 0, "{steps:?}");
+        assert!(steps["many"].output.contains("I/O error"), "{steps:?}");
+        assert!(ended.stderr.contains("No space left on device"), "{}", ended.stderr);
+        if format == Format::Qcow2 {
+            assert_consistent(&path);
+        }
+        assert!(read(&path, 0, 4096).starts_with(b"\x7fELF"));
+        fs::remove_file(&path).unwrap();
+    }
+}
+
 #[test]
 fn a_disk_that_cannot_be_had_is_refused_before_anything_starts() {
     let directory = tempfile::tempdir().unwrap();

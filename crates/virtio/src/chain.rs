@@ -7,6 +7,10 @@ use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 use memory::{RegionTracker, View};
 use virtio_queue::DescriptorChain;
 
+/// The most descriptors of a chain. Drivers may make it as long as the queue (virtio 1.2, 2.7.5.3.1), and some make it longer
+/// by an indirect table; it holds back those that would keep a device busy for hours.
+const MAX_DESCRIPTORS: usize = 1024;
+
 /// A piece of guest memory, known to lie within one region of RAM.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
@@ -50,7 +54,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Follows the descriptors. `None`: they loop, end in nothing, lie outside RAM or are in the wrong order.
+    /// Follows the descriptors. `None`: they loop, end in nothing, lie outside RAM, are in the wrong order or too many.
     pub(crate) fn collect(memory: Arc<View>, descriptors: DescriptorChain<Arc<View>>) -> Option<Self> {
         let head = descriptors.head_index();
         let mut chain = Chain { memory, head, readable: Buffers::default(), writable: Buffers::default() };
@@ -65,6 +69,12 @@ impl Chain {
                 // Virtio 1.2, 2.7.4.2.
                 false if !chain.writable.segments.is_empty() => return None,
                 false => chain.readable.add(segment),
+            }
+            let count = chain.readable.segments.len() + chain.writable.segments.len();
+            let length = chain.readable.length.saturating_add(chain.writable.length);
+            // Less than 4 GiB (2.7.5.2), so that what was written can be told by 32 bits.
+            if count > MAX_DESCRIPTORS || u32::try_from(length).is_err() {
+                return None;
             }
         }
         complete.then_some(chain)

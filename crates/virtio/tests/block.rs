@@ -172,12 +172,46 @@ fn a_disk_that_has_become_shorter_fails_and_the_machine_goes_on() {
     assert_eq!(machine.request(ring, IN, 1, 512), 0, "an open file outlives its name");
 }
 
+/// An indirect table with a header and as many buffers to be read into, all at the same place.
+fn table(bench: &Bench, entries: u64) -> u64 {
+    let table = 0x4_0000;
+    write_descriptor(bench, table, HEADER, 16, NEXT, 1);
+    for n in 1..entries {
+        let flags = if n + 1 < entries { NEXT | WRITE } else { WRITE };
+        write_descriptor(bench, table + 16 * n, DATA, 512, flags, n as u16 + 1);
+    }
+    table
+}
+
+#[test]
+fn buffers_of_no_length_count_for_nothing() {
+    let machine = machine(|_| ());
+    let bench = &machine.bench;
+    let ring = &mut bench.start(VERSION_1);
+    bench.store(HEADER, &header(IN, 4));
+    let empty = |writable| (DATA, 0, writable);
+    let parts = [
+        empty(false),
+        (HEADER, 16, false),
+        empty(false),
+        empty(true),
+        (DATA, 512, true),
+        empty(true),
+        (STATUS, 1, true),
+    ];
+    assert_eq!(bench.request(ring, &parts), Some(513));
+    assert_eq!(bench.load(DATA, 512), [4; 512]);
+    // Only a status: there is no header.
+    let ring = &mut bench.start(VERSION_1);
+    assert_eq!(bench.request(ring, &[(HEADER, 0, false), (STATUS, 1, true)]), None);
+}
+
 #[test]
 fn malformed_chains_stop_the_queue_and_reset_starts_it_again() {
     let machine = machine(|_| ());
     let bench = &machine.bench;
     type Make = fn(&Bench, &mut Ring) -> u16;
-    let cases: [(&str, Make); 9] = [
+    let cases: [(&str, Make); 10] = [
         ("a loop", |bench, ring| {
             ring.descriptor(bench, 0, HEADER, 16, NEXT, 1);
             ring.descriptor(bench, 1, DATA, 16, NEXT, 0);
@@ -198,6 +232,10 @@ fn malformed_chains_stop_the_queue_and_reset_starts_it_again() {
         ("indirect table in an indirect table", |bench, ring| {
             write_descriptor(bench, DATA, DATA, 16, TABLE_FLAG, 0);
             ring.descriptor(bench, 0, DATA, 16, TABLE_FLAG, 0);
+            0
+        }),
+        ("more descriptors than anybody needs", |bench, ring| {
+            ring.descriptor(bench, 0, table(bench, 1025), 1025 * 16, TABLE_FLAG, 0);
             0
         }),
     ];

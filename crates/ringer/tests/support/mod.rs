@@ -194,7 +194,7 @@ impl Script {
 }
 
 /// Takes the steps out of a serial log.
-fn steps(log: &str) -> BTreeMap<String, Step> {
+pub fn steps(log: &str) -> BTreeMap<String, Step> {
     let log = log.replace('\r', "");
     let mut steps = BTreeMap::new();
     for part in log.split("@@begin ").skip(1) {
