@@ -1,7 +1,7 @@
 //! The slow path of memory accesses: TLB misses, MMIO, page-crossing operands, writes to translated code.
 //!
 //! Emitted code calls here through [`crate::entry`] with a guest-virtual address. A plain page of RAM is entered into the
-//! TLB and its host address returned ([`fill_light`]). Everything else *bounces*: the operand is copied to a buffer, or read
+//! TLB and its host address returned ([`fill_light`]); so is a buffer for an operand across two of them. Everything else *bounces*: the operand is copied to a buffer, or read
 //! from the device; the guest's own instruction runs on the buffer, in a copy made for this place ([`Snippet`]); what it wrote is
 //! written back ([`access_bounced`]). So MMIO needs no emulator of instructions. A write to a page that holds translated
 //! code runs the same way but directly on RAM, which keeps LOCKed instructions atomic, and drops the code afterwards.
@@ -15,8 +15,9 @@ use crate::codegen::asm::{Asm, Mem, RSP};
 use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
-use crate::entry::{Left, context_offset};
+use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
+use crate::stores::Store;
 
 /// Size, direction and context of an access, in one word for emitted code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ impl AccessKind {
         AccessKind(size as u32 | (write as u32) << 16 | (context as u32) << 17)
     }
 
-    /// The access is that of a group (see `codegen::groups`): the size is its span, and the answer an addend.
+    /// The access is that of a group (see `codegen::groups`): the size is its span.
     pub fn group(self) -> Self {
         AccessKind(self.0 | 1 << 19)
     }
@@ -40,10 +41,6 @@ impl AccessKind {
     /// The first member of a group writes.
     pub fn writes_first(self) -> Self {
         AccessKind(self.0 | 1 << 21)
-    }
-
-    fn wants_addend(self) -> bool {
-        self.0 & (1 << 19 | 1 << 20) != 0
     }
 
     fn is_group(self) -> bool {
@@ -73,7 +70,7 @@ impl AccessKind {
     }
     fn access(self) -> Access {
         // A group asks only for what its first member does: the rest may never happen.
-        let write = if self.wants_addend() { self.0 & 1 << 21 != 0 } else { self.write() };
+        let write = if self.is_group() { self.0 & 1 << 21 != 0 } else { self.write() };
         if write { Access::Write } else { Access::Read }
     }
 }
@@ -142,12 +139,16 @@ impl Bounce {
     }
 }
 
-/// A TLB miss, light path: the host address of `va` if the access lies in one plain page of RAM, else 0. Must not touch
-/// vector registers beyond xmm0-xmm15: no memory copies by libc, no device access.
+/// A TLB miss or a failed check, light path: the host address (of the stack page: its addend) or 0. Answers what needs
+/// neither the whole of the vector state saved nor devices. Must not touch vector registers beyond xmm0-xmm15: no memory
+/// copies by libc, no device access.
 pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
     let kind = AccessKind(kind);
-    if va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE || !canonical(va) {
+    if !canonical(va) {
         return 0;
+    }
+    if va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE {
+        return cross(cpu, va, kind).unwrap_or(0);
     }
     // The stack often moves to a page that the TLB has.
     if kind.is_stack()
@@ -158,15 +159,85 @@ pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
     if cpu.fill_tlb(va, kind.access(), kind.context()).is_err() {
         return 0;
     }
-    if kind.is_stack() {
-        return cpu.tlb.enter_stack(kind.context(), va).unwrap_or(0);
+    let host = if kind.is_stack() {
+        cpu.tlb.enter_stack(kind.context(), va)
+    } else {
+        cpu.tlb.entry(kind.context(), va).host_address(va, kind.size(), kind.write())
+    };
+    host.unwrap_or(0)
+}
+
+/// An access that crosses the end of a page.
+fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
+    let first = (PAGE_SIZE - va % PAGE_SIZE) as usize;
+    let (next, rest) = (va.wrapping_add(first as u64), kind.size() - first);
+    let context = kind.context();
+    // A group may never get as far as the second page: it must not be seen to be accessed.
+    if !kind.is_group() {
+        let plain = canonical(next)
+            && cpu.fill_tlb(va, kind.access(), context).is_ok()
+            && cpu.fill_tlb(next, kind.access(), context).is_ok();
+        plain.then_some(())?;
     }
-    let entry = cpu.tlb.entry(kind.context(), va);
-    let tag = if kind.write() { entry.write } else { entry.read };
-    if tag != va & !(PAGE_SIZE - 1) {
-        return 0;
+    let a = cpu.tlb.entry(context, va).host_address(va, first, kind.write())?;
+    let b = cpu.tlb.entry(context, next).host_address(next, rest, kind.write())?;
+    if a + first as u64 == b {
+        // Neighbours in the host's memory as well.
+        Some(if kind.is_stack() { a.wrapping_sub(va) } else { a })
+    } else if kind.is_group() {
+        if kind.is_stack() {
+            // The next time the check sees that only the page's end is in the way.
+            cpu.tlb.enter_stack(context, va);
+        }
+        None
+    } else {
+        bounce_light(cpu, va, kind, [(a, first), (b, rest)])
     }
-    if kind.wants_addend() { entry.addend } else { va.wrapping_add(entry.addend) }
+}
+
+/// The operand in two pieces of RAM, copied to the buffer. A store goes on in a copy of the instruction.
+fn bounce_light(cpu: &mut Vcpu, va: u64, kind: AccessKind, pieces: [(u64, usize); 2]) -> Option<u64> {
+    // What the full path has not seen yet may be no plain store.
+    let store = if kind.write() { Some(cpu.engine.stores.get(cpu.hot.return_address)?) } else { None };
+    let at = buffer_offset(va, kind.size());
+    let bounce = &mut cpu.engine.bounce;
+    let buffer = bounce.buffer[at..].as_mut_ptr();
+    // SAFETY: the pieces are in mapped pages of RAM; the buffer takes an operand at any offset modulo 64.
+    unsafe {
+        copy_bytes(buffer, pieces[0].0 as *const u8, pieces[0].1);
+        copy_bytes(buffer.add(pieces[0].1), pieces[1].0 as *const u8, pieces[1].1);
+    }
+    (bounce.va, bounce.copy) = (va, buffer as u64);
+    if let Some(store) = store {
+        let [(first, first_length), (second, second_length)] = pieces;
+        cpu.hot.split = Split {
+            from: buffer as u64,
+            first,
+            first_length: first_length as u64,
+            second,
+            second_length: second_length as u64,
+            resume: store.resume,
+        };
+        cpu.hot.return_address = store.snippet;
+    }
+    Some(buffer as u64)
+}
+
+/// Copies without a library's vector registers.
+///
+/// # Safety
+/// As for [`std::ptr::copy_nonoverlapping`].
+unsafe fn copy_bytes(to: *mut u8, from: *const u8, length: usize) {
+    // SAFETY: the caller's; the direction flag is clear in Rust.
+    unsafe {
+        std::arch::asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") length => _,
+                        options(nostack, preserves_flags));
+    }
+}
+
+/// Where in the buffer an operand is put: at its own offset modulo 64.
+fn buffer_offset(va: u64, size: usize) -> usize {
+    MAX_OPERAND + (va % MAX_OPERAND as u64) as usize - if va % 64 + size as u64 > 128 { 64 } else { 0 }
 }
 
 /// A TLB miss that is no plain page of RAM.
@@ -176,11 +247,12 @@ pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Acce
     };
     cpu.enter_instruction(&site);
     let kind = AccessKind(kind);
-    if kind.is_group() || kind.is_stack() {
+    if kind.is_group() {
         // The instruction runs again, with its own check.
         cpu.rip = cpu.insn_rip;
-        let crosses = va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE;
-        cpu.engine.run_carefully(site.block, crosses);
+        let place = cpu.hot.return_address;
+        let enough = cpu.detoured_enough();
+        cpu.engine.run_carefully(site.block, place, enough);
         return Accessed::leave(Left::Careful);
     }
     access(cpu, va, kind, &site)
@@ -223,9 +295,11 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     if unaligned(cpu, va) {
         return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
     }
-    let host = fill_light(cpu, va, kind.bits());
-    if host != 0 {
-        return Accessed { host, left: 0 };
+    if va % PAGE_SIZE + kind.size() as u64 <= PAGE_SIZE {
+        let host = fill_light(cpu, va, kind.bits());
+        if host != 0 {
+            return Accessed { host, left: 0 };
+        }
     }
     access(cpu, va, kind, &site)
 }
@@ -387,7 +461,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     }
     cpu.watch_access(va, size, kind.write());
     let direct = mask.is_none() && pieces[1].1 == 0 && cpu.ram(pieces[0].0).is_some();
-    let buffer_at = MAX_OPERAND + (va % MAX_OPERAND as u64) as usize - if va % 64 + size as u64 > 128 { 64 } else { 0 };
+    let buffer_at = buffer_offset(va, size);
     // Also where it only writes, unless a device would see it: an x87 store that raises an exception leaves the operand alone.
     let ram = pieces.iter().all(|p| p.1 == 0 || cpu.ram(p.0).is_some());
     let reads = !direct && (ram || reads_operand(&site.insn, kind.write()));
@@ -402,6 +476,14 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
             }
             at += piece;
         }
+    }
+    let key = cpu.hot.return_address;
+    let plain = ram && mask.is_none() && !must_be_aligned(&site.insn) && !waits_for_fpu(&site.insn);
+    if kind.write() && plain && pieces[1].1 != 0 && cpu.engine.stores.get(key).is_none() {
+        let Some(snippet) = cpu.copy_instruction(site, context_offset!(hot.stored_split)) else {
+            return lost(cpu, "split store");
+        };
+        cpu.engine.stores.learn(key, Store { snippet, resume: site.end });
     }
     let snippet = match cpu.snippet(site) {
         Some(address) => address,
@@ -512,15 +594,19 @@ impl Vcpu {
         if let Some(&at) = self.engine.snippets.get(&key) {
             return Some(at);
         }
-        let origin = self.engine.cache.next_offset();
-        let mut asm = Asm::new(origin);
-        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn, Operand::Host)?;
-        asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.bounced)));
-        asm.finish();
-        let offset = self.engine.cache.append(&asm.code)?;
-        let address = self.engine.cache.host_address(offset);
+        let address = self.copy_instruction(site, context_offset!(hot.bounced))?;
         self.engine.snippets.insert(key, address);
         Some(address)
+    }
+
+    /// A copy of the instruction at a site, on `[S0]`, that ends in a thunk. Its host address.
+    fn copy_instruction(&mut self, site: &SiteInfo, thunk: i32) -> Option<u64> {
+        let mut asm = Asm::new(self.engine.cache.next_offset());
+        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn, Operand::Host)?;
+        asm.jmp_mem(Mem::Base(RSP, thunk));
+        asm.finish();
+        let offset = self.engine.cache.append(&asm.code)?;
+        Some(self.engine.cache.host_address(offset))
     }
 
     /// The block and instruction whose slow path was called.

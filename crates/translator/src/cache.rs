@@ -269,6 +269,8 @@ pub struct Link {
     pub target: u64,
     /// The branch leaves with the flags parked.
     pub parked: bool,
+    /// The branch is that of a group's failed check to careful code (see [`crate::codegen::groups`]), the stub its slow path.
+    pub detour: bool,
     pub to: Option<BlockId>,
 }
 
@@ -406,11 +408,12 @@ impl Cache {
         Some(offset)
     }
 
-    /// The part of the jump table for a mode; none once there are more modes than slots.
+    /// The part of the jump table for a mode; none once there are more modes than slots. Careful blocks lead to plain ones.
     pub fn jump_slot(&mut self, mode: Mode) -> Option<usize> {
-        if mode.is_single() || mode.is_careful() {
+        if mode.is_single() {
             return None;
         }
+        let mode = mode.plain();
         if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
             return Some(slot);
         }
@@ -490,15 +493,17 @@ impl Cache {
         let Some((from, _)) = self.find_by_host(return_address) else { return };
         let source = &self.blocks[from.0 as usize];
         let target = self.block(to);
-        // A block across two pages depends on a mapping that a link would not check; the modes must agree.
-        if !source.live
-            || target.second_page.is_some()
-            || (target.key.mode, target.key.segment) != (source.key.mode, source.key.segment)
-        {
-            return;
-        }
         let (entry, parked_entry) = (target.code.start, target.parked_entry);
         let Some(i) = source.links.iter().position(|l| l.return_offset == offset as u32) else { return };
+        let link = &source.links[i];
+        let mode = if link.detour { source.key.mode.careful() } else { source.key.mode };
+        // A block across two pages depends on a mapping that a link would not check. What comes after a detour's place may
+        // also be the handler of an interrupt.
+        let key = Key { rip: link.target, mode, ..source.key };
+        let fits = target.key == key && target.second_page.is_none();
+        if !source.live || !fits {
+            return;
+        }
         let link = &mut self.blocks[from.0 as usize].links[i];
         if link.to.is_some() {
             return;
@@ -518,6 +523,9 @@ impl Cache {
     /// Lets the jump table lead from a block's address to it.
     pub fn enter_jump(&mut self, id: BlockId, global: bool) {
         let key = self.block(id).key;
+        if key.mode.is_careful() {
+            return;
+        }
         let Some(slot) = self.jump_slot(key.mode) else { return };
         let entry = self.entry(id);
         let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);

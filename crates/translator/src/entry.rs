@@ -10,7 +10,8 @@
 //! - `slow`, called with a guest-virtual address in r14 and an [`AccessKind`](crate::access::AccessKind) in r10d; comes back with
 //!   the host address in r14;
 //! - `resolve`, the same for operands whose address only Rust computes;
-//! - `bounced`, jumped to when an instruction has run on the bounce buffer;
+//! - `bounced`, jumped to when an instruction has run on the bounce buffer, and `stored_split`, the same for a store to two
+//!   pages of RAM;
 //! - `signal`, where the host's signal handler sends emitted code that faulted.
 //!
 //! Rust's own code is compiled for plain SSE2, so that the light path of `slow` (a TLB fill) needs to preserve only
@@ -65,6 +66,7 @@ pub struct Hot {
     pub slow: u64,
     pub resolve: u64,
     pub bounced: u64,
+    pub stored_split: u64,
     /// XSAVE's and XRSTOR's component mask.
     pub xsave_mask: u64,
     /// Not zero: the host has XSAVEOPT.
@@ -75,10 +77,28 @@ pub struct Hot {
     pub signal_pc: u64,
     /// Guest TSC minus host TSC, less the guest's own adjustment.
     pub tsc_offset: u64,
-    /// Addends of groups: see [`crate::codegen::groups`].
-    pub group_addends: [u64; crate::codegen::groups::SLOTS],
+    /// Host addresses of groups' spans: see [`crate::codegen::groups`].
+    pub group_spans: [u64; crate::codegen::groups::SLOTS],
+    /// One of them, which emitted code holds in r11, across the slow path.
+    pub held: u64,
+    /// How many more detours to careful code emitted code takes before it lets Rust see one.
+    pub detours: i32,
+    pub split: Split,
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
+}
+
+/// A store across the end of a page that has run on the bounce buffer: where its two pieces go.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Split {
+    pub from: u64,
+    pub first: u64,
+    pub first_length: u64,
+    pub second: u64,
+    pub second_length: u64,
+    /// Where emitted code goes on.
+    pub resume: u64,
 }
 
 /// Of [`Hot::branch`]: no instruction is at such an address.
@@ -100,6 +120,7 @@ unsafe extern "C" {
     fn ringer_slow();
     fn ringer_resolve();
     fn ringer_bounced();
+    fn ringer_stored_split();
     fn ringer_load_fp();
     fn ringer_signal();
 }
@@ -125,6 +146,7 @@ impl Hot {
             slow: address(ringer_slow),
             resolve: address(ringer_resolve),
             bounced: address(ringer_bounced),
+            stored_split: address(ringer_stored_split),
             xsave_mask,
             xsaveopt: u64::from(crate::host::cpuid(0xd, 1).eax & 1),
             load_fp: address(ringer_load_fp),
@@ -132,7 +154,10 @@ impl Hot {
             signal_address: 0,
             signal_pc: 0,
             tsc_offset: 0,
-            group_addends: [0; crate::codegen::groups::SLOTS],
+            group_spans: [0; crate::codegen::groups::SLOTS],
+            held: 0,
+            detours: 0,
+            split: Split::default(),
             xmm: [0; 16],
         }
     }
@@ -325,6 +350,7 @@ global_asm!(
     ".global ringer_slow",
     "ringer_slow:",
     "pop qword ptr [rsp + {return_address}]",
+    "mov [rsp + {held}], r11",
     "SAVE_ALL",
     "mov rbx, [rsp + {fp_loaded}]",
     "test rbx, rbx",
@@ -377,6 +403,7 @@ global_asm!(
     "je 3f",
     "mov r14, rax",
     "LOAD_ALL",
+    "mov r11, [rsp + {held}]",
     "jmp [rsp + {return_address}]",
     // Not a plain page of RAM: the whole vector state is saved, and Rust may do anything.
     "3:",
@@ -410,6 +437,7 @@ global_asm!(
     "call ringer_restore_fp",
     "1:",
     "LOAD_ALL",
+    "mov r11, [rsp + {held}]",
     "jmp [rsp + {return_address}]",
     "2:",
     "mov ebx, edx",
@@ -432,10 +460,28 @@ global_asm!(
     "call ringer_restore_fp",
     "1:",
     "LOAD_ALL",
+    "mov r11, [rsp + {held}]",
     "jmp [rsp + {return_address}]",
     "2:",
     "mov ebx, eax",
     "jmp ringer_leave",
+    // A store across the end of a page has run on the buffer: to its two pages. Keeps registers and flags.
+    ".global ringer_stored_split",
+    "ringer_stored_split:",
+    "mov [rsp + 8*1], rcx",
+    "mov [rsp + 8*6], rsi",
+    "mov [rsp + 8*7], rdi",
+    "mov rsi, [rsp + {split_from}]",
+    "mov rdi, [rsp + {split_first}]",
+    "mov rcx, [rsp + {split_first_length}]",
+    "rep movsb",
+    "mov rdi, [rsp + {split_second}]",
+    "mov rcx, [rsp + {split_second_length}]",
+    "rep movsb",
+    "mov rcx, [rsp + 8*1]",
+    "mov rsi, [rsp + 8*6]",
+    "mov rdi, [rsp + 8*7]",
+    "jmp [rsp + {split_resume}]",
     // Called by blocks that use vector state before it is loaded. Keeps all registers and flags.
     ".global ringer_load_fp",
     "ringer_load_fp:",
@@ -472,6 +518,13 @@ global_asm!(
     xsave_mask = const context_offset!(hot.xsave_mask),
     xsaveopt = const context_offset!(hot.xsaveopt),
     xmm = const context_offset!(hot.xmm),
+    held = const context_offset!(hot.held),
+    split_from = const context_offset!(hot.split.from),
+    split_first = const context_offset!(hot.split.first),
+    split_first_length = const context_offset!(hot.split.first_length),
+    split_second = const context_offset!(hot.split.second),
+    split_second_length = const context_offset!(hot.split.second_length),
+    split_resume = const context_offset!(hot.split.resume),
     run_sensitive = sym crate::run::run_sensitive,
     fill_light = sym crate::access::fill_light,
     access_slow = sym crate::access::access_slow,

@@ -35,6 +35,7 @@ pub mod semantics;
 pub mod shared;
 mod signals;
 pub mod stats;
+mod stores;
 pub mod task;
 #[cfg(test)]
 mod testing;

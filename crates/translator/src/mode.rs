@@ -73,9 +73,14 @@ impl Mode {
         Mode(self.0 | SINGLE)
     }
 
-    /// The same mode, but every access is checked by itself, and blocks return to the dispatcher.
+    /// The same mode, but every access is checked by itself; what follows a block runs plainly.
     pub fn careful(self) -> Mode {
         Mode(self.0 | CAREFUL)
+    }
+
+    /// Not careful.
+    pub fn plain(self) -> Mode {
+        Mode(self.0 & !CAREFUL)
     }
 
     pub fn is_careful(self) -> bool {

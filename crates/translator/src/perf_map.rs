@@ -4,16 +4,16 @@
 //! `perf` takes one of them.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, LineWriter, Write};
 
 /// The open file of one vCPU.
-pub struct PerfMap(BufWriter<File>);
+pub struct PerfMap(LineWriter<File>);
 
 impl PerfMap {
     pub fn open() -> io::Result<Self> {
         let path = format!("/tmp/perf-{}.map", std::process::id());
         let file = File::options().append(true).create(true).open(path)?;
-        Ok(PerfMap(BufWriter::new(file)))
+        Ok(PerfMap(LineWriter::new(file)))
     }
 
     /// Names `length` bytes at a host address after the guest address they were translated from.

@@ -21,9 +21,8 @@ use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::shared::request;
+use crate::stores::Stores;
 
-/// After so many crossings of a page's end a block loses its groups.
-const MAX_CROSSINGS: u32 = 16;
 /// Code segments whose limits are remembered.
 const MAX_CODE_SEGMENTS: usize = 4096;
 /// Entries of the fetch cache; a power of two.
@@ -36,6 +35,11 @@ struct Fetch {
     tag: u64,
     gpa: u64,
 }
+
+/// After so many detours to careful code one is looked at...
+const DETOURS: i32 = 1024;
+/// ...and if they took less time than this, in ticks of the host's TSC, its block loses its groups.
+const SOON: u64 = DETOURS as u64 * 100;
 
 /// The dispatcher's and the cache's own state.
 pub struct EngineState {
@@ -61,8 +65,12 @@ pub struct EngineState {
     code_limits: FxHashMap<u32, u32>,
     /// The next block runs in careful mode.
     careful: bool,
-    /// How often a block's groups crossed a page; and blocks that are translated without groups for it.
-    crossings: FxHashMap<Key, u32>,
+    /// The place whose group's check failed, to be linked to the careful code that comes next.
+    failed_check: Option<u64>,
+    pub stores: Stores,
+    /// When detours were last looked at.
+    detoured: u64,
+    /// Blocks that are translated without groups.
     ungrouped: FxHashSet<Key>,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
@@ -87,25 +95,26 @@ impl EngineState {
             code_segment: CodeSegment::FLAT,
             code_limits: FxHashMap::default(),
             careful: false,
-            crossings: FxHashMap::default(),
+            failed_check: None,
+            stores: Stores::default(),
+            detoured: 0,
             ungrouped: FxHashSet::default(),
             delivered: false,
             device_pages: FxHashSet::default(),
         }
     }
 
-    /// A group's check failed in a block: the code goes on carefully. Where groups cross pages again and again, the block
-    /// is made anew without any.
-    pub fn run_carefully(&mut self, id: BlockId, crosses: bool) {
+    /// A group's check failed at a place in a block: the code goes on carefully, or, after `enough` of that, without groups.
+    pub fn run_carefully(&mut self, id: BlockId, place: u64, enough: bool) {
         self.careful = true;
-        if crosses && self.cache.is_live(id) {
-            let key = self.cache.block(id).key;
-            let count = self.crossings.entry(key).or_default();
-            *count += 1;
-            if *count == MAX_CROSSINGS {
-                self.ungrouped.insert(key);
-                self.cache.remove(id);
-            }
+        if !self.cache.is_live(id) {
+            return;
+        }
+        if enough {
+            self.ungrouped.insert(self.cache.block(id).key);
+            self.cache.remove(id);
+        } else {
+            self.failed_check = Some(place);
         }
     }
 
@@ -324,6 +333,11 @@ impl Vcpu {
             && self.engine.cache.stats.full_flushes == resets
         {
             self.engine.cache.link(site, id);
+        }
+        if let Some(place) = self.engine.failed_check.take()
+            && self.engine.cache.stats.full_flushes == resets
+        {
+            self.engine.cache.link(place, id);
         }
         self.engine.mode = Some(mode);
         self.hot.tsc_offset = self.machine.time.tsc_offset().unwrap_or_default();
@@ -575,9 +589,23 @@ impl Vcpu {
         }
     }
 
+    /// Counts a detour to careful code. True if they come so fast that the present one's block is better off without groups.
+    pub fn detoured_enough(&mut self) -> bool {
+        self.hot.detours -= 1;
+        if self.hot.detours >= 0 {
+            return false;
+        }
+        let now = crate::host::rdtsc();
+        self.hot.detours = DETOURS;
+        now.wrapping_sub(std::mem::replace(&mut self.engine.detoured, now)) < SOON
+    }
+
     /// Makes room by forgetting all translations.
     pub fn drop_all_blocks(&mut self) {
+        // The instruction that x87 notes can be found only while its block is known.
+        self.settle_x87_pointers();
         self.engine.snippets.clear();
+        self.engine.stores.clear();
         let frames: Vec<u64> = self.engine.cache.reset().collect();
         if self.machine.vcpus().len() <= 8 {
             for page in frames.into_iter().filter_map(crate::phys::page_of) {
@@ -645,7 +673,8 @@ impl Vcpu {
             return Some((insn, bytes, point.parked));
         }
         // The copy of a bounced instruction.
-        let (&site, _) = self.engine.snippets.iter().filter(|(_, at)| **at <= pc).max_by_key(|(_, at)| **at)?;
+        let bounced = self.engine.snippets.iter().map(|(&site, &at)| (site, at)).filter(|&(_, at)| at <= pc);
+        let (site, _) = bounced.chain(self.engine.stores.before(pc)).max_by_key(|&(_, at)| at)?;
         let site = self.site_at(site)?;
         Some((site.insn, site.bytes, site.parked))
     }

@@ -7,14 +7,21 @@
 
 use std::ops::Range;
 
+use memory::PAGE_SIZE;
+
 use crate::cpu::{CONTEXTS, Context};
 
 /// Entries in each table; a power of two.
 pub const ENTRIES: usize = 16384;
 
-/// A tag that no canonical address matches. Where a non-canonical one does, `addend` makes the host address
+/// A stack page's tag that no canonical address matches. Where a non-canonical one does, `addend` makes the host address
 /// non-canonical too, and the processor raises the #GP that the guest is due.
-pub const INVALID: u64 = 1 << 63;
+const NO_PAGE: u64 = 1 << 63;
+
+/// The tag of an entry that maps nothing: a page that belongs to another entry, so that no address matches.
+pub const fn invalid(index: usize) -> u64 {
+    NO_PAGE | ((index ^ 1) as u64) << 12
+}
 
 /// One mapping.
 #[derive(Clone, Copy, Debug)]
@@ -22,16 +29,26 @@ pub const INVALID: u64 = 1 << 63;
 pub struct Entry {
     pub read: u64,
     pub write: u64,
-    /// Host address minus guest-virtual address.
-    pub addend: u64,
+    /// The host address of the page. An address that hits, XOR its tag, is what to add.
+    pub host: u64,
     /// The page's frame (see `phys`); bit 0: [`GLOBAL`].
     frame: u64,
 }
 
+impl Entry {
+    const fn empty(index: usize) -> Self {
+        Entry { read: invalid(index), write: invalid(index), host: 0, frame: 0 }
+    }
+
+    /// The host address of an access of `length` bytes, if the entry allows it as a plain one.
+    pub fn host_address(&self, va: u64, length: usize, write: bool) -> Option<u64> {
+        let offset = va ^ if write { self.write } else { self.read };
+        (offset <= PAGE_SIZE.checked_sub(length as u64)?).then(|| self.host + offset)
+    }
+}
+
 /// In [`Entry::frame`]: the mapping survives a change of CR3.
 const GLOBAL: u64 = 1;
-
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, frame: 0 };
 
 /// A page-walk result to cache.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +79,9 @@ impl Table {
     fn flush(&mut self) {
         for word in 0..ENTRIES / 64 {
             let used = std::mem::take(&mut self.local[word]) | std::mem::take(&mut self.global[word]);
-            bits(used).for_each(|bit| self.entries[word * 64 + bit] = EMPTY);
+            for index in bits(used).map(|bit| word * 64 + bit) {
+                self.entries[index] = Entry::empty(index);
+            }
         }
         self.large = 0;
     }
@@ -70,9 +89,9 @@ impl Table {
     fn flush_local(&mut self) {
         for word in 0..ENTRIES / 64 {
             for bit in bits(std::mem::take(&mut self.local[word])) {
-                let entry = &mut self.entries[word * 64 + bit];
-                if entry.frame & GLOBAL == 0 {
-                    *entry = EMPTY;
+                let index = word * 64 + bit;
+                if self.entries[index].frame & GLOBAL == 0 {
+                    self.entries[index] = Entry::empty(index);
                 }
             }
         }
@@ -100,13 +119,13 @@ fn area_bit(va: u64) -> u64 {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct StackPage {
-    /// Its guest-virtual address, if it can be read and written, else [`INVALID`].
+    /// Its guest-virtual address, if it can be read and written, else [`NO_PAGE`].
     pub page: u64,
     pub addend: u64,
     frame: u64,
 }
 
-const NO_STACK: StackPage = StackPage { page: INVALID, addend: 0, frame: u64::MAX };
+const NO_STACK: StackPage = StackPage { page: NO_PAGE, addend: 0, frame: u64::MAX };
 
 /// All of a vCPU's cached mappings.
 #[repr(C)]
@@ -139,7 +158,7 @@ impl Tlb {
             for context in 0..CONTEXTS {
                 let table = &raw mut (*place).tables[context];
                 for index in 0..ENTRIES {
-                    (&raw mut (*table).entries[index]).write(EMPTY);
+                    (&raw mut (*table).entries[index]).write(Entry::empty(index));
                 }
                 (&raw mut (*table).local).write([0; ENTRIES / 64]);
                 (&raw mut (*table).global).write([0; ENTRIES / 64]);
@@ -164,15 +183,15 @@ impl Tlb {
         let table = &mut self.tables[context as usize];
         let (page, index) = (fill.va & !0xfff, Self::index(fill.va));
         if !fill.readable && !fill.writable {
-            table.entries[index] = EMPTY;
+            table.entries[index] = Entry::empty(index);
             return;
         }
         let listed = if fill.global { &mut table.global } else { &mut table.local };
         listed[index / 64] |= 1 << (index % 64);
         table.entries[index] = Entry {
-            read: if fill.readable { page } else { INVALID },
-            write: if fill.writable { page } else { INVALID },
-            addend: (fill.host as u64 & !0xfff).wrapping_sub(page),
+            read: if fill.readable { page } else { invalid(index) },
+            write: if fill.writable { page } else { invalid(index) },
+            host: fill.host as u64 & !0xfff,
             frame: fill.frame & !0xfff | if fill.global { GLOBAL } else { 0 },
         };
         if fill.large {
@@ -189,8 +208,9 @@ impl Tlb {
         if entry.read != page || entry.write != page {
             return None;
         }
-        self.stack[context as usize] = StackPage { page, addend: entry.addend, frame: entry.frame };
-        Some(entry.addend)
+        let addend = entry.host.wrapping_sub(page);
+        self.stack[context as usize] = StackPage { page, addend, frame: entry.frame };
+        Some(addend)
     }
 
     /// Drops everything.
@@ -216,9 +236,10 @@ impl Tlb {
             if table.large & area_bit(va) != 0 {
                 table.flush();
             } else {
-                let entry = &mut table.entries[Self::index(va)];
-                if (entry.read & !0xfff == va & !0xfff) || (entry.write & !0xfff == va & !0xfff) {
-                    *entry = EMPTY;
+                let index = Self::index(va);
+                let entry = &mut table.entries[index];
+                if entry.read == va & !0xfff || entry.write == va & !0xfff {
+                    *entry = Entry::empty(index);
                 }
             }
         }
@@ -231,10 +252,10 @@ impl Tlb {
         }
         for table in &mut self.tables {
             for word in 0..ENTRIES / 64 {
-                for bit in bits(table.local[word] | table.global[word]) {
-                    let entry = &mut table.entries[word * 64 + bit];
+                for index in bits(table.local[word] | table.global[word]).map(|bit| word * 64 + bit) {
+                    let entry = &mut table.entries[index];
                     if frames.contains(&(entry.frame & !0xfff)) {
-                        entry.write = INVALID;
+                        entry.write = invalid(index);
                     }
                 }
             }
@@ -243,8 +264,10 @@ impl Tlb {
 
     /// A guest-virtual address that is mapped to a host one. Looks at every entry.
     pub fn guest_address(&self, host: u64) -> Option<u64> {
-        let entries = self.tables.iter().flat_map(|t| t.used().map(|i| &t.entries[i]));
-        let tags = entries.flat_map(|e| [(e.read, e.addend), (e.write, e.addend)]).filter(|t| t.0 != INVALID);
-        tags.map(|(tag, addend)| (tag, host.wrapping_sub(addend))).find(|(tag, va)| va & !0xfff == *tag).map(|t| t.1)
+        let entries = self.tables.iter().flat_map(|t| t.used().map(move |i| (i, &t.entries[i])));
+        let mut found = entries.filter(|(_, e)| e.host == host & !0xfff);
+        found
+            .find_map(|(i, e)| [e.read, e.write].into_iter().find(|&tag| tag != invalid(i)))
+            .map(|tag| tag | host & 0xfff)
     }
 }

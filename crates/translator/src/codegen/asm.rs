@@ -52,6 +52,7 @@ pub enum Alu {
 pub mod cc {
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
+    pub const S: u8 = 8;
 }
 
 /// A place in the code, perhaps not known yet.
@@ -331,6 +332,14 @@ impl Asm {
     }
 
     /// `and dword [mem], imm32`
+    /// `sub dword [mem], 1`
+    pub fn count_down(&mut self, mem: Mem) {
+        self.rex(false, 5, mem);
+        self.byte(0x83);
+        self.modrm(5, mem, 1);
+        self.byte(1);
+    }
+
     pub fn and_mem32_imm(&mut self, mem: Mem, value: i32) {
         self.rex(false, 0, mem);
         self.byte(0x81);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
-use super::asm::{Asm, Label, Mem, RCX, RSP, S0, cc};
+use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
@@ -56,24 +56,38 @@ pub struct Place {
     pub jump_slot: Option<usize>,
 }
 
-/// A slow path, to be emitted behind the body.
-pub enum SlowStub {
-    /// `entry`: call `slow` with `kind`; then go on at `back`.
-    Access { entry: Label, back: Label, kind: AccessKind },
-    /// The same with `resolve`.
-    Resolve { entry: Label, back: Label, kind: AccessKind },
-    /// The same for a group: the span begins at `base + low`, and its addend is kept.
-    Group { entry: Label, back: Label, kind: AccessKind, member: Member, low: i32 },
-    /// A branch's target that is not linked directly.
-    Goto { entry: Label, target: u64, item: usize },
+/// The slow path of a check, to be emitted behind the body: calls Rust with `kind`, then goes on at `back`.
+pub struct SlowStub {
+    pub entry: Label,
+    pub back: Label,
+    pub kind: AccessKind,
+    pub why: Slow,
 }
 
-struct PendingStub {
-    stub: SlowStub,
-    point: u16,
-    parked: bool,
-    /// Host offset after the instruction.
-    end: u32,
+/// Why a check failed.
+pub enum Slow {
+    /// The TLB entry doesn't fit.
+    Miss {
+        /// What the address in S0 was combined with by XOR.
+        tag: Mem,
+        /// Where only the page's end is in the way, careful code is entered.
+        detour: bool,
+    },
+    /// The segment doesn't allow it, as far as emitted code can tell.
+    Segment,
+}
+
+/// Code to be emitted behind the body.
+enum Behind {
+    Slow {
+        stub: SlowStub,
+        point: u16,
+        parked: bool,
+        /// Host offset after the instruction.
+        end: u32,
+    },
+    /// A branch's target that is not linked directly.
+    Goto { entry: Label, target: u64, item: usize },
 }
 
 struct PendingLink {
@@ -98,9 +112,11 @@ pub struct Builder<'a> {
     pub flags: FlagState,
     points: Vec<Point>,
     sites: Vec<Site>,
-    stubs: Vec<PendingStub>,
+    behind: Vec<Behind>,
     links: Vec<PendingLink>,
     sensitive: Vec<SensitiveInsn>,
+    /// The slot of the group whose host address is in S2.
+    pub held: Option<usize>,
 }
 
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
@@ -123,9 +139,10 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
         flags: FlagState::Host,
         points: Vec::new(),
         sites: Vec::new(),
-        stubs: Vec::new(),
+        behind: Vec::new(),
         links: Vec::new(),
         sensitive: Vec::new(),
+        held: None,
     };
     b.prologue();
     let mut ended = false;
@@ -136,8 +153,9 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
         if b.asm.position() > MAX_HOST_BYTES {
             break;
         }
-        guest_length = offset + insn.len();
-        let first_stub = b.stubs.len();
+        // A block that is a loop goes through its first instructions several times.
+        guest_length = guest_length.max(offset + insn.len());
+        let first_stub = b.behind.len();
         let first_site = b.sites.len();
         b.points.push(Point {
             host_offset: b.position(),
@@ -146,15 +164,20 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
         });
         ended = b.instruction(&insn, kind);
         let end = b.position();
-        b.stubs[first_stub..].iter_mut().for_each(|s| s.end = end);
+        for behind in &mut b.behind[first_stub..] {
+            if let Behind::Slow { end: after, .. } = behind {
+                *after = end;
+            }
+        }
         b.sites[first_site..].iter_mut().for_each(|s| s.end = end);
         if ended {
             break;
         }
     }
     if !ended {
-        let next = b.wrap_ip(start.wrapping_add(guest_length as u64));
-        if b.crosses_page(guest_length) {
+        let (next, length) = b.items.get(b.current).map_or((start, 0), |i| (i.insn.next_ip(), i.offset + i.insn.len()));
+        let next = b.wrap_ip(next);
+        if b.crosses_page(length) {
             b.goto_unlinked(next);
         } else {
             b.goto(next);
@@ -163,8 +186,8 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
     Some(b.finish(guest_length))
 }
 
-/// Emits the operation itself, on `[S0]` if it has a memory operand.
-pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<()> {
+/// Emits the operation itself, on `[S0]` if it has a memory operand; whether S2 kept its value.
+pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<bool> {
     use Mnemonic::*;
     let bits = insn.code_size_bits();
     match insn.code() {
@@ -180,7 +203,7 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: 
         _ if insn.mnemonic() == Xlatb => asm.bytes(&[0x41, 0x8a, 0x06]),
         _ => return reencode::emit(asm, bytes, insn, bits, operand),
     }
-    Some(())
+    Some(true)
 }
 
 /// The code size an instruction was decoded for.
@@ -256,7 +279,7 @@ impl Builder<'_> {
 
     pub fn slow_stub(&mut self, stub: SlowStub) {
         let parked = self.flags == FlagState::Parked;
-        self.stubs.push(PendingStub { stub, point: (self.points.len() - 1) as u16, parked, end: 0 });
+        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u16, parked, end: 0 });
     }
 
     /// Calls the `resolve` thunk; the access kind is in S1.
@@ -274,6 +297,7 @@ impl Builder<'_> {
             Kind::Sensitive(exec, ends_block) => {
                 self.need_flags();
                 self.sensitive(insn, exec, ends_block);
+                self.held = None;
                 ends_block
             }
             Kind::Branch => self.branch(insn),
@@ -317,8 +341,7 @@ impl Builder<'_> {
         if let Some(operand) = access_operand(insn) {
             let write = writes(insn, operand);
             if let Some(member) = self.member() {
-                self.group_addend(member, write);
-                form = Operand::Based(member.base, insn.memory_displacement64() as i32);
+                form = self.group_operand(insn, member, write);
             } else {
                 self.operand(insn, AccessKind::new(operand_size(insn), write, self.mode.context()));
             }
@@ -333,11 +356,15 @@ impl Builder<'_> {
         self.note_flags();
         let before = self.asm.position();
         let bytes = &self.bytes[offset..offset + insn.len()];
-        if emit_operation(&mut self.asm, bytes, insn, form).is_none() {
-            self.asm.code.truncate(before);
-            tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
-            self.need_flags();
-            self.sensitive(insn, raise_invalid_opcode, true);
+        match emit_operation(&mut self.asm, bytes, insn, form) {
+            Some(true) => {}
+            Some(false) => self.held = None,
+            None => {
+                self.asm.code.truncate(before);
+                tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
+                self.need_flags();
+                self.sensitive(insn, raise_invalid_opcode, true);
+            }
         }
     }
 
@@ -376,13 +403,18 @@ impl Builder<'_> {
         }
     }
 
+    /// The conditional branch back to the block's start is followed by what it leads to.
+    pub fn goes_on_with_next_turn(&self) -> bool {
+        self.items[self.current].turns
+    }
+
     pub fn member(&self) -> Option<Member> {
         self.items[self.current].member
     }
 
     /// A conditional branch's target that needs code of its own: emitted behind the body.
     pub fn goto_stub(&mut self, entry: Label, target: u64) {
-        self.slow_stub(SlowStub::Goto { entry, target, item: self.current });
+        self.behind.push(Behind::Goto { entry, target, item: self.current });
     }
 
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
@@ -394,35 +426,60 @@ impl Builder<'_> {
         live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
     }
 
+    /// A jump to careful code if the address XOR its tag, in S0, says that the page is the right one; until it is linked it
+    /// leads to what comes next. Where its rel32 is.
+    fn detour(&mut self) -> u32 {
+        let slow = self.asm.label();
+        self.asm.alu_imm(Alu::Cmp, S0, 0xfff);
+        self.asm.jcc(cc::A, slow);
+        self.asm.count_down(Mem::Base(RSP, context_offset!(hot.detours)));
+        self.asm.jcc(cc::S, slow);
+        self.asm.jmp(slow);
+        self.asm.bind(slow);
+        self.position() - 4
+    }
+
     fn finish(mut self, guest_length: usize) -> Translated {
-        for pending in std::mem::take(&mut self.stubs) {
-            let slow = context_offset!(hot.slow);
-            let (entry, back, kind, call) = match pending.stub {
-                SlowStub::Access { entry, back, kind } => (entry, back, kind, slow),
-                SlowStub::Resolve { entry, back, kind } => (entry, back, kind, context_offset!(hot.resolve)),
-                SlowStub::Group { entry, back, kind, .. } => (entry, back, kind, slow),
-                SlowStub::Goto { entry, target, item } => {
+        let mut links = Vec::with_capacity(self.links.len());
+        for behind in std::mem::take(&mut self.behind) {
+            match behind {
+                Behind::Slow { stub, point, parked, end } => {
+                    self.asm.bind(stub.entry);
+                    let mut patch = None;
+                    let mut call = context_offset!(hot.resolve);
+                    let mut stub_offset = self.position();
+                    if let Slow::Miss { tag, detour } = stub.why {
+                        patch = detour.then(|| self.detour());
+                        call = context_offset!(hot.slow);
+                        stub_offset = self.position();
+                        self.asm.alu_mem(Alu::Xor, S0, tag);
+                    }
+                    self.asm.mov_imm(S1, stub.kind.bits() as u64);
+                    self.asm.call_mem(Mem::Base(RSP, call));
+                    let return_offset = self.position();
+                    self.sites.push(Site { return_offset, point, parked, end });
+                    self.asm.jmp(stub.back);
+                    if let Some(patch_offset) = patch {
+                        let target = self.start + u64::from(self.points[usize::from(point)].guest_offset);
+                        links.push(Link {
+                            stub_offset,
+                            return_offset,
+                            patch_offset,
+                            target,
+                            parked,
+                            detour: true,
+                            to: None,
+                        });
+                    }
+                }
+                Behind::Goto { entry, target, item } => {
                     self.asm.bind(entry);
                     self.current = item;
                     self.flags = FlagState::Host;
                     self.goto(target);
-                    continue;
                 }
-            };
-            self.asm.bind(entry);
-            if let SlowStub::Group { member, low, .. } = pending.stub {
-                self.asm.lea(S0, Mem::Base(member.base, low));
             }
-            self.asm.mov_imm(super::asm::S1, kind.bits() as u64);
-            self.asm.call_mem(Mem::Base(RSP, call));
-            let return_offset = self.position();
-            self.sites.push(Site { return_offset, point: pending.point, parked: pending.parked, end: pending.end });
-            if let SlowStub::Group { member, .. } = pending.stub {
-                self.keep_addend(member);
-            }
-            self.asm.jmp(back);
         }
-        let mut links = Vec::with_capacity(self.links.len());
         for pending in std::mem::take(&mut self.links) {
             self.asm.bind(pending.label);
             let stub_offset = self.position();
@@ -435,6 +492,7 @@ impl Builder<'_> {
                 patch_offset,
                 target: pending.target,
                 parked: pending.parked,
+                detour: false,
                 to: None,
             });
         }

@@ -74,8 +74,13 @@ impl Builder<'_> {
             _ => {
                 self.need_flags();
                 let taken = self.asm.label();
-                let target = insn.near_branch_target();
-                self.conditional(insn.condition_code() as u8, taken, target);
+                // iced numbers conditions from 1 in encoding order, with `None` as 0.
+                let condition = insn.condition_code() as u8 - 1;
+                if self.goes_on_with_next_turn() {
+                    self.conditional(condition ^ 1, taken, self.wrap_ip(insn.next_ip()));
+                } else {
+                    self.conditional(condition, taken, insn.near_branch_target());
+                }
                 return false;
             }
         }
@@ -85,8 +90,7 @@ impl Builder<'_> {
     /// A Jcc to `taken`, which stands behind the body; where the target can be linked without a poll, the Jcc itself is
     /// patched.
     fn conditional(&mut self, condition: u8, taken: Label, target: u64) {
-        // iced numbers conditions from 1 in encoding order, with `None` as 0.
-        self.asm.jcc(condition - 1, taken);
+        self.asm.jcc(condition, taken);
         if self.linkable(target) && !self.polls(target) {
             let patch = self.asm.position() - 4;
             self.link(taken, target, patch);

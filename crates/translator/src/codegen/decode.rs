@@ -4,7 +4,7 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
 
 use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
-use super::groups::{self, Access, Member, Step};
+use super::groups::{self, Access, Form, Member, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
 use crate::mode::{CodeSegment, Mode};
@@ -15,6 +15,10 @@ pub const MAX_INSTRUCTIONS: usize = 40;
 /// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
 /// there.
 pub const MAX_BRANCHES: usize = 3;
+
+/// Instructions in a block that holds several turns of a loop, and how many turns those are at most.
+const MAX_UNROLLED: usize = 56;
+const MAX_TURNS: usize = 8;
 
 /// Instructions looked at where a branch leads, to see which flags are needed there.
 pub const MAX_LOOKAHEAD: usize = 6;
@@ -55,6 +59,8 @@ pub struct Item {
     pub live_in: Flags,
     /// The part of its access in a group.
     pub member: Option<Member>,
+    /// A conditional branch back to the block's start, behind which another turn of the loop follows.
+    pub turns: bool,
 }
 
 /// The range of a page's bytes that were looked at beyond the block's own.
@@ -74,7 +80,8 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Opti
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut items: Vec<Item> = Vec::new();
     let mut branches = 0;
-    let limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let mut limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let mut turns = 1;
     let page = code.room();
     while items.len() < limit {
         let offset = decoder.position();
@@ -110,11 +117,32 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Opti
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
             _ => Effect::of(&insn),
         };
-        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None });
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false });
+        let body = items.len() / turns;
+        if insn.is_jcc_short_or_near()
+            && insn.near_branch_target() == start
+            && matches!(kind, Kind::Branch)
+            && mode.long()
+            && offset + insn.len() <= page
+            && turns < MAX_TURNS
+            && items.len() + body <= MAX_UNROLLED
+            && decoder.set_position(0).is_ok()
+        {
+            // The block goes on with another turn of the loop that it is, so that turns share checks.
+            if let Some(item) = items.last_mut() {
+                item.turns = true;
+            }
+            decoder.set_ip(start);
+            turns += 1;
+            branches = 0;
+            limit = MAX_UNROLLED;
+            continue;
+        }
         let ends = match kind {
             Kind::Branch => {
                 branches += 1;
-                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES
+                let closes = turns > 1 && insn.near_branch_target() == start;
+                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes
             }
             Kind::Sensitive(_, ends) => ends,
             _ => false,
@@ -179,11 +207,12 @@ pub fn plan_groups(items: &mut [Item], mode: Mode) {
 
 pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
     let word = mode.bits() as i64 / 8;
-    let push = Access { base: 4, displacement: -word, size: word, write: true };
-    let pop = Access { base: 4, displacement: 0, size: word, write: false };
+    let push = Access { form: Form::STACK, displacement: -word, size: word, write: true };
+    let pop = Access { form: Form::STACK, displacement: 0, size: word, write: false };
     match kind {
-        Kind::Skip | Kind::System => Step::Plain(None),
-        Kind::Sensitive(..) => Step::Barrier,
+        Kind::Skip => Step::Plain(None),
+        Kind::System if insn.mnemonic() != Mnemonic::Swapgs => Step::Plain(None),
+        Kind::Sensitive(..) | Kind::System => Step::Barrier,
         Kind::Native => Step::Plain(based_access(insn)),
         Kind::Stack => match insn.mnemonic() {
             Mnemonic::Pop => Step::Stack { access: Some(pop), moves: word },
@@ -199,20 +228,17 @@ pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
     }
 }
 
-/// The access of an innocuous instruction, if its address is a base register and a displacement.
+/// The access of an innocuous instruction, if its address is a form and a displacement.
 pub fn based_access(insn: &Instruction) -> Option<Access> {
     let operand = access_operand(insn)?;
-    let base = insn.memory_base();
-    let plain = groups::groupable(base)
-        && insn.memory_index() == Register::None
-        && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+    let form = Form::of(insn)?;
     let masked = insn.op_mask() != Register::None
         || matches!(
             insn.mnemonic(),
             Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
         );
-    (plain && !masked).then(|| Access {
-        base: base.number() as u8,
+    (!masked).then(|| Access {
+        form,
         displacement: insn.memory_displacement64() as i64,
         size: operand_size(insn) as i64,
         write: writes(insn, operand),

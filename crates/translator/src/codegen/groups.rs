@@ -1,30 +1,72 @@
 //! Accesses that share one TLB check.
 //!
-//! Neighbouring accesses off one base register mostly lie in one page: fields of a structure, slots of a stack frame. The
-//! first of such a [`Group`] checks the whole span that the group touches and keeps the page's addend; the others only
-//! add it: `[addend + base + displacement]`. If the span crosses a page's end, or the page has no plain mapping for what
-//! the group does, the first access leaves for the dispatcher, which runs the code up to the end of the block in
-//! [careful mode](crate::mode::Mode::careful), where every access is checked by itself.
+//! Neighbouring accesses at constant distances from one address ([`Form`]) mostly lie in one page: fields of a structure,
+//! slots of a stack frame, elements of an array that a loop walks through. The first of such a [`Group`] checks the whole
+//! span that the group touches and keeps its host address; the others use it. Registers that move by constants between the
+//! accesses (`add rdi, 16`) don't end a group. If the span crosses a page's end, or the page has no plain mapping for what
+//! the group does, the code up to the end of the block runs in [careful mode](crate::mode::Mode::careful), where every
+//! access is checked by itself.
 //!
 //! A group never makes an access happen that the guest doesn't make: its check walks the page tables for what the
 //! first access does, and a write that comes later finds the page writable and dirty already, or the code runs carefully.
 
-use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, Register};
-
-use super::asm::Reg;
-use super::reencode::{Home, home};
+use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// The widest span that shares a check, in bytes. Wider ones cross pages too often.
 const MAX_SPAN: i64 = 1024;
-/// Groups of one block that keep an addend in the context.
+/// Groups of one block that keep a host address in the context.
 pub const SLOTS: usize = 16;
 const RSP_NUMBER: u8 = 4;
 
-/// A memory access at a constant distance from a base register.
+/// An address but for its displacement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// By the guest's numbers. Without base and index the address is the displacement.
+    pub base: Option<u8>,
+    /// With its scale.
+    pub index: Option<(u8, u8)>,
+    /// FS, GS or none.
+    pub segment: Register,
+}
+
+impl Form {
+    /// What stack instructions access.
+    pub const STACK: Form = Form { base: Some(RSP_NUMBER), index: None, segment: Register::None };
+
+    /// The form of an instruction's memory operand, if it has 64-bit addressing.
+    pub fn of(insn: &Instruction) -> Option<Form> {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let number = |r: Register| r.is_gpr64().then(|| r.number() as u8);
+        let known = |r: Register| r == Register::None || r.is_gpr64();
+        let relative = base == Register::RIP;
+        let addressed = base.is_gpr64() || index.is_gpr64();
+        if !(relative || addressed && known(base) && known(index)) {
+            return None;
+        }
+        let segment = match insn.memory_segment() {
+            s @ (Register::FS | Register::GS) => s,
+            _ => Register::None,
+        };
+        let index = number(index).map(|n| (n, insn.memory_index_scale() as u8));
+        Some(Form { base: number(base), index, segment })
+    }
+
+    fn uses(self, register: u8) -> bool {
+        self.base == Some(register) || self.index.is_some_and(|(n, _)| n == register)
+    }
+
+    /// How far the address has moved with its registers.
+    fn shift(self, moved: &[i64; 16]) -> i64 {
+        let of = |n: u8| moved[usize::from(n & 15)];
+        let base = self.base.map_or(0, of);
+        base.wrapping_add(self.index.map_or(0, |(n, scale)| of(n).wrapping_mul(scale.into())))
+    }
+}
+
+/// A memory access at a constant distance from a form.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
-    /// The guest's number of the base register.
-    pub base: u8,
+    pub form: Form,
     pub displacement: i64,
     pub size: i64,
     pub write: bool,
@@ -41,101 +83,110 @@ pub enum Step {
     Barrier,
 }
 
-/// Where the addend of a group is kept.
+/// What is kept of a group, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// With the stack page, in the TLB.
+    /// The addend of the stack page, with the TLB.
     StackPage,
-    /// In this slot of the context.
+    /// The host address of the span's first byte, in this slot of the context.
     Slot(usize),
 }
 
 /// One instruction's part in a group.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
-    pub base: Reg,
     pub keep: Keep,
-    /// The check to be made here, for all: span from base, and whether any member writes.
+    /// How far the access is from the span's first byte.
+    pub distance: i32,
+    /// The check to be made here, for all.
     pub check: Option<Check>,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct Check {
-    /// Of the span's first byte, from the base register as it is now.
-    pub low: i32,
+    pub form: Form,
+    /// Of the span's first byte, as registers are now.
+    pub displacement: i64,
+    /// How many bytes, and whether any member writes.
     pub span: i32,
     pub write: bool,
 }
 
 #[derive(Clone, Debug)]
 struct Group {
-    base: u8,
+    form: Form,
     low: i64,
     high: i64,
     write: bool,
-    first: usize,
-    /// How far the base had moved at the first member.
+    /// How far the form's registers had moved at the first member.
     moved: i64,
-    members: Vec<usize>,
+    /// Instructions, and the first bytes that they access.
+    members: Vec<(usize, i64)>,
+    open: bool,
 }
 
 /// Finds the groups of a block: for each instruction its membership, if any.
 pub fn plan(steps: &[(Instruction, Step)]) -> Vec<Option<Member>> {
     let mut groups: Vec<Group> = Vec::new();
-    let mut open: [Option<usize>; 16] = [None; 16];
     let mut moved = [0i64; 16];
     let mut factory = InstructionInfoFactory::new();
     for (i, (insn, step)) in steps.iter().enumerate() {
         let access = match step {
             Step::Plain(access) | Step::Stack { access, .. } => *access,
             Step::Barrier => {
-                open = [None; 16];
+                groups.iter_mut().for_each(|g| g.open = false);
                 continue;
             }
         };
         if let Some(a) = access {
-            join(&mut groups, &mut open, &moved, i, a);
+            join(&mut groups, &moved, i, a);
         }
         match step {
             Step::Stack { moves, .. } => {
-                moved[RSP_NUMBER as usize] += moves;
-                if insn.mnemonic() == Mnemonic::Pop && insn.op0_register().is_gpr() {
-                    close(&mut open, insn.op0_register());
+                moved[usize::from(RSP_NUMBER)] += moves;
+                if insn.mnemonic() == Mnemonic::Pop && insn.op0_kind() == OpKind::Register {
+                    close(&mut groups, insn.op0_register());
                 }
             }
-            _ => match stack_adjustment(insn) {
-                Some(distance) => moved[RSP_NUMBER as usize] += distance,
-                None => close_written(&mut factory, insn, &mut open),
+            _ => match constant_move(insn) {
+                Some((n, distance)) => moved[usize::from(n & 15)] = moved[usize::from(n & 15)].wrapping_add(distance),
+                None => close_written(&mut factory, insn, &mut groups),
             },
         }
     }
     members(&groups, steps.len())
 }
 
-fn join(groups: &mut Vec<Group>, open: &mut [Option<usize>; 16], moved: &[i64; 16], i: usize, a: Access) {
-    let base = a.base as usize;
-    let (low, high) = (a.displacement + moved[base], a.displacement + moved[base] + a.size);
-    if let Some(group) = open[base].map(|g| &mut groups[g]) {
+fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access) {
+    let moved = a.form.shift(moved);
+    let low = a.displacement.wrapping_add(moved);
+    let Some(high) = low.checked_add(a.size) else { return };
+    for group in groups.iter_mut().filter(|g| g.open && g.form == a.form) {
         let span = (group.low.min(low), group.high.max(high));
-        if span.1 - span.0 <= MAX_SPAN {
+        if span.1.checked_sub(span.0).is_some_and(|s| s <= MAX_SPAN) {
             (group.low, group.high) = span;
             group.write |= a.write;
-            group.members.push(i);
+            group.members.push((i, low));
             return;
         }
     }
-    open[base] = Some(groups.len());
-    groups.push(Group { base: a.base, low, high, write: a.write, first: i, moved: moved[base], members: vec![i] });
+    if a.form == Form::STACK {
+        // There is one stack page.
+        groups.iter_mut().filter(|g| g.form == Form::STACK).for_each(|g| g.open = false);
+    }
+    groups.push(Group { form: a.form, low, high, write: a.write, moved, members: vec![(i, low)], open: true });
 }
 
 fn members(groups: &[Group], count: usize) -> Vec<Option<Member>> {
     let mut plan = vec![None; count];
     let mut slots = 0;
     for group in groups {
-        let Home::Host(base) = home(group.base) else { continue };
-        let stack = group.base == RSP_NUMBER;
+        let stack = group.form == Form::STACK;
+        let displacement = group.low.wrapping_sub(group.moved);
+        let encodable =
+            group.form == Form { base: None, index: None, ..group.form } || i32::try_from(displacement).is_ok();
         // A single access is checked as it is, except on the stack, whose page is remembered.
-        if !stack && (group.members.len() < 2 || slots == SLOTS) {
+        if !encodable || !stack && (group.members.len() < 2 || slots == SLOTS) {
             continue;
         }
         let keep = if stack {
@@ -144,55 +195,107 @@ fn members(groups: &[Group], count: usize) -> Vec<Option<Member>> {
             slots += 1;
             Keep::Slot(slots - 1)
         };
-        for &i in &group.members {
-            let check = (i == group.first).then(|| Check {
-                low: (group.low - group.moved) as i32,
-                span: (group.high - group.low) as i32,
-                write: group.write,
-            });
-            plan[i] = Some(Member { base, keep, check });
+        let check = Check { form: group.form, displacement, span: (group.high - group.low) as i32, write: group.write };
+        for (n, &(i, low)) in group.members.iter().enumerate() {
+            let distance = (low - group.low) as i32;
+            plan[i] = Some(Member { keep, distance, check: (n == 0).then_some(check) });
         }
     }
     plan
 }
 
-/// `ADD/SUB rsp, imm` and `LEA rsp, [rsp + imm]`: the stack moves by a known distance.
-fn stack_adjustment(insn: &Instruction) -> Option<i64> {
-    if insn.op0_register() != Register::RSP {
+/// `ADD/SUB r, imm`, `INC/DEC r` and `LEA r, [r + imm]`: a 64-bit register moves by a known distance.
+fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
+    let register = insn.op0_register();
+    if insn.op_count() == 0 || insn.op0_kind() != OpKind::Register || !register.is_gpr64() {
         return None;
     }
-    match insn.mnemonic() {
-        Mnemonic::Add if insn.op1_kind() != iced_x86::OpKind::Register => immediate(insn),
-        Mnemonic::Sub if insn.op1_kind() != iced_x86::OpKind::Register => immediate(insn).map(|n| -n),
-        Mnemonic::Cmp | Mnemonic::Test => Some(0),
-        Mnemonic::Lea if insn.memory_base() == Register::RSP && insn.memory_index() == Register::None => {
-            Some(insn.memory_displacement64() as i64)
+    let distance = match insn.mnemonic() {
+        Mnemonic::Add => immediate(insn)?,
+        Mnemonic::Sub => immediate(insn)?.wrapping_neg(),
+        Mnemonic::Inc => 1,
+        Mnemonic::Dec => -1,
+        Mnemonic::Lea if insn.memory_base() == register && insn.memory_index() == Register::None => {
+            insn.memory_displacement64() as i64
         }
-        _ => None,
-    }
+        _ => return None,
+    };
+    Some((register.number() as u8, distance))
 }
 
 fn immediate(insn: &Instruction) -> Option<i64> {
-    use iced_x86::OpKind::*;
-    matches!(insn.op1_kind(), Immediate8to64 | Immediate32to64).then(|| insn.immediate(1) as i64)
+    matches!(insn.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64).then(|| insn.immediate(1) as i64)
 }
 
-fn close(open: &mut [Option<usize>; 16], register: Register) {
+fn close(groups: &mut [Group], register: Register) {
     if register.is_gpr() {
-        open[register.full_register().number()] = None;
+        let n = register.full_register().number() as u8;
+        groups.iter_mut().filter(|g| g.form.uses(n)).for_each(|g| g.open = false);
     }
 }
 
-fn close_written(factory: &mut InstructionInfoFactory, insn: &Instruction, open: &mut [Option<usize>; 16]) {
+fn close_written(factory: &mut InstructionInfoFactory, insn: &Instruction, groups: &mut [Group]) {
     let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
     for used in info.used_registers() {
         if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-            close(open, used.register());
+            close(groups, used.register());
         }
     }
 }
 
-/// Whether a base register can have groups: it lives in a host register.
-pub fn groupable(base: Register) -> bool {
-    base.is_gpr64() && matches!(home(base.number() as u8), Home::Host(_))
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+
+    use super::*;
+    use crate::codegen::decode::based_access;
+
+    fn planned(code: &[u8]) -> Vec<Option<Member>> {
+        let steps: Vec<_> = Decoder::with_ip(64, code, 0x1000, DecoderOptions::NONE)
+            .iter()
+            .map(|insn| (insn, Step::Plain(based_access(&insn))))
+            .collect();
+        plan(&steps)
+    }
+
+    #[test]
+    fn accesses_off_one_base_share_the_first_ones_check() {
+        // mov rax, [rdi+8]; mov [rdi+0x10], rcx
+        let plan = planned(&[0x48, 0x8b, 0x47, 0x08, 0x48, 0x89, 0x4f, 0x10]);
+        let (first, second) = (plan[0].unwrap(), plan[1].unwrap());
+        let check = first.check.unwrap();
+        assert_eq!((check.displacement, check.span, check.write), (8, 16, true));
+        assert_eq!((first.distance, second.distance, second.check.is_none()), (0, 8, true));
+    }
+
+    #[test]
+    fn a_register_that_moves_by_a_constant_keeps_its_group() {
+        // mov eax, [rdi+rsi*4]; inc rsi; mov ecx, [rdi+rsi*4]
+        let plan = planned(&[0x8b, 0x04, 0xb7, 0x48, 0xff, 0xc6, 0x8b, 0x0c, 0xb7]);
+        assert_eq!(plan[0].unwrap().check.unwrap().span, 8);
+        assert_eq!(plan[2].unwrap().distance, 4);
+    }
+
+    #[test]
+    fn a_base_that_is_written_ends_its_group() {
+        // mov rax, [rdi]; mov rdi, rax; mov rax, [rdi]
+        let plan = planned(&[0x48, 0x8b, 0x07, 0x48, 0x89, 0xc7, 0x48, 0x8b, 0x07]);
+        assert!(plan.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn an_access_far_away_on_the_stack_ends_the_stacks_group() {
+        // mov rax, [rsp]; mov rax, [rsp+0x1000]; mov rax, [rsp+8]
+        let plan = planned(&[0x48, 0x8b, 0x04, 0x24, 0x48, 0x8b, 0x84, 0x24, 0, 0x10, 0, 0, 0x48, 0x8b, 0x44, 0x24, 8]);
+        assert!(plan.iter().all(|m| m.unwrap().check.is_some()));
+    }
+
+    #[test]
+    fn relative_operands_near_each_other_share_a_check() {
+        // mov eax, [rip+0x100]; mov ecx, [rip+0x100]
+        let plan = planned(&[0x8b, 0x05, 0, 1, 0, 0, 0x8b, 0x0d, 0, 1, 0, 0]);
+        let check = plan[0].unwrap().check.unwrap();
+        assert_eq!((check.displacement, check.span), (0x1106, 10));
+        assert_eq!(plan[1].unwrap().distance, 6);
+    }
 }

@@ -3,13 +3,15 @@
 //! [`Builder::address`] emits the guest-virtual address, [`Builder::check`] the TLB lookup with its slow path. This pair is
 //! the only place that knows how guest memory is reached.
 
+use std::mem::offset_of;
+
 use arch::{Segment, SegmentRegister};
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{Alu, Asm, GUEST_RSP, Label, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
-use super::block::{Builder, SlowStub};
-use super::groups::{Keep, Member};
-use super::reencode::{Home, context, home};
+use super::block::{Builder, Slow, SlowStub};
+use super::groups::{Check, Form, Keep, Member};
+use super::reencode::{Home, Operand, context, home};
 use crate::access::AccessKind;
 use crate::cpu::Vcpu;
 use crate::entry::context_offset;
@@ -28,8 +30,13 @@ pub enum FlagState {
 
 /// Offsets of a TLB entry's fields, for `[rsp + S1 + offset]`.
 fn tlb_offset(context: crate::cpu::Context, field: usize) -> i32 {
-    let table = std::mem::offset_of!(Vcpu, tlb) + tlb::table_offset(context) - std::mem::offset_of!(Vcpu, gpr);
+    let table = offset_of!(Vcpu, tlb) + tlb::table_offset(context) - offset_of!(Vcpu, gpr);
     (table + field) as i32
+}
+
+/// Where the host address of a group's span is kept.
+fn kept(slot: usize) -> Mem {
+    Mem::Base(RSP, context_offset!(hot.group_spans) + slot as i32 * 8)
 }
 
 const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
@@ -58,8 +65,38 @@ impl Builder<'_> {
     /// and, with a segment base, the flags.
     pub fn address(&mut self, insn: &Instruction) {
         self.offset(insn);
-        if self.mode.long() && matches!(insn.memory_segment(), Register::FS | Register::GS) {
-            self.asm.alu_mem(Alu::Add, S0, segment_base(segment_register(insn.memory_segment())));
+        self.add_segment_base(insn.memory_segment());
+    }
+
+    /// The same for an address of a group's form.
+    fn form_address(&mut self, form: Form, displacement: i64) {
+        let disp = displacement as i32;
+        let base = form.base.map(|n| self.register_in(n, S0));
+        let index = form.index.map(|(n, scale)| (self.register_in(n, S1), scale));
+        match (base, index) {
+            (Some(base), None) => self.asm.lea(S0, Mem::Base(base, disp)),
+            (Some(base), Some((index, scale))) => self.asm.lea(S0, Mem::Index(base, index, scale, disp)),
+            (None, Some((index, scale))) => self.asm.lea(S0, Mem::Scaled(index, scale, disp)),
+            (None, None) => self.asm.mov_imm(S0, displacement as u64),
+        }
+        self.add_segment_base(form.segment);
+    }
+
+    /// The host register that has guest register `n`: its home, or `scratch` after a load.
+    fn register_in(&mut self, n: u8, scratch: Reg) -> Reg {
+        match home(n) {
+            Home::Host(reg) => reg,
+            Home::Memory => {
+                self.asm.load(scratch, context(n));
+                scratch
+            }
+        }
+    }
+
+    /// In 64-bit mode; elsewhere the segment is flat.
+    fn add_segment_base(&mut self, segment: Register) {
+        if self.mode.long() && matches!(segment, Register::FS | Register::GS) {
+            self.asm.alu_mem(Alu::Add, S0, segment_base(segment_register(segment)));
         }
     }
 
@@ -84,25 +121,17 @@ impl Builder<'_> {
         let narrow = word || base.is_gpr32() || index.is_gpr32();
         // `lea` with a 32-bit result takes the address modulo 4 GiB, which is what 32-bit addressing means.
         let disp = displacement as i32;
+        let base = number(base).map(|n| self.register_in(n, S0));
+        let index = match number(index) {
+            Some(n) if index == Register::AL => {
+                let al = self.register_in(n, S1);
+                self.asm.movzx8(S1, al); // XLAT
+                Some(S1)
+            }
+            Some(n) => Some(self.register_in(n, S1)),
+            None => None,
+        };
         let asm = &mut self.asm;
-        let base = number(base).map(|n| match home(n) {
-            Home::Host(reg) => reg,
-            Home::Memory => {
-                asm.load(S0, context(n));
-                S0
-            }
-        });
-        let index = number(index).map(|n| match home(n) {
-            Home::Host(reg) if insn.memory_index() == Register::AL => {
-                asm.movzx8(S1, reg); // XLAT
-                S1
-            }
-            Home::Host(reg) => reg,
-            Home::Memory => {
-                asm.load(S1, context(n));
-                S1
-            }
-        });
         let mem = match (base, index) {
             (Some(base), None) => Mem::Base(base, disp),
             (Some(base), Some(index)) => Mem::Index(base, index, scale, disp),
@@ -125,101 +154,108 @@ impl Builder<'_> {
         insn.memory_displ_size() == 4 && self.has_address_prefix(insn)
     }
 
-    /// Emits the check of an access at the guest-virtual address in S0: afterwards S0 is a host address. Clobbers S1, S2; flags
+    /// Emits the check of an access at the guest-virtual address in S0: afterwards S0 is a host address. Clobbers S1; flags
     /// that are needed later are parked first. The label is where the slow path comes back to.
     pub fn check(&mut self, kind: AccessKind) -> Label {
-        let slow = self.asm.label();
-        let done = self.asm.label();
-        let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
-        self.tlb_index(kind.write(), kind.size() as i32, kind.context(), slow);
-        let asm = &mut self.asm;
-        asm.alu_mem(Alu::Add, S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
-        asm.bind(done);
-        self.slow_stub(SlowStub::Access { entry: slow, back: done, kind });
-        done
+        let entry = self.asm.label();
+        let back = self.asm.label();
+        let tag = self.look_up(kind, entry);
+        self.asm.bind(back);
+        self.slow_stub(SlowStub { entry, back, kind, why: Slow::Miss { tag, detour: false } });
+        back
     }
 
     /// [`Builder::check`] of an access at the offset in S0 of a segment: is it within the segment's limit, and allowed by its
     /// type? What emitted code can't tell goes to Rust.
     fn check_in_segment(&mut self, segment: SegmentRegister, kind: AccessKind) {
-        let resolve = self.asm.label();
+        let entry = self.asm.label();
         let ends = context_offset!(hot.segment_ends) + (segment as usize * size_of::<Ends>()) as i32;
-        let end = ends + if kind.write() { std::mem::offset_of!(Ends, write) as i32 } else { 0 };
+        let end = ends + if kind.write() { offset_of!(Ends, write) as i32 } else { 0 };
         self.asm.lea(S1, Mem::Base(S0, kind.size() as i32));
         self.asm.alu_mem(Alu::Cmp, S1, Mem::Base(RSP, end));
-        self.asm.jcc(cc::A, resolve);
+        self.asm.jcc(cc::A, entry);
         self.asm.alu_mem32(Alu::Add, S0, segment_base(segment));
         let back = self.check(kind);
-        self.slow_stub(SlowStub::Resolve { entry: resolve, back, kind });
+        self.slow_stub(SlowStub { entry, back, kind, why: Slow::Segment });
     }
 
     /// Emits the comparison of the address in S0 with its TLB entry, and the jump to `slow` if they differ or the access
-    /// leaves the page. Afterwards the entry is at `[rsp + S1 + table]`. Clobbers S2.
-    fn tlb_index(&mut self, write: bool, size: i32, context: crate::cpu::Context, slow: Label) {
-        let tag = if write { std::mem::offset_of!(tlb::Entry, write) } else { std::mem::offset_of!(tlb::Entry, read) };
-        let tag = Mem::Index(RSP, S1, 1, tlb_offset(context, tag));
+    /// leaves the page. A hit leaves the host address in S0, a miss the address XOR the tag that is returned, with S1 as
+    /// its index.
+    fn look_up(&mut self, kind: AccessKind, slow: Label) -> Mem {
+        let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
+        let tag = entry(if kind.write() { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) });
         let asm = &mut self.asm;
         // An entry is 32 bytes: the page number times 32 is the address shifted right by 7, less its low bits.
         asm.mov32(S1, S0);
         asm.shr32(S1, 7);
         asm.alu_imm32(Alu::And, S1, ((tlb::ENTRIES - 1) << 5) as i32);
-        asm.mov(S2, S0);
-        asm.alu_mem(Alu::Xor, S2, tag);
-        asm.alu_imm(Alu::Cmp, S2, 4096 - size);
+        // What is left of the address on a hit is the offset in the page.
+        asm.alu_mem(Alu::Xor, S0, tag);
+        asm.alu_imm(Alu::Cmp, S0, 4096 - kind.size() as i32);
         asm.jcc(cc::A, slow);
+        asm.alu_mem(Alu::Add, S0, entry(offset_of!(tlb::Entry, host)));
+        tag
     }
 
-    /// Emits what makes the addend of a group's page known, in S0.
-    pub fn group_addend(&mut self, member: Member, write: bool) {
-        let Some(check) = member.check else {
-            let kept = self.kept(member);
-            return self.asm.load(S0, kept);
-        };
+    /// Emits what makes a member of a group accessible: its operand.
+    pub fn group_operand(&mut self, insn: &Instruction, member: Member, write: bool) -> Operand {
+        if let Some(check) = member.check {
+            self.group_check(member, check, write);
+        }
+        match member.keep {
+            Keep::StackPage => {
+                if member.check.is_none() {
+                    self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+                }
+                Operand::Stack(insn.memory_displacement64() as i32)
+            }
+            Keep::Slot(slot) => {
+                if self.held != Some(slot) {
+                    self.asm.load(S2, kept(slot));
+                    self.held = Some(slot);
+                }
+                Operand::At(S2, member.distance)
+            }
+        }
+    }
+
+    /// Emits the check of a group. Afterwards the stack page's addend is in S0, or the span's host address in S2.
+    fn group_check(&mut self, member: Member, check: Check, write: bool) {
         self.free_flags();
         let (slow, done) = (self.asm.label(), self.asm.label());
         let mut kind = AccessKind::new(check.span as usize, check.write, self.mode.context()).group();
         if write {
             kind = kind.writes_first();
         }
-        let kept = self.kept(member);
-        let context = kind.context();
-        self.asm.lea(S0, Mem::Base(member.base, check.low));
-        if member.keep == Keep::StackPage {
-            kind = kind.stack();
-            let page =
-                (std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(context) - std::mem::offset_of!(Vcpu, gpr)) as i32;
-            self.asm.alu_mem(Alu::Xor, S0, Mem::Base(RSP, page));
-            self.asm.alu_imm(Alu::Cmp, S0, 4096 - check.span);
-            self.asm.jcc(cc::A, slow);
-            self.asm.load(S0, kept);
-        } else {
-            let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(context, field));
-            self.tlb_index(check.write, check.span, context, slow);
-            self.asm.load(S0, entry(std::mem::offset_of!(tlb::Entry, addend)));
-            self.keep_addend(member);
-        }
-        self.asm.bind(done);
-        self.slow_stub(SlowStub::Group { entry: slow, back: done, kind, member, low: check.low });
-    }
-
-    /// Where a group's addend is.
-    fn kept(&self, member: Member) -> Mem {
-        match member.keep {
-            Keep::Slot(i) => Mem::Base(RSP, context_offset!(hot.group_addends) + i as i32 * 8),
+        self.form_address(check.form, check.displacement);
+        let tag = match member.keep {
             Keep::StackPage => {
-                let stack = std::mem::offset_of!(Vcpu, tlb) + tlb::stack_offset(self.mode.context());
-                let addend = stack + std::mem::offset_of!(tlb::StackPage, addend) - std::mem::offset_of!(Vcpu, gpr);
-                Mem::Base(RSP, addend as i32)
+                kind = kind.stack();
+                let page = self.stack_page(offset_of!(tlb::StackPage, page));
+                self.asm.alu_mem(Alu::Xor, S0, page);
+                self.asm.alu_imm(Alu::Cmp, S0, 4096 - check.span);
+                self.asm.jcc(cc::A, slow);
+                self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+                self.asm.bind(done);
+                page
             }
-        }
+            Keep::Slot(slot) => {
+                let tag = self.look_up(kind, slow);
+                self.asm.bind(done);
+                self.asm.mov(S2, S0);
+                self.asm.store(kept(slot), S2);
+                self.held = Some(slot);
+                tag
+            }
+        };
+        self.slow_stub(SlowStub { entry: slow, back: done, kind, why: Slow::Miss { tag, detour: true } });
     }
 
-    /// Keeps the addend in S0 for the rest of the group; the stack page's is kept already.
-    pub fn keep_addend(&mut self, member: Member) {
-        if let Keep::Slot(_) = member.keep {
-            let kept = self.kept(member);
-            self.asm.store(kept, S0);
-        }
+    /// A field of the context's stack page.
+    fn stack_page(&self, field: usize) -> Mem {
+        let stack = offset_of!(Vcpu, tlb) + tlb::stack_offset(self.mode.context());
+        Mem::Base(RSP, (stack + field - offset_of!(Vcpu, gpr)) as i32)
     }
 
     /// Emits address and check of `insn`'s memory operand: the host address in S0. What emitted code can't compute, Rust
@@ -258,7 +294,10 @@ impl Builder<'_> {
     /// Makes `size` bytes of stack at `[guest stack pointer + displacement]` accessible: where they are, by way of S0.
     pub fn stack_slot(&mut self, displacement: i32, size: usize, write: bool) -> Mem {
         if let Some(member) = self.member() {
-            self.group_addend(member, write);
+            match member.check {
+                Some(check) => self.group_check(member, check, write),
+                None => self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend))),
+            }
             self.note_flags();
             return Mem::Index(S0, GUEST_RSP, 1, displacement);
         }

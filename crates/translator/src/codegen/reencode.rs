@@ -218,15 +218,17 @@ fn displacement_length(modrm: u8, sib: Option<u8>, bits16: bool) -> usize {
 pub enum Operand {
     /// `[S0]`: its host address.
     Host,
-    /// `[S0 + base + displacement]`: S0 holds the addend of its page.
-    Based(Reg, i32),
+    /// `[S0 + guest rsp + displacement]`: S0 holds the addend of its page.
+    Stack(i32),
+    /// `[register + displacement]`: a host address that is kept in S2.
+    At(Reg, i32),
 }
 
 /// Emits the instruction on `operand` (if it has a memory operand) with its registers renamed: loads displaced registers
-/// into scratch ones first, stores them back afterwards. S1 and S2, and S0 if there is no memory operand, are free.
+/// into scratch ones first, stores them back afterwards. All scratch registers that the operand doesn't use are free.
 ///
-/// `None`: the form is not one that can be re-encoded.
-pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand: Operand) -> Option<()> {
+/// Whether S2 kept its value; `None`: the form is not one that can be re-encoded.
+pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand: Operand) -> Option<bool> {
     let p = Parts::new(bytes, insn, bits)?;
     let f = facts(insn.code());
     let memory = p.has_memory();
@@ -237,7 +239,12 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     let opcode_register = f.opcode_gpr.then(|| p.opcode[p.opcode.len() - 1] & 7 | p.extension_b() << 3);
     let high_byte = |n: u8, byte: bool| byte && legacy && p.rex == 0 && (4..8).contains(&n);
 
-    let mut names = Names::default();
+    let free = match operand {
+        _ if !memory => &[S1, S0, S2][..],
+        Operand::At(..) => &[S1, S0],
+        Operand::Host | Operand::Stack(_) => &[S1, S2],
+    };
+    let mut names = Names { used: [None; 3], count: 0, free };
     let reg = (f.reg_gpr && p.modrm.is_some()).then(|| p.reg());
     let rm = (f.rm_gpr && p.modrm.is_some() && !memory).then(|| p.rm());
     let vvvv = f.vvvv_gpr.then(|| p.vvvv());
@@ -249,7 +256,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
                 any_high = true;
                 Some(Some(n))
             }
-            Some(n) => names.rename(n, memory).map(|r| Some(r.0)),
+            Some(n) => names.rename(n).map(|r| Some(r.0)),
         }
     };
     let mut new_reg = rename(reg, f.reg_byte, &mut names)?;
@@ -260,7 +267,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     // AH, CH, DH and BH exclude REX, so nothing beside them may live in r8-r15: lend rdi, which such an instruction can't
     // name as a byte register (a wide operand of MOVZX and the like may only be the register that was renamed).
     let lends = any_high && (memory || [new_reg, new_rm].iter().flatten().any(|&r| r >= 8));
-    let mut address = S0;
+    let mut address = if let Operand::At(reg, _) = operand { reg } else { S0 };
     let mut operand = operand;
     names.load(asm);
     if lends {
@@ -268,7 +275,8 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
         if memory {
             match operand {
                 Operand::Host => asm.mov(RDI, S0),
-                Operand::Based(base, displacement) => asm.lea(RDI, Mem::Index(S0, base, 1, displacement)),
+                Operand::Stack(displacement) => asm.lea(RDI, Mem::Index(S0, GUEST_RSP, 1, displacement)),
+                Operand::At(base, displacement) => asm.lea(RDI, Mem::Base(base, displacement)),
             }
             operand = Operand::Host;
             address = RDI;
@@ -295,7 +303,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     let b = if memory { address.0 } else { field(new_rm, p.rm()) };
     // The extension of an index register.
     let index_high = match operand {
-        Operand::Based(base, _) if memory => base.0 >> 3,
+        Operand::Stack(_) if memory => GUEST_RSP.0 >> 3,
         _ => 0,
     };
     match p.encoding {
@@ -347,10 +355,20 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     if let Some(modrm) = p.modrm {
         let reg_bits = if f.reg_gpr { r & 7 } else { modrm >> 3 & 7 } << 3;
         match operand {
-            Operand::Based(base, displacement) if memory => {
-                asm.bytes(&[0x84 | reg_bits, (base.0 & 7) << 3 | b & 7]);
+            Operand::Stack(displacement) if memory => {
+                asm.bytes(&[0x84 | reg_bits, (GUEST_RSP.0 & 7) << 3 | b & 7]);
                 asm.bytes(&displacement.to_le_bytes());
             }
+            Operand::At(_, displacement) if memory && displacement != 0 => match i8::try_from(displacement) {
+                // A short displacement of EVEX counts operands, not bytes (Intel SDM 2A 2.7.5).
+                Ok(short) if !matches!(p.encoding, Encoding::Evex(_)) => {
+                    asm.bytes(&[0x40 | reg_bits | b & 7, short as u8])
+                }
+                _ => {
+                    asm.byte(0x80 | reg_bits | b & 7);
+                    asm.bytes(&displacement.to_le_bytes());
+                }
+            },
             _ => asm.byte(if memory { 0 } else { 0xc0 } | reg_bits | b & 7),
         }
     }
@@ -363,7 +381,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
         asm.load(RDI, Mem::Base(RSP, context_offset!(hot.lent)));
     }
     names.store(asm);
-    Some(())
+    Some(names.used.iter().flatten().all(|&(_, reg)| reg != S2))
 }
 
 /// Whether the W bit, at `at` in the bytes, means nothing outside 64-bit mode, where it would make general registers wide.
@@ -396,25 +414,22 @@ fn renamed_byte(&(byte, old, new): &BytePair) -> bool {
 }
 
 /// The displaced registers of one instruction and the scratch registers that stand for them.
-#[derive(Default)]
-struct Names {
+struct Names<'a> {
     used: [Option<(u8, Reg)>; 3],
     count: usize,
+    free: &'a [Reg],
 }
 
-impl Names {
+impl Names<'_> {
     /// The host register for guest register `n`.
-    fn rename(&mut self, n: u8, memory: bool) -> Option<Reg> {
+    fn rename(&mut self, n: u8) -> Option<Reg> {
         if let Home::Host(reg) = home(n) {
             return Some(reg);
         }
         if let Some((_, reg)) = self.used.iter().flatten().find(|(guest, _)| *guest == n) {
             return Some(*reg);
         }
-        let reg = *[S1, S2, S0].get(self.count)?;
-        if reg == S0 && memory {
-            return None;
-        }
+        let reg = *self.free.get(self.count)?;
         self.used[self.count] = Some((n, reg));
         self.count += 1;
         Some(reg)

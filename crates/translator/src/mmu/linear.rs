@@ -8,7 +8,7 @@ use memory::PAGE_SIZE;
 use super::walk::{Access, Mapping, walk};
 use crate::cpu::{Context, Vcpu};
 use crate::phys::frame_of;
-use crate::tlb::{Fill, INVALID};
+use crate::tlb::Fill;
 
 /// Where one page's part of an access is.
 enum Place {
@@ -145,10 +145,8 @@ impl Vcpu {
 
     /// The place of `length` bytes that lie in one page.
     fn place(&mut self, va: u64, length: usize, access: Access, context: Context) -> Result<Place, Exception> {
-        let entry = self.tlb.entry(context, va);
-        let tag = if access == Access::Write { entry.write } else { entry.read };
-        if tag != INVALID && va ^ tag <= PAGE_SIZE - length as u64 {
-            return Ok(Place::Host(va.wrapping_add(entry.addend) as *mut u8));
+        if let Some(host) = self.tlb.entry(context, va).host_address(va, length, access == Access::Write) {
+            return Ok(Place::Host(host as *mut u8));
         }
         Ok(Place::Physical(self.fill_tlb(va, access, context)?.gpa))
     }

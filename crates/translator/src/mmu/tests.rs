@@ -174,7 +174,7 @@ fn pages_with_code_or_breakpoints_have_no_write_tag() {
     let mut cpu = kernel_vcpu();
     cpu.machine.tracker.mark_code(9, 1);
     cpu.write_sized(0x9000, 8, 1, Context::SupervisorUser).unwrap();
-    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).write, crate::tlb::INVALID);
+    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).host_address(0x9000, 1, true), None);
     cpu.dr[1] = 0xa004;
     cpu.dr7 = 1 << 2 | 0b1101 << 20;
     cpu.tlb.flush_all();
@@ -184,7 +184,7 @@ fn pages_with_code_or_breakpoints_have_no_write_tag() {
     assert_eq!(cpu.pending_debug, 0, "beside the breakpoint");
     cpu.write_sized(0xa000, 5, 1, Context::SupervisorUser).unwrap();
     assert_eq!(cpu.pending_debug, 2);
-    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0xa000).write, crate::tlb::INVALID);
+    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0xa000).host_address(0xa000, 1, true), None);
 }
 
 #[test]

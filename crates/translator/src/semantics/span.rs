@@ -37,9 +37,8 @@ impl Span {
     }
 
     fn cached(cpu: &Vcpu, va: u64, access: Access, context: Context) -> Option<Span> {
-        let entry = cpu.tlb.entry(context, va);
-        let tag = if access == Access::Write { entry.write } else { entry.read };
-        (tag == va & !0xfff).then(|| Span { host: va.wrapping_add(entry.addend) as *mut u8, gpa: None })
+        let host = cpu.tlb.entry(context, va).host_address(va, 1, access == Access::Write)?;
+        Some(Span { host: host as *mut u8, gpa: None })
     }
 
     /// Bookkeeping after `len` bytes were stored from `before` bytes below the span's address upwards.
