@@ -33,6 +33,7 @@ pub struct Chipset {
     lines: Arc<Lines>,
     pci: Arc<PciBus>,
     power: Arc<PowerManagement>,
+    keyboard: Arc<KeyboardController>,
     serial: [Option<Arc<Serial>>; 4],
     timers: Timers,
     debug_console: Option<Arc<DebugConsole>>,
@@ -69,8 +70,9 @@ impl Chipset {
         builder.devices.push(management.clone());
         builder.ports(&[(APM_PORT, 2, 0)], Arc::new(Apm::default()))?;
         let (keyboard_line, auxiliary_line) = (lines.connect(KEYBOARD_IRQ), lines.connect(AUXILIARY_IRQ));
-        let keyboard = KeyboardController::new(keyboard_line, auxiliary_line, gate.clone(), power.clone());
-        builder.ports(&[(I8042_DATA_PORT, 1, 0), (I8042_COMMAND_PORT, 1, 1)], Arc::new(keyboard))?;
+        let keyboard =
+            KeyboardController::new(clock.clone(), &timers, keyboard_line, auxiliary_line, gate.clone(), power.clone());
+        builder.ports(&[(I8042_DATA_PORT, 1, 0), (I8042_COMMAND_PORT, 1, 1)], keyboard.clone())?;
         builder.ports(&[(PORT_A, 1, 0)], Arc::new(SystemControlA::new(gate, power.clone())))?;
 
         let mut serial = [const { None }; 4];
@@ -115,6 +117,7 @@ impl Chipset {
             lines,
             pci,
             power,
+            keyboard,
             serial,
             timers,
             debug_console,
@@ -150,6 +153,11 @@ impl Chipset {
         self.debug_console.iter().for_each(|console| console.flush());
     }
 
+    /// What people type and point with.
+    pub fn keyboard(&self) -> &Arc<KeyboardController> {
+        &self.keyboard
+    }
+
     /// Asks the guest to shut down, as the button does.
     pub fn press_power_button(&self) {
         self.power.press_power_button();
@@ -169,6 +177,11 @@ impl Chipset {
     /// reset is its own matter.
     pub fn insert_ports(&self, first: u16, length: u16, offset: u64, device: Arc<dyn Device>) -> Result<(), Error> {
         self.ports.insert(first.into(), length.into(), offset, device)
+    }
+
+    /// As [`insert_ports`](Self::insert_ports), with addresses that are not RAM.
+    pub fn insert_memory(&self, first: u64, length: u64, offset: u64, device: Arc<dyn Device>) -> Result<(), Error> {
+        self.memory.insert(first, length, offset, device)
     }
 
     /// Plugs a function into PCI bus 0.

@@ -1,10 +1,19 @@
-//! The 8042 keyboard controller, with nothing plugged in: what software probes, the output port with A20 and reset, and
-//! an honest time-out for whoever speaks to a keyboard or mouse.
+//! The 8042 keyboard controller: two ports for keyboard and mouse, the output port with A20 and reset, and interrupts.
+//!
+//! Data flow: whoever types calls [`KeyboardController::key`], the [keyboard](crate::ps2::keyboard) makes scan codes of it,
+//! and the controller takes them over, translated if software wants that, one byte at a time: the next one when software
+//! has read the last. Bytes of software go the other way, to the controller itself or to a device.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use crate::a20::A20Gate;
+use crate::clock::Clock;
 use crate::irq::InterruptLine;
+use crate::ps2::codes;
+use crate::ps2::keyboard::Keyboard;
+use crate::ps2::mouse::Mouse;
+use crate::timer::{Timer, Timers};
 use crate::{Device, PowerEvents};
 
 /// The byte that waits in the output buffer.
@@ -13,8 +22,6 @@ struct Output {
     byte: u8,
     /// From the second port (mouse).
     auxiliary: bool,
-    /// In place of an answer that did not come.
-    timed_out: bool,
 }
 
 /// Status register.
@@ -23,7 +30,6 @@ const SYSTEM_FLAG: u8 = 1 << 2;
 const LAST_WAS_COMMAND: u8 = 1 << 3;
 const NOT_LOCKED: u8 = 1 << 4;
 const AUXILIARY_OUTPUT: u8 = 1 << 5;
-const TIMED_OUT: u8 = 1 << 6;
 
 /// Configuration byte, cell 0 of the controller's memory.
 const KEYBOARD_INTERRUPT: u8 = 1 << 0;
@@ -35,47 +41,93 @@ const TRANSLATE: u8 = 1 << 6;
 /// Output port.
 const NO_RESET: u8 = 1 << 0;
 const A20: u8 = 1 << 1;
+const KEYBOARD_FULL: u8 = 1 << 4;
+const AUXILIARY_FULL: u8 = 1 << 5;
 const OUTPUT_PORT: u8 = NO_RESET | 0xcc;
 
-/// What a device that isn't there "answers": resend, with the time-out flag.
-const RESEND: u8 = 0xfe;
+/// How long whoever types waits for software to take the key before.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 struct State {
     memory: [u8; 32],
     output: Option<Output>,
+    /// The output buffer has been filled since the interrupt lines were set.
+    fresh: bool,
+    /// What the data port reads while there is nothing new.
+    last: u8,
     output_port: u8,
     /// The command that waits for its data byte.
     pending: Option<u8>,
     last_was_command: bool,
     gate: A20Gate,
+    /// The keyboard has sent the byte that, translated, becomes the highest bit of the next.
+    breaking: bool,
+    keyboard: Keyboard,
+    mouse: Mouse,
 }
 
 impl State {
     fn new(gate: A20Gate) -> Self {
         let mut memory = [0; 32];
         memory[0] = SYSTEM_FLAG | KEYBOARD_OFF | AUXILIARY_OFF | TRANSLATE;
-        State { memory, output: None, output_port: OUTPUT_PORT, pending: None, last_was_command: false, gate }
+        State {
+            memory,
+            output: None,
+            fresh: false,
+            last: 0,
+            output_port: OUTPUT_PORT,
+            pending: None,
+            last_was_command: false,
+            breaking: false,
+            keyboard: Keyboard::new(),
+            mouse: Mouse::new(),
+            gate,
+        }
     }
 
     fn status(&self) -> u8 {
         let output = match self.output {
             None => 0,
-            Some(output) => {
-                let auxiliary = if output.auxiliary { AUXILIARY_OUTPUT } else { 0 };
-                let timed_out = if output.timed_out { TIMED_OUT } else { 0 };
-                OUTPUT_FULL | auxiliary | timed_out
-            }
+            Some(Output { auxiliary: false, .. }) => OUTPUT_FULL,
+            Some(Output { auxiliary: true, .. }) => OUTPUT_FULL | AUXILIARY_OUTPUT,
         };
         let command = if self.last_was_command { LAST_WAS_COMMAND } else { 0 };
         output | command | self.memory[0] & SYSTEM_FLAG | NOT_LOCKED
     }
 
-    fn reply(&mut self, byte: u8) {
-        self.output = Some(Output { byte, auxiliary: false, timed_out: false });
+    fn put(&mut self, byte: u8, auxiliary: bool) {
+        self.output = Some(Output { byte, auxiliary });
+        self.last = byte;
+        self.fresh = true;
     }
 
-    fn time_out(&mut self, auxiliary: bool) {
-        self.output = Some(Output { byte: RESEND, auxiliary, timed_out: true });
+    /// The controller's own answer.
+    fn reply(&mut self, byte: u8) {
+        self.put(byte, false);
+    }
+
+    /// Takes the next byte of a device, if there is room and the device's port is on.
+    fn fill(&mut self) {
+        if self.output.is_none() && self.memory[0] & KEYBOARD_OFF == 0 {
+            while let Some(byte) = self.keyboard.next() {
+                if self.memory[0] & TRANSLATE == 0 {
+                    self.breaking = false;
+                    return self.put(byte, false);
+                }
+                if byte == 0xf0 {
+                    self.breaking = true;
+                    continue;
+                }
+                let release = if std::mem::take(&mut self.breaking) { 0x80 } else { 0 };
+                return self.put(codes::translate(byte) | release, false);
+            }
+        }
+        if self.output.is_none()
+            && self.memory[0] & AUXILIARY_OFF == 0
+            && let Some(byte) = self.mouse.next()
+        {
+            self.put(byte, true);
+        }
     }
 
     /// A command byte at port 0x64. Says whether it resets the processor.
@@ -101,9 +153,13 @@ impl State {
             // Input port: the keyboard is not locked.
             0xc0 => self.reply(0x80),
             0xd0 => {
-                let full = if self.output.is_some() { 1 << 4 } else { 0 };
+                let full = match self.output {
+                    None => 0,
+                    Some(Output { auxiliary: false, .. }) => KEYBOARD_FULL,
+                    Some(Output { auxiliary: true, .. }) => AUXILIARY_FULL,
+                };
                 let a20 = if self.gate.enabled() { A20 } else { 0 };
-                self.reply(self.output_port & !(1 << 4 | A20) | full | a20);
+                self.reply(self.output_port & !(KEYBOARD_FULL | AUXILIARY_FULL | A20) | full | a20);
             }
             // The A20 gate without a data byte, as some controllers have it.
             0xdd | 0xdf => self.gate.set(command == 0xdf),
@@ -127,11 +183,15 @@ impl State {
                 return byte & NO_RESET == 0;
             }
             Some(0xd2) => self.reply(byte),
-            Some(0xd3) => self.output = Some(Output { byte, auxiliary: true, timed_out: false }),
-            Some(_) => self.time_out(true),
+            Some(0xd3) => self.put(byte, true),
+            // To a device: its port is on then.
+            Some(_) => {
+                self.memory[0] &= !AUXILIARY_OFF;
+                self.mouse.write(byte);
+            }
             None => {
                 self.memory[0] &= !KEYBOARD_OFF;
-                self.time_out(false);
+                self.keyboard.write(byte);
             }
         }
         false
@@ -141,8 +201,13 @@ impl State {
 /// As a [`Device`]: offset 0 is the data port, offset 1 the status and command port.
 pub struct KeyboardController {
     state: Mutex<State>,
+    /// Software has taken what was typed.
+    taken: Condvar,
     keyboard_line: InterruptLine,
     auxiliary_line: InterruptLine,
+    clock: Arc<dyn Clock>,
+    /// When the key that is held down repeats.
+    repetition: Timer,
     power: Arc<dyn PowerEvents>,
 }
 
@@ -152,23 +217,90 @@ pub const AUXILIARY_IRQ: u8 = 12;
 
 impl KeyboardController {
     pub fn new(
+        clock: Arc<dyn Clock>,
+        timers: &Timers,
         keyboard_line: InterruptLine,
         auxiliary_line: InterruptLine,
         gate: A20Gate,
         power: Arc<dyn PowerEvents>,
-    ) -> Self {
-        KeyboardController { state: Mutex::new(State::new(gate)), keyboard_line, auxiliary_line, power }
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|weak: &Weak<Self>| {
+            let weak = weak.clone();
+            let repetition = timers.create(move || {
+                if let Some(controller) = weak.upgrade() {
+                    controller.repeat();
+                }
+            });
+            KeyboardController {
+                state: Mutex::new(State::new(gate)),
+                taken: Condvar::new(),
+                keyboard_line,
+                auxiliary_line,
+                clock,
+                repetition,
+                power,
+            }
+        })
+    }
+
+    /// A key goes down or comes up: its code of the first scan code set, 0x80 set for those after 0xe0. Waits a little
+    /// while software has not taken the keys before, as no keyboard can be typed on faster than it is read.
+    pub fn key(&self, key: u8, down: bool) {
+        let state = self.lock();
+        let waiting = |state: &mut State| !state.keyboard.is_idle();
+        let waited = self.taken.wait_timeout_while(state, PATIENCE, waiting);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.keyboard.key(key, down);
+        match state.keyboard.repetition() {
+            Some([delay, _]) if down => self.repetition.arm(self.clock.now().saturating_add(delay)),
+            Some(_) => {}
+            None => self.repetition.cancel(),
+        }
+        self.update(&mut state);
+    }
+
+    fn repeat(&self) {
+        let mut state = self.lock();
+        if let Some([_, period]) = state.keyboard.repetition() {
+            state.keyboard.repeat();
+            self.repetition.arm(self.clock.now().saturating_add(period));
+            self.update(&mut state);
+        }
+    }
+
+    /// The mouse moves by `dx` to the right and `dy` up, its wheel by `dz` towards the user, and these buttons are down
+    /// now: from bit 0 on left, right, middle, and two at the sides.
+    pub fn mouse(&self, dx: i32, dy: i32, dz: i32, buttons: u8) {
+        let mut state = self.lock();
+        state.mouse.event(dx, dy, dz, buttons);
+        self.update(&mut state);
+    }
+
+    /// The lights of the keyboard: from bit 0 on scroll lock, num lock, caps lock.
+    pub fn lights(&self) -> u8 {
+        self.lock().keyboard.lights()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Interrupts while a byte waits.
-    fn update(&self, state: &State) {
+    /// Lets the next byte in, and interrupts while one waits.
+    fn update(&self, state: &mut State) {
+        state.fill();
         let waits = |auxiliary: bool| state.output.is_some_and(|output| output.auxiliary == auxiliary);
-        self.keyboard_line.set(waits(false) && state.memory[0] & KEYBOARD_INTERRUPT != 0);
-        self.auxiliary_line.set(waits(true) && state.memory[0] & AUXILIARY_INTERRUPT != 0);
+        let keyboard = waits(false) && state.memory[0] & KEYBOARD_INTERRUPT != 0;
+        let auxiliary = waits(true) && state.memory[0] & AUXILIARY_INTERRUPT != 0;
+        if std::mem::take(&mut state.fresh) {
+            // A new byte is a new edge, whatever waited before.
+            self.keyboard_line.lower();
+            self.auxiliary_line.lower();
+        }
+        self.keyboard_line.set(keyboard);
+        self.auxiliary_line.set(auxiliary);
+        if state.keyboard.is_idle() {
+            self.taken.notify_all();
+        }
     }
 }
 
@@ -176,10 +308,13 @@ impl Device for KeyboardController {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.lock();
         let value = match offset {
-            0 => state.output.take().map_or(0, |output| output.byte),
+            0 => {
+                let byte = state.output.take().map_or(state.last, |output| output.byte);
+                self.update(&mut state);
+                byte
+            }
             _ => state.status(),
         };
-        self.update(&state);
         data.fill(value);
     }
 
@@ -190,10 +325,10 @@ impl Device for KeyboardController {
             0 => state.data(value),
             _ => state.command(value),
         };
-        // A new byte is a new edge, whatever waited before.
-        self.keyboard_line.lower();
-        self.auxiliary_line.lower();
-        self.update(&state);
+        if state.keyboard.repetition().is_none() {
+            self.repetition.cancel();
+        }
+        self.update(&mut state);
         drop(state);
         if reset {
             self.power.init();
@@ -204,133 +339,10 @@ impl Device for KeyboardController {
         let mut state = self.lock();
         state.gate.set(true);
         *state = State::new(state.gate.clone());
-        self.update(&state);
+        self.repetition.cancel();
+        self.update(&mut state);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{Controllers, Power, poke, read8, write8};
-
-    struct Bench {
-        all: Controllers,
-        power: Arc<Power>,
-        device: KeyboardController,
-    }
-
-    impl Bench {
-        fn new() -> Self {
-            let all = Controllers::new();
-            let power = Arc::new(Power::default());
-            let (keyboard, auxiliary) = (all.lines.connect(KEYBOARD_IRQ), all.lines.connect(AUXILIARY_IRQ));
-            let gate = A20Gate::new(memory::Ram::new(4 << 20).unwrap().map().clone());
-            let device = KeyboardController::new(keyboard, auxiliary, gate, power.clone());
-            Bench { all, power, device }
-        }
-
-        fn command(&self, command: u8) {
-            write8(&self.device, 1, command);
-        }
-
-        fn data(&self, byte: u8) {
-            write8(&self.device, 0, byte);
-        }
-
-        fn status(&self) -> u8 {
-            read8(&self.device, 1)
-        }
-
-        fn ask(&self, command: u8) -> u8 {
-            self.command(command);
-            assert_ne!(self.status() & OUTPUT_FULL, 0);
-            let answer = read8(&self.device, 0);
-            assert_eq!(self.status() & OUTPUT_FULL, 0);
-            answer
-        }
-    }
-
-    #[test]
-    fn the_controller_passes_its_tests() {
-        let bench = Bench::new();
-        assert_eq!(bench.status(), SYSTEM_FLAG | NOT_LOCKED);
-        assert_eq!(bench.ask(0xaa), 0x55);
-        assert_eq!(bench.ask(0xab), 0x00);
-        assert_eq!(bench.ask(0xa9), 0x00);
-    }
-
-    #[test]
-    fn the_configuration_byte_is_kept() {
-        let bench = Bench::new();
-        bench.command(0x60);
-        assert_ne!(bench.status() & LAST_WAS_COMMAND, 0);
-        bench.data(0x74);
-        assert_eq!(bench.ask(0x20), 0x74);
-        bench.command(0xae);
-        assert_eq!(bench.ask(0x20), 0x64);
-        bench.command(0xa8);
-        assert_eq!(bench.ask(0x20), 0x44);
-    }
-
-    #[test]
-    fn looped_bytes_interrupt_on_their_port() {
-        let bench = Bench::new();
-        bench.command(0x60);
-        bench.data(KEYBOARD_INTERRUPT | AUXILIARY_INTERRUPT);
-        for (command, irq, source) in [(0xd2, KEYBOARD_IRQ, 0), (0xd3, AUXILIARY_IRQ, AUXILIARY_OUTPUT)] {
-            bench.command(command);
-            bench.data(0xa5);
-            assert!(bench.all.asserted(irq));
-            assert_eq!(bench.status() & AUXILIARY_OUTPUT, source);
-            assert_eq!(read8(&bench.device, 0), 0xa5);
-            assert!(!bench.all.asserted(irq));
-        }
-    }
-
-    #[test]
-    fn a_keyboard_that_is_not_there_times_out() {
-        let bench = Bench::new();
-        bench.data(0xf2);
-        assert_eq!(bench.status() & (TIMED_OUT | AUXILIARY_OUTPUT | OUTPUT_FULL), TIMED_OUT | OUTPUT_FULL);
-        assert_eq!(read8(&bench.device, 0), RESEND);
-        bench.command(0xd4);
-        bench.data(0xf2);
-        assert_eq!(bench.status() & (TIMED_OUT | AUXILIARY_OUTPUT), TIMED_OUT | AUXILIARY_OUTPUT);
-    }
-
-    #[test]
-    fn reset_by_pulse_and_by_output_port() {
-        let bench = Bench::new();
-        bench.command(0xff);
-        bench.command(0xd1);
-        bench.data(0xdf);
-        assert!(bench.power.take().is_empty());
-        bench.command(0xfe);
-        assert_eq!(bench.power.take(), ["init"]);
-        bench.command(0xd1);
-        bench.data(0xde);
-        assert_eq!(bench.power.take(), ["init"]);
-    }
-
-    #[test]
-    fn the_output_port_keeps_a20() {
-        let bench = Bench::new();
-        assert_ne!(bench.ask(0xd0) & A20, 0);
-        bench.command(0xd1);
-        bench.data(0xdd);
-        assert_eq!(bench.ask(0xd0) & A20, 0);
-        bench.command(0xdf);
-        assert_ne!(bench.ask(0xd0) & A20, 0);
-        bench.command(0xdd);
-        bench.device.reset();
-        assert_ne!(bench.ask(0xd0) & A20, 0);
-    }
-
-    #[test]
-    fn random_accesses_do_no_harm() {
-        let bench = Bench::new();
-        poke(&bench.device, 2, 200_000, |_| {
-            bench.power.take();
-        });
-    }
-}
+mod tests;

@@ -24,6 +24,7 @@ pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod power;
+mod ps2;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

@@ -19,8 +19,10 @@ use std::thread;
 
 use arch::CpuState;
 use boot::BootConfig;
+use chipset::i8042::KeyboardController;
 use chipset::pci::PciFunction;
-use chipset::{Chipset, ChipsetConfig, Firmware, HostClock};
+use chipset::{Chipset, ChipsetConfig, Clock, Firmware, HostClock};
+use display::vga::Vga;
 use engine::{Engine, Vcpu};
 use memory::Ram;
 use run_control::{Request, RunControl};
@@ -34,8 +36,11 @@ pub use translator::Config as TranslatorConfig;
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
 pub const MAX_CPUS: u32 = 128;
 
-/// PCI devices that a machine has room for, besides the bridges: numbers 1 to 30.
-pub const MAX_DEVICES: usize = 30;
+/// PCI devices that a machine has room for, besides the bridges and the graphics adapter: numbers 1 to 29.
+pub const MAX_DEVICES: usize = 29;
+
+/// The PCI device number of the graphics adapter.
+const VGA_SLOT: u8 = 30;
 
 /// Why a machine could not be made, started or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +61,8 @@ pub enum Error {
     Virtio(#[from] virtio::Error),
     #[error(transparent)]
     Storage(#[from] storage::Error),
+    #[error(transparent)]
+    Display(#[from] display::Error),
     #[error("{devices} devices are too many: PCI bus 0 has room for {MAX_DEVICES}")]
     TooManyDevices { devices: usize },
     #[error("can't start the thread of vCPU {id}: {source}")]
@@ -83,6 +90,8 @@ pub struct Config {
     pub devices: Vec<Arc<dyn VirtioDevice>>,
     /// What else a PC has.
     pub peripherals: Peripherals,
+    /// The graphics adapter, if there is one.
+    pub vga: Option<VgaConfig>,
     /// A guest reset ends [`Machine::run`] instead of starting the machine again.
     pub no_reboot: bool,
     /// Where the debug console leads; `None`: there is none.
@@ -100,6 +109,13 @@ pub enum Start {
 
 /// Says what to boot. The files that it names last until it is called again, or dropped.
 pub type BootSource = Box<dyn FnMut() -> Result<BootConfig, Box<dyn std::error::Error + Send + Sync>> + Send>;
+
+/// What a machine can choose about its graphics adapter.
+#[derive(Clone, Debug, Default)]
+pub struct VgaConfig {
+    /// The option ROM by which firmware uses it; empty: none.
+    pub rom: Vec<u8>,
+}
 
 /// Puts what is booted into RAM and gives the first vCPU's state at its entry.
 type Loader = Box<dyn FnMut(&Ram) -> Result<CpuState, Error> + Send>;
@@ -133,6 +149,8 @@ pub struct Machine {
     devices: Vec<Arc<dyn VirtioDevice>>,
     /// Those of the peripherals.
     functions: Vec<Arc<dyn PciFunction>>,
+    clock: Arc<dyn Clock>,
+    vga: Option<Arc<Vga>>,
 }
 
 impl Machine {
@@ -157,6 +175,10 @@ impl Machine {
         let mut machine = Self::assemble(parts, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;
         machine.functions = config.peripherals.plug_in(&machine.chipset, machine.ram.view(), engine)?;
+        if let Some(VgaConfig { rom }) = config.vga {
+            let (chipset, clock) = (&machine.chipset, machine.clock.clone());
+            machine.vga = Some(Vga::plug_in(chipset, &machine.ram, clock, VGA_SLOT, &rom)?);
+        }
         Ok(machine)
     }
 
@@ -180,6 +202,7 @@ impl Machine {
         engine: &dyn Engine,
         loader: Loader,
     ) -> Result<Self, Error> {
+        let clock = parts.clock.clone();
         let (cpus, firmware) = (parts.cpus, parts.firmware.is_some());
         // Without firmware nobody knows what to do at the reset vector.
         let control = Arc::new(RunControl::new(firmware.then(|| engine.interrupts())));
@@ -197,6 +220,8 @@ impl Machine {
             no_reboot,
             devices: Vec::new(),
             functions: Vec::new(),
+            clock,
+            vga: None,
         };
         // At once, so that what can't be booted is known before anything is said or done.
         machine.load()?;
@@ -206,6 +231,16 @@ impl Machine {
     /// What other threads need to influence the machine while it runs.
     pub fn handle(&self) -> Handle {
         Handle { control: self.control.clone(), chipset: self.chipset.clone() }
+    }
+
+    /// What is to be seen of the machine, if anything is.
+    pub fn vga(&self) -> Option<&Arc<Vga>> {
+        self.vga.as_ref()
+    }
+
+    /// What people type and point with.
+    pub fn keyboard(&self) -> &Arc<KeyboardController> {
+        self.chipset.keyboard()
     }
 
     /// Runs until the guest or the user ends it, over as many resets as the guest asks for. To be called once.

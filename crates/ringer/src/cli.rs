@@ -12,6 +12,7 @@ use crate::disk::{self, CdRomArg, DiskArg};
 use crate::firmware::{self, FirmwareArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
+use crate::screen::{self, DisplayArg, VgaArg};
 use crate::seed::{self, SeedArg};
 use crate::units::{parse_size, show_size};
 
@@ -107,6 +108,12 @@ pub struct RunArgs {
     /// Let the guest end the machine by a write to this port; the exit status is twice what it writes, plus one
     #[arg(long, value_name = "PORT", value_parser = port)]
     pub debug_exit: Option<u16>,
+    /// A graphics adapter: std (VGA with VESA modes), none [default: std, if there is a display]
+    #[arg(long, value_name = "VGA", value_parser = screen::parse_vga)]
+    pub vga: Option<VgaArg>,
+    /// Where the screen can be seen: none, vnc[=[ADDR:]PORT], vnc=unix:PATH; both with ,password=FILE
+    #[arg(long, value_name = "DISPLAY", default_value = "none", value_parser = screen::parse_display)]
+    pub display: DisplayArg,
     /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub balloon: u64,

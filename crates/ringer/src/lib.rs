@@ -19,6 +19,7 @@ pub mod guest;
 mod image;
 mod net;
 mod run;
+mod screen;
 mod seed;
 mod signals;
 mod terminal;

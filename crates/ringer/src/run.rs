@@ -22,7 +22,7 @@ use crate::disk::Bus;
 use crate::disk_boot::Taken;
 use crate::firmware::{self, FirmwareArg, boot_path};
 use crate::guest::{self, Guest};
-use crate::{cleanup, console, devices, disk, net, seed, terminal};
+use crate::{cleanup, console, devices, disk, net, screen, seed, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -52,6 +52,8 @@ pub enum Error {
     Firmware(#[from] firmware::Error),
     #[error("--vsock {}: {source}", path.display())]
     Vsock { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Screen(#[from] screen::Error),
     #[error("only one of --serial, --console and --debugcon can lead to stdio")]
     TwoOnStdio,
     #[error("can't make the console: {0}")]
@@ -126,6 +128,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     devices.extend(vsock.iter().map(|(device, _)| device.clone()));
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
+    let vga = screen::vga(args.vga, &args.display, matches!(plan, Plan::Firmware(_)))?;
     let start = match plan {
         Plan::Kernel(source) => Start::Kernel(source),
         Plan::Firmware(what) => Start::Firmware(firmware::prepare(&what, &args, &serial, boot_order, &ram)?),
@@ -136,6 +139,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         serial: [output("--serial", &serial, &link)?, None, None, None],
         devices: devices.clone(),
         peripherals,
+        vga,
         no_reboot: args.no_reboot,
         debug_console: output("--debugcon", &args.debugcon, &link)?,
         debug_exit: args.debug_exit,
@@ -148,6 +152,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         disks.iter().for_each(|disk| _ = disk.flush());
     });
     let _ = link.machine.set(machine.handle());
+    let display = screen::serve(&args.display, &machine)?;
     let handle = machine.handle();
     let raw = match (hvc, serial, &args.console) {
         (Some(hvc), _, Serial::Stdio) => {
@@ -158,7 +163,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         _ => None,
     };
     let result = machine.run();
-    drop(raw);
+    drop((raw, display));
     closing.cancel();
     let outcome = result?;
     if link.gone.get().is_some() {

@@ -13,6 +13,7 @@ const STATUS: usize = 0x06;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
 const FIRST_BAR: usize = 0x10;
+const ROM: usize = 0x30;
 const SUBSYSTEM_VENDOR: usize = 0x2c;
 const SUBSYSTEM: usize = 0x2e;
 const CAPABILITIES: usize = 0x34;
@@ -47,6 +48,7 @@ pub struct Identity {
 pub enum BarKind {
     Io,
     Memory32,
+    Memory32Prefetchable,
     /// Takes two registers.
     Memory64 {
         prefetchable: bool,
@@ -58,6 +60,7 @@ impl BarKind {
         match self {
             BarKind::Io => 0b0001,
             BarKind::Memory32 => 0b0000,
+            BarKind::Memory32Prefetchable => 0b1000,
             BarKind::Memory64 { prefetchable: false } => 0b0100,
             BarKind::Memory64 { prefetchable: true } => 0b1100,
         }
@@ -72,11 +75,16 @@ impl BarKind {
         match self {
             // Software may rely on no more than 256 ports (PCI local bus 3.0, 6.2.5.1).
             BarKind::Io => 4..=256,
-            BarKind::Memory32 => 16..=1 << 31,
+            BarKind::Memory32 | BarKind::Memory32Prefetchable => 16..=1 << 31,
             BarKind::Memory64 { .. } => 16..=1 << 48,
         }
     }
 }
+
+/// The number that the expansion ROM's window has among those of the base address registers.
+pub const ROM_BAR: usize = 6;
+/// Of the expansion ROM's register: the window is open.
+const ROM_ENABLE: u32 = 1 << 0;
 
 /// The addresses that a base address register decodes right now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +108,8 @@ pub struct ConfigSpace {
     /// What a reset goes back to.
     initial: Box<[u8; CONFIG_SIZE]>,
     bars: [Option<Bar>; 6],
+    /// The size of the expansion ROM.
+    rom: Option<u64>,
     /// Where the next capability goes, and where the link to it is.
     next_capability: usize,
     last_link: usize,
@@ -113,6 +123,7 @@ impl ConfigSpace {
             writable: Box::new([0; CONFIG_SIZE]),
             initial: Box::new([0; CONFIG_SIZE]),
             bars: [None; 6],
+            rom: None,
             next_capability: FIRST_CAPABILITY,
             last_link: CAPABILITIES,
         };
@@ -151,6 +162,16 @@ impl ConfigSpace {
     pub fn set_interrupt_pin(&mut self, pin: u8) {
         self.set(INTERRUPT_PIN, &[pin]);
         self.allow(INTERRUPT_LINE, &[0xff]);
+    }
+
+    /// Adds the expansion ROM base address register, for a ROM of `size` bytes: a power of two of at least 2 KiB (PCI local
+    /// bus 3.0, 6.2.5.2).
+    pub fn add_rom(&mut self, size: u64) -> Result<(), Error> {
+        let mask = u32::try_from(size).ok().filter(|size| size.is_power_of_two() && (1 << 11..=1 << 24).contains(size));
+        let mask = mask.ok_or(Error::BadBar { index: ROM_BAR, size })?.wrapping_neg() | ROM_ENABLE;
+        self.allow(ROM, &mask.to_le_bytes());
+        self.rom = Some(size);
+        Ok(())
     }
 
     /// Adds base address register `index`, which decodes `size` addresses: a power of two.
@@ -238,7 +259,18 @@ impl ConfigSpace {
             let address = self.bar_address(index, bar);
             (command & decode != 0 && address != 0).then_some(BarWindow { bar: index, io, address, size: bar.size })
         })
+        .chain(self.rom_window())
         .collect()
+    }
+
+    fn rom_window(&self) -> Option<BarWindow> {
+        let size = self.rom?;
+        let mut register = [0; 4];
+        self.read(ROM as u16, &mut register);
+        let register = u32::from_le_bytes(register);
+        let address = u64::from(register) & !(size - 1);
+        let open = self.command() & MEMORY_DECODE != 0 && register & ROM_ENABLE != 0 && address != 0;
+        open.then_some(BarWindow { bar: ROM_BAR, io: false, address, size })
     }
 
     fn bar_address(&self, index: usize, bar: Bar) -> u64 {
@@ -308,6 +340,23 @@ mod tests {
         assert_eq!(config.windows(), [memory]);
         config.reset();
         assert_eq!((config.windows(), dword(&config, 0x20)), (vec![], 4));
+    }
+
+    #[test]
+    fn an_expansion_rom_answers_while_its_register_and_memory_decoding_are_on() {
+        let mut config = ConfigSpace::new(IDENTITY);
+        config.add_rom(0x1_0000).unwrap();
+        config.write(0x30, &[0xff; 4]);
+        assert_eq!(dword(&config, 0x30), 0xffff_0001);
+        config.write(0x30, &0xfebf_0001u32.to_le_bytes());
+        assert_eq!(config.windows(), []);
+        config.write(4, &[2, 0]);
+        assert_eq!(config.windows(), [BarWindow { bar: ROM_BAR, io: false, address: 0xfebf_0000, size: 0x1_0000 }]);
+        config.write(0x30, &[0]);
+        assert_eq!(config.windows(), []);
+        assert!(
+            config.add_rom(0x400).is_err() && config.add_rom(0x1_0001).is_err() && config.add_rom(1 << 40).is_err()
+        );
     }
 
     #[test]

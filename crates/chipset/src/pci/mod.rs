@@ -7,7 +7,7 @@ mod host_bridge;
 mod lpc_bridge;
 
 pub use bus::{ConfigPorts, Ecam, PciBus, PciFunction};
-pub use config::{BarKind, BarWindow, CONFIG_SIZE, ConfigSpace, Identity};
+pub use config::{BarKind, BarWindow, CONFIG_SIZE, ConfigSpace, Identity, ROM_BAR};
 pub use endpoint::Endpoint;
 pub use host_bridge::HostBridge;
 pub use lpc_bridge::LpcBridge;
