@@ -359,3 +359,80 @@ fn code_that_is_written_runs_as_written() {
     assert_eq!(outcome(&mut m).0, 3);
     assert_eq!(m.state().gpr[3], 500_500);
 }
+
+/// Shared libraries: the translator copies its code from one address to the next.
+#[test]
+fn code_that_is_mapped_at_many_addresses_knows_at_which_it_runs() {
+    const ADDRESSES: [u64; 7] = [
+        0x7f12_3456_7000,
+        0x40_0000,
+        0x5555_5555_4000,
+        0x7fff_f7ff_e000,
+        0x7f12_3457_8000,
+        0xffff_ffff_c000_0000,
+        0x7e00_0000_0000,
+    ];
+    const CONSTANT: u64 = 0x1111_1111;
+    const PATCHED: u64 = 0x2222_2222;
+    let mut bare = Bare::new(8 << 20);
+    let pages = bare.pages(2);
+    for va in ADDRESSES.into_iter().chain([PAGE]) {
+        bare.map(va, pages, P | W);
+        bare.map(va + 0x1000, pages + 0x1000, P | W);
+    }
+    // rsi sums up what the code knows of where it is.
+    bare.assemble(pages, 0, 64, |a| {
+        let (mut start, mut near, mut fault, mut go_on) =
+            (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut start)?;
+        a.mov(ecx, CONSTANT as i32)?; // its bytes 1-4
+        a.add(rsi, rcx)?;
+        a.lea(rax, ptr(start))?;
+        a.add(rsi, rax)?;
+        a.call(near)?;
+        a.call(0x1000u64)?;
+        a.cmp(rdi, 1)?;
+        a.jne(go_on)?;
+        a.jmp(fault)?;
+        a.set_label(&mut go_on)?;
+        a.ret()?;
+        a.set_label(&mut near)?;
+        a.mov(rax, qword_ptr(rsp))?;
+        a.add(rsi, rax)?;
+        a.ret()?;
+        a.set_label(&mut fault)?;
+        a.ud2()
+    });
+    // The second page: adds its return address as well.
+    bare.write(pages + 0x1000, &[0x48, 0x03, 0x34, 0x24, 0xc3]);
+    let rip = bare.kernel_code(CODE, |a| {
+        a.xor(esi, esi)?;
+        a.xor(edi, edi)?;
+        for round in 0..4 {
+            if round == 3 {
+                a.mov(rax, PAGE + 1)?;
+                a.mov(dword_ptr(rax), PATCHED as i32)?;
+            }
+            for address in ADDRESSES {
+                a.mov(rax, address)?;
+                a.call(rax)?;
+            }
+        }
+        a.mov(edi, 1)?;
+        a.mov(rax, ADDRESSES[2])?;
+        a.call(rax)
+    });
+    let state = bare.kernel_state(rip);
+    let mut bytes = [0; 0x40];
+    bare.read(pages, &mut bytes);
+    let ud2 = bytes.windows(2).position(|w| w == [0x0f, 0x0b]).unwrap() as u64;
+    let calls: Vec<u64> = (0..0x30).filter(|&i| bytes[i] == 0xe8).map(|i| i as u64 + 5).collect();
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 6);
+    assert_eq!(m.frame().rip, ADDRESSES[2] + ud2);
+    let once = |address: u64| calls.iter().fold(address, |sum, call| sum.wrapping_add(address + call));
+    let all = ADDRESSES.iter().fold(0u64, |sum, a| sum.wrapping_add(once(*a)));
+    let constants = CONSTANT * 7 * 3 + PATCHED * 8;
+    let expected = all.wrapping_mul(4).wrapping_add(once(ADDRESSES[2])).wrapping_add(constants);
+    assert_eq!(m.state().gpr[6], expected);
+}

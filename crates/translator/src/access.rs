@@ -17,7 +17,6 @@ use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
-use crate::stores::Store;
 
 /// Size, direction and context of an access, in one word for emitted code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,7 +197,7 @@ fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
 /// The operand in two pieces of RAM, copied to the buffer. A store goes on in a copy of the instruction.
 fn bounce_light(cpu: &mut Vcpu, va: u64, kind: AccessKind, pieces: [(u64, usize); 2]) -> Option<u64> {
     // What the full path has not seen yet may be no plain store.
-    let store = if kind.write() { Some(cpu.engine.stores.get(cpu.hot.return_address)?) } else { None };
+    let store = if kind.write() { Some(cpu.engine.cache.snippets.store(cpu.hot.return_address)?) } else { None };
     let at = buffer_offset(va, kind.size());
     let bounce = &mut cpu.engine.bounce;
     let buffer = bounce.buffer[at..].as_mut_ptr();
@@ -479,11 +478,11 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     }
     let key = cpu.hot.return_address;
     let plain = ram && mask.is_none() && !must_be_aligned(&site.insn) && !waits_for_fpu(&site.insn);
-    if kind.write() && plain && pieces[1].1 != 0 && cpu.engine.stores.get(key).is_none() {
-        let Some(snippet) = cpu.copy_instruction(site, context_offset!(hot.stored_split)) else {
+    if kind.write() && plain && pieces[1].1 != 0 && cpu.engine.cache.snippets.store(key).is_none() {
+        let Some(code) = site.copy_instruction(context_offset!(hot.stored_split)) else {
             return lost(cpu, "split store");
         };
-        cpu.engine.stores.learn(key, Store { snippet, resume: site.end });
+        cpu.engine.cache.snippets.add_store(key, &code, site.end);
     }
     let snippet = match cpu.snippet(site) {
         Some(address) => address,
@@ -591,22 +590,11 @@ impl Vcpu {
     /// A copy of the instruction at a site that ends in the `bounced` thunk; made once for each site.
     fn snippet(&mut self, site: &SiteInfo) -> Option<u64> {
         let key = self.hot.return_address;
-        if let Some(&at) = self.engine.snippets.get(&key) {
+        if let Some(at) = self.engine.cache.snippets.bounced(key) {
             return Some(at);
         }
-        let address = self.copy_instruction(site, context_offset!(hot.bounced))?;
-        self.engine.snippets.insert(key, address);
-        Some(address)
-    }
-
-    /// A copy of the instruction at a site, on `[S0]`, that ends in a thunk. Its host address.
-    fn copy_instruction(&mut self, site: &SiteInfo, thunk: i32) -> Option<u64> {
-        let mut asm = Asm::new(self.engine.cache.next_offset());
-        crate::codegen::block::emit_operation(&mut asm, &site.bytes[..site.insn.len()], &site.insn, Operand::Host)?;
-        asm.jmp_mem(Mem::Base(RSP, thunk));
-        asm.finish();
-        let offset = self.engine.cache.append(&asm.code)?;
-        Some(self.engine.cache.host_address(offset))
+        let code = site.copy_instruction(context_offset!(hot.bounced))?;
+        self.engine.cache.snippets.add_bounced(key, &code)
     }
 
     /// The block and instruction whose slow path was called.
@@ -616,13 +604,25 @@ impl Vcpu {
 
     /// The block and instruction whose slow path returns to a host address.
     pub fn site_at(&self, address: u64) -> Option<SiteInfo> {
-        let (id, block) = self.engine.cache.find_by_host(address)?;
-        let offset = self.engine.cache.offset_of(address)? as u32;
-        let site = block.sites[block.sites.binary_search_by_key(&offset, |s| s.return_offset).ok()?];
-        let point = block.points.get(site.point as usize)?;
-        let (insn, bytes) = block.decode(point.guest_offset)?;
-        let end = self.engine.cache.host_address(site.end as usize);
+        let (id, offset) = self.engine.cache.find_by_host(address)?;
+        let (block, body) = self.engine.cache.block(id)?;
+        let site = body.sites[body.sites.binary_search_by_key(&offset, |s| s.return_offset).ok()?];
+        let point = body.points.get(site.point as usize)?;
+        let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
+        let end = self.engine.cache.host_address(block.start(), site.end);
         Some(SiteInfo { block: id, insn, bytes, parked: site.parked, end })
+    }
+}
+
+impl SiteInfo {
+    /// A copy of the instruction, on `[S0]`, that ends in a thunk.
+    fn copy_instruction(&self, thunk: i32) -> Option<Vec<u8>> {
+        let mut asm = Asm::default();
+        let bytes = self.bytes.get(..self.insn.len())?;
+        crate::codegen::block::emit_operation(&mut asm, bytes, &self.insn, Operand::Host)?;
+        asm.jmp_mem(Mem::Base(RSP, thunk));
+        asm.finish();
+        Some(asm.code)
     }
 }
 

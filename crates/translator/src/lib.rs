@@ -16,7 +16,9 @@
 
 pub mod access;
 pub mod apic;
+pub mod body;
 pub mod cache;
+pub mod code_memory;
 pub mod codegen;
 pub mod cpu;
 pub mod deliver;
@@ -26,6 +28,8 @@ pub mod events;
 pub mod flush;
 pub mod host;
 pub mod interrupts;
+pub mod invalidation;
+pub mod jumps;
 pub mod mmu;
 pub mod mode;
 pub mod perf_map;
@@ -34,8 +38,8 @@ pub mod run;
 pub mod semantics;
 pub mod shared;
 mod signals;
+mod snippets;
 pub mod stats;
-mod stores;
 pub mod task;
 #[cfg(test)]
 mod testing;
@@ -74,7 +78,7 @@ impl Default for Config {
         Config {
             cpus: 1,
             model: arch::cpuid::Model::default(),
-            translation_cache: cache::DEFAULT_SIZE,
+            translation_cache: code_memory::DEFAULT_SIZE,
             perf_map: false,
             stats: false,
         }
@@ -85,7 +89,7 @@ impl Default for Config {
 pub struct Translator {
     machine: Arc<shared::Machine>,
     /// Kept alive for the tracker and the memory map, which refer to it weakly.
-    _device_changes: Arc<cache::DeviceChanges>,
+    _device_changes: Arc<invalidation::DeviceChanges>,
 }
 
 impl Translator {
@@ -95,7 +99,7 @@ impl Translator {
         let cpuid = semantics::cpuid::model(&config, time.tsc_khz())
             .map_err(|e| engine::Error::Unsupported { engine: "translate", why: e.to_string() })?;
         let machine = Arc::new(shared::Machine::new(ram, config, cpuid, time));
-        let device_changes = Arc::new(cache::DeviceChanges(machine.clone()));
+        let device_changes = Arc::new(invalidation::DeviceChanges(machine.clone()));
         let watcher: Arc<dyn memory::CodeWatcher> = device_changes.clone();
         machine.tracker.watch(Arc::downgrade(&watcher));
         let observer: Arc<dyn memory::MapObserver> = device_changes.clone();

@@ -6,7 +6,7 @@ use arch::state::SegmentRegister;
 use crate::cpu::{Context, Vcpu};
 
 /// A block's key beyond its address. A vCPU may enter a block only in the mode it was translated for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Mode(u32);
 
 const STACK32: u32 = 1 << 2;

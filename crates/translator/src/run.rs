@@ -11,8 +11,10 @@ use arch::{Exception, Vector};
 use memory::PAGE_SIZE;
 
 use crate::access::{Bounce, canonical};
-use crate::cache::{BlockId, Cache, CodeMemory, Key};
-use crate::codegen::block::{self, Place};
+use crate::body::Origin;
+use crate::cache::{BlockId, Cache, Found, LinkId};
+use crate::code_memory::{CodeMemory, jump_key};
+use crate::codegen::block::{self, Setting, Translated};
 use crate::codegen::decode::GuestCode;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
@@ -21,8 +23,11 @@ use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::shared::request;
-use crate::stores::Stores;
 
+/// Blocks that are remembered to be without groups.
+const MAX_UNGROUPED: usize = 1 << 14;
+/// A page and what the last instruction in it may have in the next one.
+const CODE_PAGE: usize = PAGE_SIZE as usize + 15;
 /// Code segments whose limits are remembered.
 const MAX_CODE_SEGMENTS: usize = 4096;
 /// Entries of the fetch cache; a power of two.
@@ -44,8 +49,6 @@ const SOON: u64 = DETOURS as u64 * 100;
 /// The dispatcher's and the cache's own state.
 pub struct EngineState {
     pub cache: Cache,
-    /// Copies of bounced instructions, by the return address of their slow-path call; and the other way round.
-    pub snippets: FxHashMap<u64, u64>,
     /// Why emitted code was left with [`Left::Stop`].
     pub stop: Option<Stop>,
     pub counts: crate::stats::Counts,
@@ -66,12 +69,13 @@ pub struct EngineState {
     /// The next block runs in careful mode.
     careful: bool,
     /// The place whose group's check failed, to be linked to the careful code that comes next.
-    failed_check: Option<u64>,
-    pub stores: Stores,
+    failed_check: Option<LinkId>,
     /// When detours were last looked at.
     detoured: u64,
     /// Blocks that are translated without groups.
-    ungrouped: FxHashSet<Key>,
+    ungrouped: FxHashSet<Origin>,
+    /// The bytes that are translated: a page, and perhaps the beginning of the next.
+    code_page: Vec<u8>,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
@@ -82,7 +86,6 @@ impl EngineState {
     pub fn new(memory: Arc<CodeMemory>, perf_map: Option<PerfMap>) -> Self {
         EngineState {
             cache: Cache::new(memory, perf_map),
-            snippets: FxHashMap::default(),
             stop: None,
             counts: Default::default(),
             bounce: Bounce::default(),
@@ -96,9 +99,9 @@ impl EngineState {
             code_limits: FxHashMap::default(),
             careful: false,
             failed_check: None,
-            stores: Stores::default(),
             detoured: 0,
             ungrouped: FxHashSet::default(),
+            code_page: vec![0; CODE_PAGE],
             delivered: false,
             device_pages: FxHashSet::default(),
         }
@@ -110,17 +113,21 @@ impl EngineState {
         if !self.cache.is_live(id) {
             return;
         }
-        if enough {
-            self.ungrouped.insert(self.cache.block(id).key);
-            self.cache.remove(id);
-        } else {
-            self.failed_check = Some(place);
+        if !enough {
+            self.failed_check = self.cache.find_link(place).map(|(link, ..)| link);
+        } else if let Some(origin) = self.cache.block(id).map(|(_, body)| body.origin) {
+            // A guest that makes code for hours must not make the list longer and longer.
+            if self.ungrouped.len() >= MAX_UNGROUPED {
+                self.ungrouped.clear();
+            }
+            self.ungrouped.insert(origin);
+            self.cache.remove_origin(origin);
         }
     }
 
     /// Forgets which virtual address leads to which block.
     pub fn drop_address_caches(&mut self) {
-        self.cache.clear_jumps(true);
+        self.cache.jumps.clear(true);
         self.fetches.fill(Fetch::default());
         self.global_fetches.fill(Fetch::default());
         self.local_pages.clear();
@@ -129,7 +136,7 @@ impl EngineState {
 
     /// The same for what is not in global pages.
     pub fn drop_local_addresses(&mut self) {
-        self.cache.clear_jumps(false);
+        self.cache.jumps.clear(false);
         self.fetches.fill(Fetch::default());
         self.local_pages.clear();
     }
@@ -147,7 +154,7 @@ impl EngineState {
 
 /// Executes a sensitive instruction for emitted code. -1: back to the block; else the [`Left`] to leave with.
 pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
-    let Some(s) = cpu.engine.cache.sensitive.get(index as usize).copied() else {
+    let Some(s) = cpu.engine.cache.sensitive(index) else {
         cpu.engine.stop =
             Some(Stop::Exit(Exit::Failed(format!("a block names sensitive instruction {index}, which there isn't"))));
         return Left::Stop as i32;
@@ -225,7 +232,7 @@ impl Vcpu {
             }
             self.segments_changed();
         }
-        self.hot.return_address = self.engine.cache.find_jump(mode, self.rip, segment)?;
+        self.hot.return_address = self.engine.cache.jumps.find(mode, jump_key(self.rip, segment))?;
         self.engine.mode = Some(mode);
         Some(())
     }
@@ -240,11 +247,11 @@ impl Vcpu {
         // The jump table goes by the base: blocks at one base must have the same limit.
         let limits = &mut self.engine.code_limits;
         if limits.insert(segment.base, segment.limit).is_some_and(|limit| limit != segment.limit) {
-            self.engine.cache.clear_jumps(true);
+            self.engine.cache.jumps.clear(true);
         }
         if self.engine.code_limits.len() > MAX_CODE_SEGMENTS {
             self.engine.code_limits.clear();
-            self.engine.cache.clear_jumps(true);
+            self.engine.cache.jumps.clear(true);
         }
     }
 
@@ -276,7 +283,7 @@ impl Vcpu {
 
     /// `Ok`: someone asked this vCPU to stop. A fault is that of the instruction at `rip`.
     fn run_until_stop(&mut self) -> Result<(), Stop> {
-        let mut link: Option<u64> = None;
+        let mut link: Option<LinkId> = None;
         let mut look_for_events = true;
         loop {
             if look_for_events || self.shared.poll.is_set() {
@@ -310,7 +317,7 @@ impl Vcpu {
     }
 
     /// Enters one block and follows links until something needs the dispatcher.
-    fn step(&mut self, link: &mut Option<u64>) -> Result<Next, Stop> {
+    fn step(&mut self, link: &mut Option<LinkId>) -> Result<Next, Stop> {
         let stepping = self.rflags & rflags::TF != 0;
         let breakpoints = self.dr7 & 0xff != 0;
         let single = stepping || breakpoints || self.interrupt_shadow && self.shadow_shades();
@@ -326,18 +333,9 @@ impl Vcpu {
             self.segments_changed();
         }
         let shadowed = self.interrupt_shadow;
-        let resets = self.engine.cache.stats.full_flushes;
         let id = self.find_block(mode)?;
-        // After a reset the stub to be linked is gone.
-        if let Some(site) = link.take()
-            && self.engine.cache.stats.full_flushes == resets
-        {
-            self.engine.cache.link(site, id);
-        }
-        if let Some(place) = self.engine.failed_check.take()
-            && self.engine.cache.stats.full_flushes == resets
-        {
-            self.engine.cache.link(place, id);
+        for link in [link.take(), self.engine.failed_check.take()].into_iter().flatten() {
+            self.engine.cache.link(link, id);
         }
         self.engine.mode = Some(mode);
         self.hot.tsc_offset = self.machine.time.tsc_offset().unwrap_or_default();
@@ -427,13 +425,8 @@ impl Vcpu {
     }
 
     /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.
-    fn set_link_target(&mut self, link: &mut Option<u64>) {
-        let site = self.hot.return_address;
-        let offset = self.engine.cache.offset_of(site).unwrap_or_default() as u32;
-        if let Some((_, block)) = self.engine.cache.find_by_host(site)
-            && let Some(l) = block.links.iter().find(|l| l.return_offset == offset)
-        {
-            let (target, parked) = (l.target, l.parked);
+    fn set_link_target(&mut self, link: &mut Option<LinkId>) {
+        if let Some((site, target, parked)) = self.engine.cache.find_link(self.hot.return_address) {
             self.rip = target;
             if parked {
                 self.unpark();
@@ -481,9 +474,11 @@ impl Vcpu {
         }
         let linear = self.linear_rip();
         let (gpa, global) = self.fetch_address(linear)?;
-        let key = Key { rip, page: self.frame(gpa), mode, segment: CodeSegment::of(self) };
-        if let Some(id) = self.engine.cache.get(&key) {
-            let same = match self.engine.cache.block(id).second_page {
+        let address = self.frame(gpa) | (gpa % PAGE_SIZE);
+        let origin = Origin { address, mode, segment: CodeSegment::of(self) };
+        if let Some(id) = self.engine.cache.find(origin, rip) {
+            let second_page = self.engine.cache.block(id).and_then(|(_, body)| body.second_page);
+            let same = match second_page {
                 None => true,
                 Some(page) => {
                     let (next, _) = self.fetch_address(next_page(linear))?;
@@ -494,8 +489,30 @@ impl Vcpu {
                 self.engine.cache.enter_jump(id, global);
                 return Ok(id);
             }
+            self.engine.cache.remove(id);
         }
-        self.translate(key, gpa, linear, global)
+        // From here on code may be dropped, moved or overwritten: what the FPU notes of it must be the guest's before.
+        self.settle_x87_pointers();
+        self.engine.cache.reap();
+        let id = match self.copy_block(origin, rip) {
+            Some(id) => id,
+            None => self.translate(origin, gpa, rip, linear)?,
+        };
+        self.engine.cache.enter_jump(id, global);
+        Ok(id)
+    }
+
+    /// A copy of a block of the same origin that was translated for another address.
+    fn copy_block(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
+        let cache = &mut self.engine.cache;
+        let original = cache.find_original(origin)?;
+        let length = cache.block(original)?.1.length.into();
+        if !cache.has_room(length) {
+            cache.make_room(length);
+        }
+        // Making room may have dropped it.
+        let original = cache.find_original(origin)?;
+        cache.copy(original, rip)
     }
 
     /// The physical address of code at a linear address, and whether its page is global.
@@ -524,57 +541,59 @@ impl Vcpu {
         if self.cpl() == 3 { Context::User } else { Context::Supervisor }
     }
 
-    fn translate(&mut self, key: Key, gpa: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
-        if !self.engine.cache.has_room() {
-            self.drop_all_blocks();
-        }
+    fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64) -> Result<BlockId, Stop> {
         self.watch_code_page(gpa);
         let offset = (gpa % PAGE_SIZE) as usize;
-        let first = PAGE_SIZE as usize - offset;
-        let mut bytes = vec![0; PAGE_SIZE as usize];
-        self.read_code(gpa, &mut bytes);
-        let mut second_page = None;
-        let mode = if self.readable(gpa).is_some() { key.mode } else { key.mode.single() };
-        let segment = key.segment;
-        let code = GuestCode { page: &bytes, offset, segment };
-        let mut translated = block::translate(code, key.rip, mode, self.block_place(key, mode));
-        if translated.is_none() {
-            if !segment.holds(key.rip, first + 1) {
-                return Err(Exception::general_protection(0).into());
-            }
-            let (next, _) = self.fetch_address(next_page(linear))?;
-            self.watch_code_page(next);
-            bytes.resize(PAGE_SIZE as usize + 15, 0);
-            let mut tail = [0; 15];
-            self.read_code(next, &mut tail);
-            bytes[PAGE_SIZE as usize..].copy_from_slice(&tail);
-            second_page = Some(self.frame(next));
-            let code = GuestCode { page: &bytes, offset, segment };
-            translated = block::translate(code, key.rip, mode, self.block_place(key, mode));
-        }
-        let Some(translated) = translated else {
-            return Err(Exception::invalid_opcode().into());
-        };
-        let length = translated.guest_length.min(bytes.len() - offset);
-        if length <= first {
-            second_page = None;
-        }
+        let in_memory = self.readable(gpa).is_some();
+        let setting = self.setting(origin, if in_memory { origin.mode } else { origin.mode.single() });
+        // Taken for as long as it is in use.
+        let mut bytes = std::mem::take(&mut self.engine.code_page);
+        let translated = self.translate_bytes(&mut bytes, origin.segment, gpa, rip, linear, &setting);
+        let inserted = translated.map(|(mut translated, second_page)| {
+            translated.movable &= in_memory;
+            let length = translated.guest_length.min(bytes.len() - offset);
+            let second_page = second_page.filter(|_| offset + length > PAGE_SIZE as usize);
+            let cache = &mut self.engine.cache;
+            cache.make_room(translated.code.len());
+            cache.insert(origin, rip, second_page, &bytes[offset..offset + length], translated)
+        });
+        self.engine.code_page = bytes;
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
-        let id =
-            self.engine.cache.insert(key, second_page, &bytes[offset..offset + length], translated).ok_or_else(full)?;
-        self.engine.cache.enter_jump(id, global);
-        Ok(id)
+        inserted?.ok_or_else(full)
     }
 
-    fn block_place(&mut self, key: Key, mode: Mode) -> Place {
-        let cache = &mut self.engine.cache;
-        let inline_tsc = self.machine.time.tsc_offset().is_some();
-        Place {
-            inline_tsc,
-            groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&key),
-            origin: cache.next_offset(),
-            first_sensitive: cache.sensitive.len(),
-            jump_slot: cache.jump_slot(mode),
+    /// Translates what is at `gpa`, by way of `bytes`; with it the second frame that it takes bytes from.
+    fn translate_bytes(
+        &mut self,
+        bytes: &mut [u8],
+        segment: CodeSegment,
+        gpa: u64,
+        rip: u64,
+        linear: u64,
+        setting: &Setting,
+    ) -> Result<(Translated, Option<u64>), Stop> {
+        let offset = (gpa % PAGE_SIZE) as usize;
+        let (page, tail) = bytes.split_at_mut(PAGE_SIZE as usize);
+        self.read_code(gpa, page);
+        if let Some(translated) = block::translate(GuestCode { page, offset, segment }, rip, setting) {
+            return Ok((translated, None));
+        }
+        if !segment.holds(rip, PAGE_SIZE as usize - offset + 1) {
+            return Err(Exception::general_protection(0).into());
+        }
+        let (next, _) = self.fetch_address(next_page(linear))?;
+        self.watch_code_page(next);
+        self.read_code(next, tail);
+        let translated = block::translate(GuestCode { page: bytes, offset, segment }, rip, setting);
+        Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
+    }
+
+    fn setting(&mut self, origin: Origin, mode: Mode) -> Setting {
+        Setting {
+            mode,
+            inline_tsc: self.machine.time.tsc_offset().is_some(),
+            groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&origin),
+            jump_slot: self.engine.cache.jumps.slot(mode),
         }
     }
 
@@ -598,20 +617,6 @@ impl Vcpu {
         let now = crate::host::rdtsc();
         self.hot.detours = DETOURS;
         now.wrapping_sub(std::mem::replace(&mut self.engine.detoured, now)) < SOON
-    }
-
-    /// Makes room by forgetting all translations.
-    pub fn drop_all_blocks(&mut self) {
-        // The instruction that x87 notes can be found only while its block is known.
-        self.settle_x87_pointers();
-        self.engine.snippets.clear();
-        self.engine.stores.clear();
-        let frames: Vec<u64> = self.engine.cache.reset().collect();
-        if self.machine.vcpus().len() <= 8 {
-            for page in frames.into_iter().filter_map(crate::phys::page_of) {
-                self.machine.tracker.clear_code(page, crate::cache::holder_bit(self.id));
-            }
-        }
     }
 
     /// What a host signal in emitted code means for the guest.
@@ -661,21 +666,12 @@ impl Vcpu {
     }
 
     /// The guest instruction whose operation is at a host address.
-    pub fn instruction_at(&mut self, pc: u64) -> Option<(iced_x86::Instruction, [u8; 15], bool)> {
-        let cache = &self.engine.cache;
-        let offset = cache.offset_of(pc)? as u32;
-        if let Some((_, block)) = cache.find_by_host(pc)
-            && block.code.contains(&offset)
-        {
-            let i = block.points.partition_point(|p| p.host_offset <= offset).checked_sub(1)?;
-            let point = block.points[i];
-            let (insn, bytes) = block.decode(point.guest_offset)?;
-            return Some((insn, bytes, point.parked));
+    pub fn instruction_at(&self, pc: u64) -> Option<Found> {
+        if let Some(found) = self.engine.cache.instruction_at(pc) {
+            return Some(found);
         }
         // The copy of a bounced instruction.
-        let bounced = self.engine.snippets.iter().map(|(&site, &at)| (site, at)).filter(|&(_, at)| at <= pc);
-        let (site, _) = bounced.chain(self.engine.stores.before(pc)).max_by_key(|&(_, at)| at)?;
-        let site = self.site_at(site)?;
+        let site = self.site_at(self.engine.cache.snippets.site(pc)?)?;
         Some((site.insn, site.bytes, site.parked))
     }
 }

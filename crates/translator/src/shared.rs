@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock, RwLock};
 use memory::{PageTracker, Ram};
 
 use crate::apic::Apic;
-use crate::cache::PollWord;
+use crate::code_memory::PollWord;
 use crate::wait::Parker;
 
 /// Requests to a vCPU, taken by its dispatcher. Bits of [`VcpuShared::requests`].
@@ -38,7 +38,7 @@ pub struct VcpuShared {
     pub apic: Apic,
     /// Where the vCPU's thread sleeps while halted.
     pub parker: Parker,
-    pub invalidations: crate::cache::Invalidations,
+    pub invalidations: crate::invalidation::Invalidations,
 }
 
 impl VcpuShared {
@@ -50,7 +50,7 @@ impl VcpuShared {
             poll: PollWord::default(),
             apic: Apic::new(id),
             parker: Parker::default(),
-            invalidations: crate::cache::Invalidations::default(),
+            invalidations: crate::invalidation::Invalidations::default(),
         }
     }
 

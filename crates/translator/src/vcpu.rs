@@ -7,7 +7,7 @@ use arch::CpuState;
 use arch::state::Activity;
 use engine::{Error, Exit, VcpuControl};
 
-use crate::cache::CodeMemory;
+use crate::code_memory::CodeMemory;
 use crate::cpu::{Msrs, STACK_WORDS, Vcpu, XSAVE_SIZE, XsaveArea};
 use crate::entry::Hot;
 use crate::perf_map::PerfMap;

@@ -1,7 +1,10 @@
 //! A small assembler for the host code that surrounds re-encoded guest instructions.
 //!
 //! It knows only the forms that the translator emits, always in 64-bit operand size unless a name says otherwise.
-//! Branch targets are [`Label`]s, resolved by [`Asm::bind`]; all branches are rel32.
+//! Branch targets are [`Label`]s, resolved by [`Asm::bind`]; all branches are rel32. Whatever depends on where the code
+//! stands, in guest or host memory, is noted ([`Asm::moved`]).
+
+use crate::body::Field;
 
 /// A host general-purpose register, by encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +37,9 @@ pub enum Mem {
     Scaled(Reg, u8, i32),
     /// `[disp]`, sign-extended
     Absolute(i32),
-    /// RIP-relative, to an offset in the code memory (see [`Asm::new`])
+    /// `[base + disp]` in the jump table's entry for a guest address
+    Jump(Reg, i32, u64),
+    /// RIP-relative, to an offset in the code memory
     Code(usize),
 }
 
@@ -61,21 +66,17 @@ pub struct Label(usize);
 
 const UNBOUND: usize = usize::MAX;
 
-/// Assembles one block.
+/// Assembles one block, as if it stood at the start of the code memory.
+#[derive(Default)]
 pub struct Asm {
     pub code: Vec<u8>,
-    /// Where `code[0]` will be, as an offset in the code memory.
-    origin: usize,
     labels: Vec<usize>,
     fixups: Vec<(usize, Label)>,
+    /// What moving the code changes: where, how, and the guest address that it is about.
+    pub moved: Vec<(u16, Field, u64)>,
 }
 
 impl Asm {
-    /// An assembler of code that will stand at `origin` in the code memory.
-    pub fn new(origin: usize) -> Self {
-        Asm { code: Vec::with_capacity(4096), origin, labels: Vec::new(), fixups: Vec::new() }
-    }
-
     /// Bytes emitted so far.
     pub fn position(&self) -> usize {
         self.code.len()
@@ -114,7 +115,7 @@ impl Asm {
 
     fn rex(&mut self, wide: bool, reg: u8, mem: Mem) {
         let (x, b) = match mem {
-            Mem::Base(base, _) => (0, base.0 >> 3),
+            Mem::Base(base, _) | Mem::Jump(base, ..) => (0, base.0 >> 3),
             Mem::Index(base, index, _, _) => (index.0 >> 3, base.0 >> 3),
             Mem::Scaled(index, _, _) => (index.0 >> 3, 0),
             Mem::Absolute(_) | Mem::Code(_) => (0, 0),
@@ -167,9 +168,15 @@ impl Asm {
                 self.byte(0x25);
                 self.imm32(disp);
             }
+            Mem::Jump(base, disp, address) => {
+                self.byte(0x80 | reg | base.0 & 7);
+                self.note(Field::JumpIndex, address);
+                self.imm32(disp);
+            }
             Mem::Code(target) => {
                 self.byte(reg | 5);
-                let next = self.origin + self.code.len() + 4 + tail;
+                let next = self.code.len() + 4 + tail;
+                self.note(Field::HostWord, 0);
                 self.imm32(target as i32 - next as i32);
             }
         }
@@ -259,6 +266,30 @@ impl Asm {
             self.bytes(&[0x48 | to.0 >> 3, 0xb8 | to.0 & 7]);
             self.bytes(&value.to_le_bytes());
         }
+    }
+
+    /// [`Asm::mov_imm`] of a guest address, which depends on where the guest's code is.
+    pub fn mov_address(&mut self, to: Reg, address: u64) {
+        self.mov_imm(to, address);
+        let (field, size) = if u32::try_from(address).is_ok() {
+            (Field::Address32, 4)
+        } else if i32::try_from(address as i64).is_ok() {
+            (Field::AddressSigned, 4)
+        } else {
+            (Field::Address64, 8)
+        };
+        self.moved.push(((self.code.len() - size) as u16, field, address));
+    }
+
+    /// Moves the number of the block's next sensitive instruction to a register.
+    pub fn mov_sensitive(&mut self, to: Reg) {
+        self.mov_imm(to, 0);
+        self.moved.push(((self.code.len() - 4) as u16, Field::Sensitive, 0));
+    }
+
+    /// Notes the field that is emitted next.
+    fn note(&mut self, field: Field, address: u64) {
+        self.moved.push((self.code.len() as u16, field, address));
     }
 
     pub fn lea(&mut self, to: Reg, mem: Mem) {
@@ -418,13 +449,11 @@ impl Asm {
         self.rel32(to);
     }
 
-    /// A jump to an offset in the code memory. Returns where its rel32 is.
-    pub fn jmp_code(&mut self, target: usize) -> usize {
+    /// A jump to the code's first byte.
+    pub fn jmp_start(&mut self) {
         self.byte(0xe9);
-        let at = self.code.len();
-        let next = self.origin + at + 4;
-        self.imm32(target as i32 - next as i32);
-        at
+        let next = self.code.len() + 4;
+        self.imm32(-(next as i32));
     }
 
     /// JRCXZ over what `body` emits (at most 127 bytes): it runs if rcx is not zero.
@@ -456,10 +485,10 @@ mod tests {
     use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
     fn disassemble(emit: impl FnOnce(&mut Asm)) -> String {
-        let mut asm = Asm::new(0x1000);
+        let mut asm = Asm::default();
         emit(&mut asm);
         asm.finish();
-        let mut decoder = Decoder::with_ip(64, &asm.code, 0x1000, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(64, &asm.code, 0, DecoderOptions::NONE);
         let mut formatter = IntelFormatter::new();
         let mut lines = Vec::new();
         while decoder.can_decode() {

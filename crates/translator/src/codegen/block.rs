@@ -10,13 +10,18 @@ use super::groups::Member;
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Operand, context};
 use crate::access::AccessKind;
-use crate::cache::{Link, Point, Site};
+use crate::body::{Link, Point, Relocation, Site};
 use crate::entry::context_offset;
 use crate::mode::Mode;
 use crate::semantics::Exec;
 
-/// Host bytes in one block at most; reached only by absurd code.
+/// No further instruction begins behind so many host bytes; reached only by absurd code.
 const MAX_HOST_BYTES: usize = 24 << 10;
+/// More than all slow paths and stubs of a block take.
+const MAX_STUB_BYTES: usize = 32 << 10;
+/// More than a block can have.
+pub const MAX_BLOCK_BYTES: usize = MAX_HOST_BYTES + MAX_STUB_BYTES;
+const _: () = assert!(MAX_BLOCK_BYTES <= u16::MAX as usize && super::decode::MAX_UNROLLED <= u8::MAX as usize);
 
 /// An instruction that a block hands to Rust.
 #[derive(Clone, Copy)]
@@ -28,30 +33,30 @@ pub struct SensitiveInsn {
     pub loads_segment: bool,
 }
 
-/// What translation makes of a run of instructions; the cache turns it into a block.
+/// What translation makes of a run of instructions; the cache turns it into a block. See [`crate::body`] for its parts.
 pub struct Translated {
+    /// As it has to be at the start of code memory.
     pub code: Vec<u8>,
     pub guest_length: usize,
     pub points: Vec<Point>,
     pub sites: Vec<Site>,
     pub links: Vec<Link>,
+    pub relocations: Vec<Relocation>,
     pub sensitive: Vec<SensitiveInsn>,
-    /// Where to enter with the flags parked, in code memory.
-    pub parked_entry: u32,
-    /// See [`crate::cache::Block`].
+    pub parked_entry: usize,
     pub lookahead: std::ops::Range<usize>,
+    /// The code can be moved to other guest addresses.
+    pub movable: bool,
 }
 
-/// Where things are that emitted code reaches by fixed addresses, and what came before.
-pub struct Place {
+/// What a block is made for, besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    pub mode: Mode,
     /// RDTSC is the host's plus an offset.
     pub inline_tsc: bool,
-    /// Accesses may share checks: see [`groups`].
+    /// Accesses may share checks: see [`groups`](super::groups).
     pub groups: bool,
-    /// Where the block will stand in code memory.
-    pub origin: usize,
-    /// The index that the block's first sensitive instruction gets.
-    pub first_sensitive: usize,
     /// Which part of the jump table this mode uses; none: indirect branches leave to the dispatcher.
     pub jump_slot: Option<usize>,
 }
@@ -81,10 +86,10 @@ pub enum Slow {
 enum Behind {
     Slow {
         stub: SlowStub,
-        point: u16,
+        point: u8,
         parked: bool,
         /// Host offset after the instruction.
-        end: u32,
+        end: u16,
     },
     /// A branch's target that is not linked directly.
     Goto { entry: Label, target: u64, item: usize },
@@ -101,7 +106,7 @@ struct PendingLink {
 pub struct Builder<'a> {
     pub asm: Asm,
     pub mode: Mode,
-    pub place: Place,
+    pub setting: Setting,
     pub code: GuestCode<'a>,
     bytes: &'a [u8],
     lookahead: Lookahead,
@@ -117,19 +122,22 @@ pub struct Builder<'a> {
     sensitive: Vec<SensitiveInsn>,
     /// The slot of the group whose host address is in S2.
     pub held: Option<usize>,
+    /// An address relative to EIP was emitted.
+    pub narrow_addresses: bool,
 }
 
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
-pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Option<Translated> {
+pub fn translate(code: GuestCode, start: u64, setting: &Setting) -> Option<Translated> {
+    let mode = setting.mode;
     let bytes = code.bytes();
-    let (mut items, lookahead) = decode(code, start, mode, place.inline_tsc)?;
-    if place.groups && mode.long() && !mode.checks_alignment() {
+    let (mut items, lookahead) = decode(code, start, mode, setting.inline_tsc)?;
+    if setting.groups && mode.long() && !mode.checks_alignment() {
         plan_groups(&mut items, mode);
     }
     let mut b = Builder {
-        asm: Asm::new(place.origin),
+        asm: Asm::default(),
         mode,
-        place,
+        setting: *setting,
         code,
         bytes,
         start,
@@ -143,6 +151,7 @@ pub fn translate(code: GuestCode, start: u64, mode: Mode, place: Place) -> Optio
         links: Vec::new(),
         sensitive: Vec::new(),
         held: None,
+        narrow_addresses: false,
     };
     b.prologue();
     let mut ended = false;
@@ -222,8 +231,8 @@ impl CodeSizeBits for Instruction {
 }
 
 impl Builder<'_> {
-    fn position(&self) -> u32 {
-        (self.place.origin + self.asm.position()) as u32
+    fn position(&self) -> u16 {
+        self.asm.position() as u16
     }
 
     pub fn current_ip(&self) -> u64 {
@@ -279,14 +288,14 @@ impl Builder<'_> {
 
     pub fn slow_stub(&mut self, stub: SlowStub) {
         let parked = self.flags == FlagState::Parked;
-        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u16, parked, end: 0 });
+        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u8, parked, end: 0 });
     }
 
     /// Calls the `resolve` thunk; the access kind is in S1.
     pub fn resolve(&mut self) {
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.resolve)));
         let return_offset = self.position();
-        let (point, parked) = ((self.points.len() - 1) as u16, self.flags == FlagState::Parked);
+        let (point, parked) = ((self.points.len() - 1) as u8, self.flags == FlagState::Parked);
         self.sites.push(Site { return_offset, point, parked, end: 0 });
     }
 
@@ -317,10 +326,9 @@ impl Builder<'_> {
     }
 
     pub fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
-        let index = self.place.first_sensitive + self.sensitive.len();
         let loads_segment = !self.mode.long() && crate::semantics::segments::loads_segment(insn);
         self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block, loads_segment });
-        self.asm.mov_imm(S0, index as u64);
+        self.asm.mov_sensitive(S0);
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.helper)));
     }
 
@@ -428,7 +436,7 @@ impl Builder<'_> {
 
     /// A jump to careful code if the address XOR its tag, in S0, says that the page is the right one; until it is linked it
     /// leads to what comes next. Where its rel32 is.
-    fn detour(&mut self) -> u32 {
+    fn detour(&mut self) -> u16 {
         let slow = self.asm.label();
         self.asm.alu_imm(Alu::Cmp, S0, 0xfff);
         self.asm.jcc(cc::A, slow);
@@ -460,16 +468,8 @@ impl Builder<'_> {
                     self.sites.push(Site { return_offset, point, parked, end });
                     self.asm.jmp(stub.back);
                     if let Some(patch_offset) = patch {
-                        let target = self.start + u64::from(self.points[usize::from(point)].guest_offset);
-                        links.push(Link {
-                            stub_offset,
-                            return_offset,
-                            patch_offset,
-                            target,
-                            parked,
-                            detour: true,
-                            to: None,
-                        });
+                        let target = self.points[usize::from(point)].guest_offset as i16;
+                        links.push(Link { stub_offset, return_offset, patch_offset, target, parked, detour: true });
                     }
                 }
                 Behind::Goto { entry, target, item } => {
@@ -484,34 +484,52 @@ impl Builder<'_> {
             self.asm.bind(pending.label);
             let stub_offset = self.position();
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
-            let return_offset = self.position();
-            let patch_offset = (self.place.origin + pending.patch) as u32;
             links.push(Link {
                 stub_offset,
-                return_offset,
-                patch_offset,
-                target: pending.target,
+                return_offset: self.position(),
+                patch_offset: pending.patch as u16,
+                target: pending.target.wrapping_sub(self.start) as i16,
                 parked: pending.parked,
                 detour: false,
-                to: None,
             });
         }
-        let mut parked_entry = self.place.origin;
+        let mut parked_entry = 0;
         if self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
-            parked_entry = self.position() as usize;
+            parked_entry = self.asm.position();
             unpark_flags(&mut self.asm);
-            self.asm.jmp_code(self.place.origin);
+            self.asm.jmp_start();
         }
         self.asm.finish();
+        let (relocations, movable) = self.relocations();
         Translated {
-            parked_entry: parked_entry as u32,
+            parked_entry,
             lookahead: self.lookahead.0,
             code: self.asm.code,
             guest_length,
             points: self.points,
             sites: self.sites,
             links,
+            relocations,
             sensitive: self.sensitive,
+            movable,
         }
+    }
+
+    /// What moving the code changes, and whether all of it could be said.
+    fn relocations(&self) -> (Vec<Relocation>, bool) {
+        // In 16-bit code addresses wrap at 64K; 32-bit addressing in 64-bit code does at 4G.
+        let mut movable = self.mode.bits() != 16 && !self.mode.segmented() && !self.narrow_addresses;
+        let mut relocations = Vec::with_capacity(self.asm.moved.len());
+        for &(offset, field, address) in &self.asm.moved {
+            let distance = if field.is_guest_address() { address.wrapping_sub(self.start) as i64 } else { 0 };
+            match i32::try_from(distance) {
+                Ok(delta) => relocations.push(Relocation { offset, field, delta }),
+                Err(_) => movable = false,
+            }
+        }
+        if !movable {
+            relocations.retain(|r| !r.field.is_guest_address());
+        }
+        (relocations, movable)
     }
 }

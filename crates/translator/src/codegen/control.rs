@@ -7,7 +7,7 @@ use super::block::Builder;
 use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
 use crate::access::AccessKind;
-use crate::cache::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
+use crate::code_memory::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
 use crate::entry::context_offset;
 use crate::mode::Mode;
 use crate::semantics::stack::{counter_width, operand_size};
@@ -127,14 +127,14 @@ impl Builder<'_> {
 
     /// Goes to a constant address by the jump table.
     pub fn goto_unlinked(&mut self, target: u64) {
-        self.asm.mov_imm(S0, target);
+        self.asm.mov_address(S0, target);
         self.lookup_known(Some(target));
     }
 
     /// Leaves for the dispatcher, which goes on at `target`.
     fn leave_for(&mut self, target: u64) {
         self.need_flags();
-        self.asm.mov_imm(S0, target);
+        self.asm.mov_address(S0, target);
         self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
     }
 
@@ -156,7 +156,7 @@ impl Builder<'_> {
             self.asm.load32(RCX, word);
             self.asm.unless_rcx_zero(|asm| {
                 asm.load(RCX, context(1));
-                asm.mov_imm(S0, target);
+                asm.mov_address(S0, target);
                 asm.jmp_mem(event);
             });
             self.asm.load(RCX, context(1));
@@ -173,11 +173,11 @@ impl Builder<'_> {
         // Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment.
         let note = |asm: &mut Asm| {
             if target.is_none() {
-                asm.mov_imm(S1, ip);
+                asm.mov_address(S1, ip);
                 asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
             }
         };
-        let (Some(slot), false) = (self.place.jump_slot, self.mode.is_single()) else {
+        let (Some(slot), false) = (self.setting.jump_slot, self.mode.is_single()) else {
             self.need_flags();
             note(&mut self.asm);
             let exit =
@@ -194,13 +194,16 @@ impl Builder<'_> {
             asm.mov_imm(S1, u64::from(segment.base) << 32);
             asm.lea(S0, Mem::Index(S0, S1, 1, 0));
         }
-        let JumpSlot { tags, codes, parked: parked_codes } = cache::jump_slot_offsets(slot);
+        let JumpSlot { tags, codes, parked: parked_codes } = code_memory::jump_slot_offsets(slot);
         let at = |offset: i32| match target {
-            Some(t) => Mem::Base(S2, offset + cache::jump_index(cache::jump_key(t, segment), mode) as i32 * 8),
+            Some(t) => {
+                let index = code_memory::jump_index(code_memory::jump_key(t, segment), mode);
+                Mem::Jump(S2, offset + index as i32 * 8, t)
+            }
             None => Mem::Index(S2, S1, 8, offset),
         };
         if target.is_none() {
-            if cache::index_by_pext() {
+            if code_memory::index_by_pext() {
                 let mask = if mode.segmented() {
                     context_offset!(hot.segmented_jump_mask)
                 } else {
@@ -266,7 +269,7 @@ impl Builder<'_> {
         let size = operand_size(insn);
         let slot = self.stack_slot(-(size as i32), size, true);
         let next = self.wrap_ip(insn.next_ip());
-        self.asm.mov_imm(S1, next);
+        self.asm.mov_address(S1, next);
         self.store_sized(size, slot, S1);
         self.move_stack(-(size as i32));
     }

@@ -17,7 +17,7 @@ pub const MAX_INSTRUCTIONS: usize = 40;
 pub const MAX_BRANCHES: usize = 3;
 
 /// Instructions in a block that holds several turns of a loop, and how many turns those are at most.
-const MAX_UNROLLED: usize = 56;
+pub const MAX_UNROLLED: usize = 56;
 const MAX_TURNS: usize = 8;
 
 /// Instructions looked at where a branch leads, to see which flags are needed there.

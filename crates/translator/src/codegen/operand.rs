@@ -77,7 +77,8 @@ impl Builder<'_> {
             (Some(base), None) => self.asm.lea(S0, Mem::Base(base, disp)),
             (Some(base), Some((index, scale))) => self.asm.lea(S0, Mem::Index(base, index, scale, disp)),
             (None, Some((index, scale))) => self.asm.lea(S0, Mem::Scaled(index, scale, disp)),
-            (None, None) => self.asm.mov_imm(S0, displacement as u64),
+            // Relative to RIP.
+            (None, None) => self.asm.mov_address(S0, displacement as u64),
         }
         self.add_segment_base(form.segment);
     }
@@ -114,7 +115,12 @@ impl Builder<'_> {
                 2 => displacement & 0xffff,
                 _ => displacement & 0xffff_ffff,
             };
-            self.asm.mov_imm(S0, address);
+            if insn.is_ip_rel_memory_operand() {
+                self.narrow_addresses |= !wide;
+                self.asm.mov_address(S0, address);
+            } else {
+                self.asm.mov_imm(S0, address);
+            }
             return;
         }
         let word = base.is_gpr16() || index.is_gpr16();

@@ -1,0 +1,148 @@
+use std::sync::OnceLock;
+
+use super::*;
+use crate::codegen::block::{Setting, translate};
+use crate::codegen::decode::GuestCode;
+use crate::mode::Mode;
+use crate::testing::kernel_vcpu;
+
+const RIP: u64 = 0x7f00_0000_0000;
+
+fn small_cache() -> Cache {
+    Cache::new(Arc::new(CodeMemory::new(512 << 10).unwrap()), None)
+}
+
+fn origin(page: u64, offset: usize) -> Origin {
+    static MODE: OnceLock<Mode> = OnceLock::new();
+    let mode = *MODE.get_or_init(|| Mode::of(&kernel_vcpu()));
+    Origin { address: page << 12 | offset as u64, mode, segment: CodeSegment::FLAT }
+}
+
+/// Adds the block that begins at an offset of a page, if it is not there.
+fn add(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64) -> BlockId {
+    if let Some(id) = cache.find(origin, rip) {
+        return id;
+    }
+    let setting = Setting { mode: origin.mode, inline_tsc: true, groups: true, jump_slot: Some(0) };
+    let offset = (origin.address & 0xfff) as usize;
+    let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
+    let t = translate(code, rip, &setting).unwrap();
+    assert!(cache.make_room(t.code.len()));
+    let bytes = &page[offset..(offset + t.guest_length).min(page.len())];
+    cache.insert(origin, rip, None, bytes, t).unwrap()
+}
+
+/// N times `add rax, imm8`, and a jump to `target`, an offset in the page.
+fn block_code(page: &mut [u8], at: usize, n: usize, target: usize) -> usize {
+    let mut end = at;
+    for i in 0..n {
+        page[end..end + 4].copy_from_slice(&[0x48, 0x83, 0xc0, i as u8]);
+        end += 4;
+    }
+    page[end] = 0xe9;
+    let rel = target as i32 - (end as i32 + 5);
+    page[end + 1..end + 5].copy_from_slice(&rel.to_le_bytes());
+    end + 5
+}
+
+/// Where the first link of a block leads, in code memory: read from its code.
+fn leads_to(cache: &Cache, id: BlockId) -> usize {
+    let (block, body) = cache.parts(id);
+    let at = block.start() + body.links[0].patch_offset as usize;
+    let mut rel = [0; 4];
+    cache.memory.read(at, &mut rel);
+    (at as i64 + 4 + i64::from(i32::from_le_bytes(rel))) as usize
+}
+
+#[test]
+fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    for i in 0..20_000usize {
+        let n = 1 + i * 7 % 31;
+        block_code(&mut page, 0, n, 0);
+        let id = add(&mut cache, origin(i as u64, 0), &page, RIP);
+        let (block, body) = cache.parts(id);
+        let (start, length) = (block.start(), body.length);
+        assert!(start + (length as usize) < cache.memory.size());
+        // The stub of its link is the last it has: the return address is its very end.
+        assert_eq!(body.links[0].return_offset, length);
+        let end = cache.host_address(start, length);
+        assert_eq!(cache.find_by_host(end), Some((id, length)));
+        assert_eq!(cache.find_by_host(cache.host_address(start, 0)), Some((id, 0)));
+        let (link, target, _) = cache.find_link(end).unwrap();
+        assert_eq!(target, RIP);
+        cache.link(link, id);
+        assert_eq!(leads_to(&cache, id), start);
+    }
+    assert!(cache.stats.evicted_regions > 20);
+    let live = cache.blocks.iter().filter(|b| b.live).count();
+    assert_eq!(cache.by_origin.len(), live);
+    assert_eq!(cache.by_page.values().map(Vec::len).sum::<usize>(), live);
+    assert!(cache.blocks.len() < 4000, "blocks that were dropped leave their number to others");
+}
+
+#[test]
+fn copies_are_linked_like_their_original_and_the_oldest_moves() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0, 3, 0x100);
+    block_code(&mut page, 0x100, 5, 0);
+    let (a, b) = (add(&mut cache, origin(1, 0), &page, RIP), add(&mut cache, origin(1, 0x100), &page, RIP + 0x100));
+    for (from, to) in [(a, b), (b, a)] {
+        cache.link(LinkId { block: from, index: 0 }, to);
+    }
+    for n in 1..10 {
+        let rip = RIP + n * 0x5000;
+        let copy = cache.copy(a, rip).unwrap();
+        let other = cache.find(origin(1, 0x100), rip + 0x100).expect("what it leads to comes along");
+        assert_eq!(cache.find(origin(1, 0), rip), Some(copy));
+        let (copied, copied_other) = (cache.parts(copy).0, cache.parts(other).0);
+        assert_eq!((copied.rip, copied_other.rip), (rip, rip + 0x100));
+        assert_eq!(leads_to(&cache, copy), copied_other.start());
+        let count = cache.at_origin(origin(1, 0)).count();
+        assert_eq!(count, MAX_COPIES.min(n as usize + 1));
+    }
+    assert!(!cache.at_origin(origin(1, 0)).any(|id| cache.parts(id).0.rip == RIP), "the oldest was moved");
+}
+
+#[test]
+fn dropping_a_block_leads_what_was_linked_to_it_to_the_dispatcher() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    for at in [0, 0x100, 0x200] {
+        block_code(&mut page, at, 2, 0x300);
+    }
+    block_code(&mut page, 0x300, 2, 0);
+    let ids: Vec<BlockId> =
+        [0, 0x100, 0x200, 0x300].map(|at| add(&mut cache, origin(1, at), &page, RIP + at as u64)).to_vec();
+    for &id in &ids[..3] {
+        cache.link(LinkId { block: id, index: 0 }, ids[3]);
+    }
+    cache.invalidate(1 << 12, 0x100..0x101);
+    assert!(!cache.is_live(ids[1]));
+    cache.invalidate(1 << 12, 0x305..0x306);
+    for &id in [&ids[0], &ids[2]] {
+        let (block, body) = cache.parts(id);
+        assert_eq!(leads_to(&cache, id), block.start() + body.links[0].stub_offset as usize);
+    }
+    cache.reap();
+    assert!(cache.invalidate(1 << 12, 0..4096));
+    assert!(cache.by_origin.is_empty() && cache.by_page.is_empty());
+}
+
+#[test]
+fn code_that_is_patched_and_translated_again_and_again_takes_no_more_room() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0, 30, 0);
+    let first = add(&mut cache, origin(1, 0), &page, RIP);
+    let start = cache.parts(first).0.start();
+    for _ in 0..5000 {
+        cache.invalidate(1 << 12, 0..1);
+        cache.reap();
+        let id = add(&mut cache, origin(1, 0), &page, RIP);
+        assert_eq!(cache.parts(id).0.start(), start);
+    }
+    assert_eq!((cache.stats.evicted_regions, cache.blocks.len()), (0, 1));
+}
