@@ -181,8 +181,8 @@ fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
     let a = cpu.tlb.entry(context, va).host_address(va, first, kind.write())?;
     let b = cpu.tlb.entry(context, next).host_address(next, rest, kind.write())?;
     if a + first as u64 == b {
-        // Neighbours in the host's memory as well.
-        Some(if kind.is_stack() { a.wrapping_sub(va) } else { a })
+        // Neighbours in the host's memory as well. The stack's addend is that of both, and found with its page.
+        if kind.is_stack() { cpu.tlb.enter_stack(context, va) } else { Some(a) }
     } else if kind.is_group() {
         if kind.is_stack() {
             // The next time the check sees that only the page's end is in the way.
@@ -630,4 +630,25 @@ impl SiteInfo {
 pub fn decode(bytes: &[u8], bits: u32, ip: u64) -> Instruction {
     let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
     decoder.decode()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::kernel_vcpu;
+
+    #[test]
+    fn a_stack_group_across_two_pages_leaves_its_addend_with_the_stack_page() {
+        let mut cpu = kernel_vcpu();
+        let context = Context::SupervisorUser;
+        for page in [0x5000, 0x9000, 0xa000] {
+            cpu.write_sized(page, 8, 1, context).unwrap();
+        }
+        let other = cpu.tlb.enter_stack(context, 0x5000);
+        let kind = AccessKind::new(16, true, context).group().stack();
+        let addend = fill_light(&mut cpu, 0x9ff8, kind.bits());
+        assert_eq!(cpu.tlb.stack(context).page, 0x9000);
+        assert_eq!(cpu.tlb.stack(context).addend, addend);
+        assert_eq!(other, Some(addend), "RAM is one piece in the host's memory");
+    }
 }

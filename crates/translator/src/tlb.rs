@@ -213,6 +213,11 @@ impl Tlb {
         Some(addend)
     }
 
+    #[cfg(test)]
+    pub fn stack(&self, context: Context) -> StackPage {
+        self.stack[context as usize]
+    }
+
     /// Drops everything.
     pub fn flush_all(&mut self) {
         self.flushes += 1;

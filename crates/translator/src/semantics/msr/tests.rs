@@ -85,7 +85,7 @@ fn memory_types_are_checked() {
     bad(&mut cpu, msr::MTRR_DEF_TYPE, 0x1000);
     good(&mut cpu, msr::MTRR_PHYS_BASE0, 0x8000_0006);
     bad(&mut cpu, msr::MTRR_PHYS_BASE0, 0x8000_0007);
-    good(&mut cpu, msr::MTRR_PHYS_BASE0 + 1, 0x3fff_8000_0800);
+    good(&mut cpu, msr::MTRR_PHYS_BASE0 + 1, 0xff_8000_0800);
     bad(&mut cpu, msr::MTRR_PHYS_BASE0 + 1, 1 << 52);
     good(&mut cpu, msr::MTRR_FIX_4K_C0000 + 7, 0x0606_0606_0606_0606);
     bad(&mut cpu, msr::MTRR_FIX_64K, 3);
