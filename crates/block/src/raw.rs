@@ -39,6 +39,12 @@ impl Raw {
         Ok(())
     }
 
+    /// Reads what needs no waiting. False: that was not all.
+    pub fn read_cached<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> bool {
+        let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+        memory::file::read_cached_at(&self.file, slices, offset).is_ok_and(|done| done == wanted)
+    }
+
     pub fn write<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
         memory::file::write_at(&self.file, slices, offset).map(|_| ())
     }

@@ -13,20 +13,41 @@ const MOST_PIECES: usize = 1024;
 /// Reads from `offset` of `file` into `slices`, one after the other, until they are full or the file has ended. Returns
 /// how many bytes it were. What was written is reported to the slices' bitmaps.
 pub fn read_at<B: BitmapSlice>(file: &File, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<usize> {
-    transfer(slices, offset, |pieces, offset| {
-        retry(|| {
+    read_with(file, slices, offset, 0)
+}
+
+/// The same, but only of what can be had without waiting for a disk: less than all of it may be there, or nothing (an error
+/// of the kind `WouldBlock`). Where the file system doesn't know, it is read all the same.
+pub fn read_cached_at<B: BitmapSlice>(file: &File, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<usize> {
+    match read_with(file, slices, offset, libc::RWF_NOWAIT) {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => read_with(file, slices, offset, 0),
+        other => other,
+    }
+}
+
+fn read_with<B: BitmapSlice>(
+    file: &File,
+    slices: &[VolatileSlice<'_, B>],
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    let mut total = 0;
+    let result = transfer(slices, offset, |pieces, offset| {
+        let done = retry(|| {
             // SAFETY: each piece lies in memory that its slice keeps mapped, and nothing in this process takes that
             // memory for ordinary Rust data: it is the guest's, volatile to us.
-            unsafe { libc::preadv(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, offset) }
-        })
-    })
-    .inspect(|&(mut done)| {
-        for slice in slices {
-            let written = done.min(slice.len());
-            slice.bitmap().mark_dirty(0, written);
-            done -= written;
-        }
-    })
+            unsafe { libc::preadv2(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, offset, flags) }
+        })?;
+        total += done;
+        Ok(done)
+    });
+    // Also what was read before an error.
+    for slice in slices {
+        let written = total.min(slice.len());
+        slice.bitmap().mark_dirty(0, written);
+        total -= written;
+    }
+    result
 }
 
 /// Writes `slices`, one after the other, to `file` from `offset` on. Returns how many bytes it were: all of them.
@@ -44,7 +65,7 @@ pub fn write_at<B: BitmapSlice>(file: &File, slices: &[VolatileSlice<'_, B>], of
 fn transfer<B: BitmapSlice>(
     slices: &[VolatileSlice<'_, B>],
     offset: u64,
-    step: impl Fn(&[libc::iovec], libc::off_t) -> io::Result<usize>,
+    mut step: impl FnMut(&[libc::iovec], libc::off_t) -> io::Result<usize>,
 ) -> io::Result<usize> {
     let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
     let mut pieces: Vec<libc::iovec> = guards
@@ -106,6 +127,8 @@ mod tests {
         let mut data = [1; 6000];
         ram.view().read_slice(&mut data, GuestAddress(0x10_0ff0)).unwrap();
         assert!(data[..1000].iter().all(|b| *b == 0) && data[1000..4000].iter().all(|b| *b == 7));
+        assert_eq!(read_cached_at(&file, &[slice(0x20_0000, 4000)], 7500).unwrap(), 3000);
+        assert!(ram.tracker().is_dirty(0x200) && !ram.tracker().is_dirty(0x201));
         assert!(ram.tracker().is_dirty(0x100) && ram.tracker().is_dirty(0x101) && !ram.tracker().is_dirty(0x102));
     }
 

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, 5.2): a disk image as a disk, with several queues.
 //!
-//! Each queue has a thread, which takes requests as they come and does them one by one on the image.
+//! Each queue has a thread, which takes requests as they come and does them one by one on the image. What has to wait for the
+//! host's disk while there is more to do, and every flush, is left to helpers.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block::{Disk, SECTOR};
 
-use crate::serve::serve;
+use crate::helpers::Helpers;
+use crate::serve::{Answer, serve_with};
 use crate::{Activation, Chain, DeviceType, Error, VirtioDevice, Worker};
 
 /// Feature bits (5.2.3).
@@ -129,10 +131,13 @@ impl VirtioDevice for Block {
         for queue in activation.queues.into_iter().flatten() {
             let shared = self.shared.clone();
             let name = format!("disk-queue{}", queue.index());
-            let worker =
-                Worker::start(&name, move |stop| serve(queue, stop, |chain| shared.answer(chain, flush_writes)));
-            let device = DeviceType::Block.name();
-            workers.push(worker.map_err(|source| Error::Host { device, what: "can't start a thread", source })?);
+            let failed =
+                |source| Error::Host { device: DeviceType::Block.name(), what: "can't start a thread", source };
+            let helpers = Some(Helpers::new("disk-helper").map_err(failed)?);
+            let worker = Worker::start(&name, move |stop| {
+                serve_with(queue, stop, helpers, |chain, more| shared.begin(chain, more, flush_writes));
+            });
+            workers.push(worker.map_err(failed)?);
         }
         Ok(())
     }
@@ -147,14 +152,32 @@ impl VirtioDevice for Block {
 }
 
 impl Shared {
+    /// Does a request, unless it has to wait. `more`: there are others.
+    fn begin(self: &Arc<Self>, chain: &Chain, more: bool, flush_writes: bool) -> Answer {
+        let Some((kind, sector, data_length)) = parse(chain) else { return Answer::Malformed };
+        let waits = match (kind, sector.checked_mul(SECTOR)) {
+            (FLUSH_CACHE, _) => true,
+            (READ, Some(offset)) if more && whole_sectors(data_length).is_ok() => {
+                if self.disk.read_cached(&chain.writable_slices(0, data_length), offset) {
+                    chain.write_at(data_length, &[OK]);
+                    return Answer::Now(data_length as u32 + 1);
+                }
+                true
+            }
+            _ => false,
+        };
+        if !waits {
+            return self.answer(chain, flush_writes).map_or(Answer::Malformed, Answer::Now);
+        }
+        let shared = self.clone();
+        // What the header says then may be something else, and is checked again.
+        Answer::Later(Box::new(move |chain| shared.answer(chain, flush_writes).unwrap_or_default()))
+    }
+
     /// Does a request and writes its status. Returns how many device-writable bytes were written; `None`: it is not
     /// a block request at all.
     fn answer(&self, chain: &Chain, flush_writes: bool) -> Option<u32> {
-        let mut header = [0; HEADER];
-        chain.reader().read_exact(&mut header).ok()?;
-        let data_length = chain.writable_len().checked_sub(1)?;
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let (kind, sector) = (u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector));
+        let (kind, sector, data_length) = parse(chain)?;
         let result = self.execute(kind, sector, chain, data_length).and_then(|status| {
             if flush_writes && matches!(kind, WRITE | ZERO_RANGES) && !self.disk.write_through() {
                 self.disk.flush()?;
@@ -226,6 +249,15 @@ impl Shared {
         }
         Ok(OK)
     }
+}
+
+/// A request's type, sector, and device-writable bytes before its status.
+fn parse(chain: &Chain) -> Option<(u32, u64, usize)> {
+    let mut header = [0; HEADER];
+    chain.reader().read_exact(&mut header).ok()?;
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let data_length = chain.writable_len().checked_sub(1)?;
+    Some((u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector), data_length))
 }
 
 fn whole_sectors(length: usize) -> io::Result<()> {

@@ -22,6 +22,7 @@ mod device;
 pub mod entropy;
 mod event;
 pub mod fs;
+mod helpers;
 pub mod net;
 pub mod pci;
 mod queue;

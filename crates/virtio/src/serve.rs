@@ -8,6 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::helpers::{Helpers, Task};
 use crate::{Chain, Event, Queue, wait_any};
 
 /// The driver hears of answers though there are more requests when they are so many, or the first of them so old: no
@@ -52,29 +53,64 @@ impl Depth {
     }
 }
 
+/// What becomes of a request.
+pub(crate) enum Answer {
+    /// It is done, and so many device-writable bytes were written.
+    Now(u32),
+    /// It has to wait for something: a helper does the rest and says the same.
+    Later(Task),
+    /// It is no request at all: the queue is dead until the driver resets the device.
+    Malformed,
+}
+
 /// Answers the requests of `queue` until `stop` is set. `answer` returns how many device-writable bytes it wrote, or
-/// `None` for what is no request at all: the queue is then dead until the driver resets the device.
-pub(crate) fn serve(mut queue: Queue, stop: &Event, mut answer: impl FnMut(&Chain) -> Option<u32>) {
+/// `None` for what is no request at all.
+pub(crate) fn serve(queue: Queue, stop: &Event, mut answer: impl FnMut(&Chain) -> Option<u32>) {
+    serve_with(queue, stop, None, |chain, _| answer(chain).map_or(Answer::Malformed, Answer::Now));
+}
+
+/// The same, with helpers for what must wait. `answer` also hears whether another request is there already.
+pub(crate) fn serve_with(
+    mut queue: Queue,
+    stop: &Event,
+    mut helpers: Option<Helpers>,
+    mut answer: impl FnMut(&Chain, bool) -> Answer,
+) {
     let kick = queue.kick().clone();
+    let finished = helpers.as_ref().map(|helpers| helpers.finished().clone());
     let mut depth = Depth::new();
     loop {
-        wait_any(&[stop, &kick]);
+        match &finished {
+            Some(finished) => wait_any(&[stop, &kick, finished]),
+            None => wait_any(&[stop, &kick]),
+        }
         kick.clear();
         let (mut unannounced, mut begin) = (0, Instant::now());
         loop {
             queue.disable_kicks();
             let mut answered = 0;
+            for (chain, written) in helpers.as_ref().map(Helpers::take_finished).unwrap_or_default() {
+                queue.push(chain, written);
+                answered += 1;
+                unannounced += 1;
+            }
             while let Some(chain) = queue.pop() {
-                match answer(&chain) {
-                    Some(written) => queue.push(chain, written),
-                    None => {
+                match answer(&chain, queue.has_available()) {
+                    Answer::Now(written) => queue.push(chain, written),
+                    Answer::Later(task) => {
+                        if let Some(helpers) = &mut helpers {
+                            helpers.give(chain, task);
+                        }
+                        continue;
+                    }
+                    Answer::Malformed => {
                         queue.fail("a request is malformed");
                         break;
                     }
                 }
                 answered += 1;
                 unannounced += 1;
-                if unannounced == BATCH || begin.elapsed() > PATIENCE {
+                if unannounced >= BATCH || begin.elapsed() > PATIENCE {
                     queue.notify();
                     (unannounced, begin) = (0, Instant::now());
                 }
