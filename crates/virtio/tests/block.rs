@@ -270,6 +270,37 @@ fn an_indirect_table_is_a_request_like_any_other() {
 }
 
 #[test]
+fn requests_that_wait_for_the_hosts_disk_and_flushes_are_all_answered() {
+    let machine = machine(|_| ());
+    let bench = &machine.bench;
+    let file = fs::File::open(&machine.path).unwrap();
+    file.sync_all().unwrap();
+    for round in 0..20 {
+        // Out of the host's cache, so that reads wait.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let ring = &mut bench.start(VERSION_1 | 1 << 9);
+        for n in 0..5u64 {
+            let (place, status) = (HEADER + 0x100 * n, STATUS + n);
+            let kind = if n == 4 { FLUSH } else { IN };
+            bench.store(place, &header(kind, 50 * n + round));
+            bench.store(status, &[0xaa]);
+            let data = (DATA + 0x1000 * n, if kind == IN { 512 } else { 0 }, true);
+            ring.add(bench, &[(place, 16, false), data, (status, 1, true)]);
+        }
+        bench.kick(ring);
+        if round % 4 == 3 {
+            // A reset waits for what has begun, and all else is forgotten.
+            continue;
+        }
+        (0..5).for_each(|_| _ = ring.wait(bench).unwrap());
+        assert_eq!(bench.load(STATUS, 5), [0; 5]);
+        for n in 0..4 {
+            assert_eq!(bench.load(DATA + 0x1000 * n, 512), [(50 * n + round) as u8; 512]);
+        }
+    }
+}
+
+#[test]
 fn an_available_index_that_jumps_stops_the_queue() {
     let machine = machine(|_| ());
     let bench = &machine.bench;
