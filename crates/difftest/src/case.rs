@@ -139,6 +139,8 @@ pub struct Ignore {
     /// Of an area of several hundred bytes (XSAVE and the like) and of MASKMOV, it is the implementation's choice which byte
     /// a page fault names, and how much has been written before it.
     pub large_area: bool,
+    /// Segments have limits: of a large area, what lies before the limit may be looked at first.
+    pub segmented: bool,
     /// Of a masked operand that crosses pages, it is the implementation's choice which byte of the page a fault names.
     pub masked: bool,
     /// MASKMOV with nothing to store may fault or not (Intel SDM 2B, MASKMOVDQU), and so may its alignment be checked.
@@ -168,6 +170,7 @@ impl Ignore {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
         self.undecodable && matches!((native.vector, guest.vector), (6, 13 | 14) | (13, 6))
             || self.large_area && (native.vector, guest.vector) == (17, 13)
+            || self.large_area && self.segmented && native.vector == 14 && matches!(guest.vector, 12 | 13)
             || self.may_fault_in_vain
                 && (matches!(native.vector, 13 | 14) && !memory_fault(guest)
                     || memory_fault(native) && memory_fault(guest)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::case::{self, Outcome, Status, describe, describe_vectors, differences, template};
 use crate::generate::{Case, Generator};
 use crate::guest::Guest;
-use crate::layout::SLOTS;
+use crate::layout::{SEGMENT_SLOTS, SLOTS};
 use crate::native::Native;
 use crate::sequence::Sequences;
 
@@ -73,7 +73,16 @@ impl Report {
 
 /// Single instructions of `bits`-bit code.
 pub fn instructions(plan: &Plan, bits: u32) -> Report {
-    let generator = Generator::new(plan.seed, bits, plan.only.clone());
+    instructions_of(plan, Generator::new(plan.seed, bits, plan.only.clone()), SLOTS)
+}
+
+/// Single instructions of `bits`-bit code in segments of a local descriptor table, with bases, limits and types.
+pub fn segmented_instructions(plan: &Plan, bits: u32) -> Report {
+    instructions_of(plan, Generator::segmented(plan.seed, bits, plan.only.clone()), SEGMENT_SLOTS)
+}
+
+fn instructions_of(plan: &Plan, generator: Generator, slots: usize) -> Report {
+    let bits = generator.bits();
     let coverage = generator.coverage();
     println!(
         "{bits}-bit code: {} forms compared, {} not supported by this host, {} excluded",
@@ -81,28 +90,28 @@ pub fn instructions(plan: &Plan, bits: u32) -> Report {
         coverage.unsupported,
         coverage.excluded.len()
     );
-    run(plan, |index| generator.case(index))
+    run(plan, slots, |index| generator.case(index))
 }
 
 /// Sequences of `bits`-bit code.
 pub fn sequences(plan: &Plan, bits: u32) -> Report {
     let sequences = Sequences::new(plan.seed, bits);
-    run(plan, |index| sequences.case(index))
+    run(plan, SLOTS, |index| sequences.case(index))
 }
 
-fn run(plan: &Plan, make: impl Fn(u64) -> Case) -> Report {
+fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
     let template = template(plan.seed);
-    let mut native = Native::new(template.clone()).expect("a native child process");
+    let mut native = Native::new(template.clone(), slots == SEGMENT_SLOTS).expect("a native child process");
     let mut guest = Guest::new(template);
     let mut report = Report::default();
     let end = plan.first + plan.cases;
     let mut next = plan.first;
     while next < end {
-        let count = (end - next).min(SLOTS as u64 - next % SLOTS as u64);
+        let count = (end - next).min(slots as u64 - next % slots as u64);
         let cases: Vec<Case> = (next..next + count).map(&make).collect();
         let inputs: Vec<_> = cases.iter().map(|c| (*c.input).clone()).collect();
         let natives = native.run(&inputs).expect("a native child process");
-        guest.load(&inputs);
+        guest.load(if slots == SEGMENT_SLOTS { &[] } else { &inputs });
         for (case, native) in cases.iter().zip(natives) {
             report.cases += 1;
             if native.status != Status::Exception {
@@ -116,6 +125,10 @@ fn run(plan: &Plan, make: impl Fn(u64) -> Case) -> Report {
                 continue;
             }
             *report.vectors.entry(native.vector).or_default() += 1;
+            if slots == SEGMENT_SLOTS {
+                // Small offsets are code everywhere: what a case jumps to has to be as it is natively, INT3.
+                guest.load_alone(&case.input);
+            }
             let outcome = guest.run(&case.input);
             let found = differences(native, outcome, case.ignore);
             if !found.is_empty() {
@@ -128,7 +141,7 @@ fn run(plan: &Plan, make: impl Fn(u64) -> Case) -> Report {
             }
             if outcome_is_fatal(guest.last()) {
                 guest = Guest::new(case::template(plan.seed));
-                guest.load(&inputs);
+                guest.load(if slots == SEGMENT_SLOTS { &[] } else { &inputs });
             }
         }
         next += count;

@@ -11,6 +11,7 @@ use memory::Ram;
 use crate::bare::{Bare, DIRECT, End, Gate, Machine, SCRATCH, STUBS};
 use crate::case::{Input, Outcome, Status, TRACE, XSAVE_SIZE};
 use crate::layout::*;
+use crate::local;
 
 /// The engine under test: the translator, or what `RINGER_ENGINE` names.
 pub fn engine(ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
@@ -32,6 +33,8 @@ pub struct Guest {
     machine: Machine,
     template: Vec<u8>,
     code: u64,
+    /// The slot of the case that was loaded alone.
+    alone: Option<usize>,
     writable: [u64; 3],
     outcome: Box<Outcome>,
     /// What the engine said when a case ended in no exception.
@@ -42,6 +45,9 @@ pub struct Guest {
 const STEPS: u64 = SCRATCH;
 const LIMIT: u64 = SCRATCH + 8;
 const RECORDS: u64 = SCRATCH + 0x100;
+/// The local descriptor table of segmented cases, and a selector for it, which nothing looks up.
+const LDT: u64 = SCRATCH + 0x800;
+const LDT_SELECTOR: u16 = 0x50;
 /// Where its code is: after the stubs.
 const STEP_HANDLER: u64 = STUBS + 0x1800;
 
@@ -62,10 +68,11 @@ impl Guest {
         let read_only = bare.page();
         bare.write(read_only, &template[..PAGE]);
         bare.map(READ_ONLY, read_only, data);
+        bare.write(LDT, &local::table());
         step_handler(&mut bare);
         // SAFETY: plain data; all-zero bytes are valid values.
         let outcome = unsafe { Box::<Outcome>::new_zeroed().assume_init() };
-        Guest { machine: Machine::new(bare, 1), template, code, writable, outcome, note: String::new() }
+        Guest { machine: Machine::new(bare, 1), template, code, alone: None, writable, outcome, note: String::new() }
     }
 
     /// Puts the code of a batch into its slots.
@@ -77,6 +84,19 @@ impl Guest {
             bytes[at..at + slot_size(slot)].copy_from_slice(&input.code[..slot_size(slot)]);
         }
         self.machine.bare.write(self.code, &bytes);
+    }
+
+    /// The same for one case: all other slots hold INT3.
+    pub fn load_alone(&mut self, input: &Input) {
+        let slots = [self.alone.replace(input.slot as usize), Some(input.slot as usize)];
+        for slot in slots.into_iter().flatten() {
+            let at = self.code + slot_address(slot) - CODE;
+            if slot == input.slot as usize {
+                self.machine.bare.write(at, &input.code[..slot_size(slot)]);
+            } else {
+                self.machine.bare.write(at, &vec![0xcc; slot_size(slot)]);
+            }
+        }
     }
 
     /// Runs a case of the batch that was loaded.
@@ -91,13 +111,19 @@ impl Guest {
         bare.write_u64(LIMIT, input.steps.into());
         let bits = if input.selectors[0] == USER_CODE64 { 64 } else { 32 };
         let mut state = bare.user_state(input.rip, 0, bits);
+        if let Some(code) = local::segment(input.selectors[0]) {
+            state.segments[1] = code;
+            state.segments[2] = segment(input.selectors[1]);
+            state.ldtr =
+                Segment { base: DIRECT + LDT, limit: local::LIMIT, attributes: Segment::P | 2, selector: LDT_SELECTOR };
+        }
         state.gpr = input.gpr;
         state.rflags = input.rflags;
         state.xsave = input.xsave.to_vec();
-        for (segment, selector) in
+        for (index, selector) in
             [(3, input.selectors[2]), (0, input.selectors[3]), (4, input.selectors[4]), (5, input.selectors[5])]
         {
-            state.segments[segment] = if selector == 0 { Segment::default() } else { Segment::flat_data(selector, 3) };
+            state.segments[index] = segment(selector);
         }
         state.segments[4].base = input.fs_base;
         state.segments[5].base = input.gs_base;
@@ -151,6 +177,13 @@ impl Guest {
         out.code.fill(0xcc);
         bare.read(self.code + slot_address(slot) - CODE, &mut out.code[..slot_size(slot)]);
         out
+    }
+}
+
+fn segment(selector: u16) -> Segment {
+    match selector {
+        0 => Segment::default(),
+        _ => local::segment(selector).unwrap_or_else(|| Segment::flat_data(selector, 3)),
     }
 }
 

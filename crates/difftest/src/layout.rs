@@ -10,6 +10,8 @@ pub const SLOTS: usize = 256;
 /// Slot 0 begins in the middle of a page, so that every fourth slot has a page boundary in its middle and
 /// the last one ends at the region's end, with nothing mapped behind it.
 pub const SLOT_SHIFT: u64 = 512;
+/// As many slots as code in a segment of 64 KiB can have.
+pub const SEGMENT_SLOTS: usize = 62;
 pub const CODE_SIZE: usize = SLOTS * SLOT_SIZE;
 /// Where a case's code begins in its slot, unless it is to straddle the page boundary at [`SLOT_MIDDLE`].
 pub const SLOT_ENTRY: usize = 256;

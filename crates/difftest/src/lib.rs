@@ -10,6 +10,7 @@ pub mod compare;
 pub mod generate;
 pub mod guest;
 pub mod layout;
+pub mod local;
 pub mod native;
 pub mod rng;
 pub mod sequence;

@@ -29,6 +29,8 @@ struct Shared {
 pub struct Native {
     shared: *mut Shared,
     template: Vec<u8>,
+    /// The child has the local descriptor table.
+    local: bool,
 }
 
 // SAFETY: the pointer is to a shared anonymous mapping that this value owns.
@@ -46,7 +48,7 @@ struct Child {
 static mut CHILD: Child = Child { shared: null_mut(), template: null_mut(), fs_base: 0, started: false };
 
 impl Native {
-    pub fn new(template: Vec<u8>) -> io::Result<Self> {
+    pub fn new(template: Vec<u8>, local: bool) -> io::Result<Self> {
         // SAFETY: reads the auxiliary vector.
         if unsafe { libc::getauxval(libc::AT_HWCAP2) } & HWCAP2_FSGSBASE == 0 {
             return Err(io::Error::other("the host's kernel doesn't enable RDFSBASE, which the native side needs"));
@@ -65,7 +67,7 @@ impl Native {
         if shared == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Native { shared: shared.cast(), template })
+        Ok(Native { shared: shared.cast(), template, local })
     }
 
     /// Runs up to [`SLOTS`] cases.
@@ -133,6 +135,9 @@ impl Native {
             std::ptr::copy_nonoverlapping(self.template.as_ptr(), READ_ONLY as *mut u8, PAGE);
             libc::mprotect(READ_ONLY as *mut _, PAGE, libc::PROT_READ);
 
+            if self.local && crate::local::install().is_err() {
+                libc::_exit(103);
+            }
             let fs_base: u64;
             std::arch::asm!("rdfsbase {0}", out(reg) fs_base);
             CHILD = Child { shared: self.shared, template: self.template.as_ptr(), fs_base, started: false };

@@ -1,11 +1,13 @@
 //! Every instruction form that iced can encode and the host supports, with edge-case operands: the translator against the real
 //! processor. See `difftest::compare` for the environment variables, `difftest::generate::exclude` for what is left out.
 
-use difftest::compare::{Plan, Report, instructions};
+use difftest::compare::{Plan, Report, instructions, segmented_instructions};
 
 /// Of 64-bit and 32-bit code together: what CI promises.
 const CASES_64: u64 = 240_000;
 const CASES_32: u64 = 80_000;
+/// Of 16- and of 32-bit code in segments with bases and limits.
+const CASES_SEGMENTED: u64 = 30_000;
 
 fn check(report: Report) {
     print!("{}", report.text());
@@ -20,4 +22,14 @@ fn instructions_of_64_bit_code_do_what_the_processor_does() {
 #[test]
 fn instructions_of_32_bit_code_do_what_the_processor_does() {
     check(instructions(&Plan::from_env(CASES_32), 32));
+}
+
+#[test]
+fn instructions_of_32_bit_code_in_segments_do_what_the_processor_does() {
+    check(segmented_instructions(&Plan::from_env(CASES_SEGMENTED), 32));
+}
+
+#[test]
+fn instructions_of_16_bit_code_do_what_the_processor_does() {
+    check(segmented_instructions(&Plan::from_env(CASES_SEGMENTED), 16));
 }

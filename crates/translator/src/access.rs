@@ -284,10 +284,21 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
     let va = match cpu.linear_unaligned(segment, offset, kind.size(), kind.write()) {
         Ok(va) => va,
         // The general path knows which bytes are touched, and whether another fault comes first.
-        Err(_) if cpu.code64() || masked_out(cpu, &insn) => {
+        Err(_) if cpu.code64() => {
             let base =
                 if matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) { cpu.seg(segment).base } else { 0 };
             return access(cpu, base.wrapping_add(offset), kind, &site);
+        }
+        Err(_) if touched_bytes_allowed(cpu, &insn, segment, offset, kind.write()) => {
+            let va = cpu.seg(segment).base.wrapping_add(offset) & 0xffff_ffff;
+            return access(cpu, va, kind, &site);
+        }
+        // What must be aligned is looked at first.
+        Err(_)
+            if must_be_aligned(&insn)
+                && !cpu.seg(segment).base.wrapping_add(offset).is_multiple_of(kind.size() as u64) =>
+        {
+            return stop(cpu, Stop::Fault(Exception::general_protection(0)));
         }
         Err(e) => return stop(cpu, Stop::Fault(e)),
     };
@@ -365,6 +376,19 @@ impl Vcpu {
 /// No byte of the operand is accessed.
 fn masked_out(cpu: &Vcpu, insn: &Instruction) -> bool {
     crate::semantics::vector::masked_bytes(cpu, insn) == Some(0) && !stores_extract(insn)
+}
+
+/// Whether the part of a masked operand that is accessed lies within its segment, outside 64-bit mode.
+fn touched_bytes_allowed(cpu: &Vcpu, insn: &Instruction, segment: SegmentRegister, offset: u64, write: bool) -> bool {
+    let mask = match crate::semantics::vector::masked_bytes(cpu, insn) {
+        Some(mask) if !stores_extract(insn) => mask,
+        _ => return false,
+    };
+    let (first, end) = (mask.trailing_zeros(), 64 - mask.leading_zeros());
+    mask == 0 || {
+        let start = offset.wrapping_add(first.into()) & 0xffff_ffff;
+        cpu.linear_unaligned(segment, start, (end - first) as usize, write).is_ok()
+    }
 }
 
 /// VEXTRACT's mask decides what is stored, but not what is checked (Intel SDM 2A 2.8, exceptions type E6NF).

@@ -336,13 +336,16 @@ impl Vcpu {
                 self.xsave.put(legacy::FOP, &x87_opcode(&bytes).to_le_bytes());
                 base = match self.operand_segment(&insn) {
                     s @ (SegmentRegister::Fs | SegmentRegister::Gs) => self.seg(s).base,
+                    s if !self.code64() => self.seg(s).base,
                     _ => 0,
                 };
             }
         }
         let data = self.xsave.u64_at(legacy::FDP);
         if let Some(guest) = self.guest_data_address(data) {
-            self.xsave.put(legacy::FDP, &guest.wrapping_sub(base).to_le_bytes());
+            let offset = guest.wrapping_sub(base);
+            let offset = if self.code64() { offset } else { offset & 0xffff_ffff };
+            self.xsave.put(legacy::FDP, &offset.to_le_bytes());
         }
     }
 

@@ -127,7 +127,7 @@ impl Form<'_> {
             K::mem_offs => {
                 self.insn.set_op_kind(i, OpKind::Memory);
                 self.insn.set_memory_displ_size(self.bits / 8);
-                self.insn.set_memory_displacement64(crate::layout::DATA);
+                self.insn.set_memory_displacement64(crate::layout::DATA & mask(self.bits / 8));
                 self.memory = true;
             }
             K::r8_reg => {
@@ -194,7 +194,7 @@ impl Form<'_> {
                 self.insn.set_op_kind(i, OpKind::Memory);
                 let base = match (self.bits, self.rng.one_in(6)) {
                     (64, false) => Register::RBX,
-                    (32, true) => Register::BX,
+                    (32, true) | (16, false) => Register::BX,
                     _ => Register::EBX,
                 };
                 self.insn.set_memory_base(base);
@@ -261,23 +261,17 @@ impl Form<'_> {
 
     fn string(&mut self, i: u32, kinds: [OpKind; 3]) {
         // Both operands must be of one address size: decided by the first.
-        let short = if i > 0
-            && matches!(self.insn.op_kind(0), OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI)
-        {
-            self.bits == 64
-        } else if i > 0 && self.insn.op_kind(0) != OpKind::Register {
-            matches!(self.insn.op_kind(0), OpKind::MemorySegSI | OpKind::MemoryESDI | OpKind::MemorySegDI)
-        } else {
-            self.rng.one_in(6)
-        };
-        self.insn.set_op_kind(
-            i,
-            match (self.bits, short) {
+        let kind = match self.insn.op_kind(0) {
+            OpKind::MemorySegRSI | OpKind::MemoryESRDI | OpKind::MemorySegRDI if i > 0 => kinds[0],
+            OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI if i > 0 => kinds[1],
+            OpKind::MemorySegSI | OpKind::MemoryESDI | OpKind::MemorySegDI if i > 0 => kinds[2],
+            _ => match (self.bits, self.rng.one_in(6)) {
                 (64, false) => kinds[0],
-                (64, true) | (_, false) => kinds[1],
+                (64, true) | (32, false) | (16, true) => kinds[1],
                 _ => kinds[2],
             },
-        );
+        };
+        self.insn.set_op_kind(i, kind);
         self.memory = true;
     }
 
@@ -323,6 +317,32 @@ impl Form<'_> {
             insn.set_memory_displ_size(8);
             return;
         }
+        if self.bits == 16 && !vsib && !rng.one_in(4) {
+            use Register::{BP, BX, DI, None, SI};
+            let (base, index) = rng.pick(&[
+                (BX, SI),
+                (BX, DI),
+                (BP, SI),
+                (BP, DI),
+                (SI, None),
+                (DI, None),
+                (BP, None),
+                (BX, None),
+                (None, None),
+            ]);
+            insn.set_memory_base(base);
+            insn.set_memory_index(index);
+            let scale = if self.evex { 64 } else { 1 };
+            let (size, displacement) = match rng.below(3) {
+                _ if base == None => (2, rng.below(0x6000)),
+                0 => (0, 0),
+                1 => (1, ((rng.next_u64() as i8 as i64) * scale) as u64 & 0xffff),
+                _ => (2, rng.below(0x10000)),
+            };
+            insn.set_memory_displ_size(size);
+            insn.set_memory_displacement64(displacement);
+            return;
+        }
         if self.bits == 32 && !vsib && rng.one_in(30) {
             insn.set_memory_base(rng.pick(&[Register::BX, Register::BP, Register::SI, Register::DI]));
             insn.set_memory_displ_size(2);
@@ -353,7 +373,7 @@ impl Form<'_> {
         }
         let wide = if first == Register::RAX { 8 } else { 4 };
         if !base {
-            insn.set_memory_displ_size(if index || vsib { wide } else { self.bits / 8 });
+            insn.set_memory_displ_size(if index || vsib { wide } else { self.bits.max(32) / 8 });
             insn.set_memory_displacement64(crate::layout::DATA);
             return;
         }

@@ -33,6 +33,8 @@ pub struct Case {
 pub struct Generator {
     seed: u64,
     bits: u32,
+    /// Code and data are in segments of the local descriptor table.
+    segmented: bool,
     forms: Vec<Code>,
     host: features::Host,
     only: Option<String>,
@@ -56,7 +58,16 @@ impl Generator {
                 mnemonic.eq_ignore_ascii_case(only) || form.eq_ignore_ascii_case(only)
             });
         }
-        Generator { seed, bits, forms, host, only }
+        Generator { seed, bits, segmented: false, forms, host, only }
+    }
+
+    /// The same in segments of the local descriptor table; `bits`: 16 or 32.
+    pub fn segmented(seed: u64, bits: u32, only: Option<String>) -> Self {
+        Generator { segmented: true, ..Self::new(seed, bits, only) }
+    }
+
+    pub fn bits(&self) -> u32 {
+        self.bits
     }
 
     pub fn forms(&self) -> &[Code] {
@@ -73,14 +84,16 @@ impl Generator {
         Coverage { forms: forms.len(), unsupported, excluded }
     }
 
-    /// Case `index`, to run in slot `index % SLOTS`.
+    /// Case `index`, to run in slot `index % SLOTS`, or `index % SEGMENT_SLOTS`.
     pub fn case(&self, index: u64) -> Case {
         let mut rng = Rng::for_case(self.seed, index);
-        let slot = (index % SLOTS as u64) as usize;
+        let slots = if self.segmented { SEGMENT_SLOTS } else { SLOTS };
+        let slot = (index % slots as u64) as usize;
+        let base = if self.segmented { CODE } else { 0 };
         loop {
             let straddle = slot % 4 == 3 && rng.one_in(2);
             let entry = if straddle { SLOT_MIDDLE - 1 - rng.below(9) as usize } else { SLOT_ENTRY };
-            let rip = slot_address(slot) + entry as u64;
+            let rip = slot_address(slot) + entry as u64 - base;
             let bytes = if self.only.is_none() && rng.one_in(8) {
                 Some(random_bytes(&mut rng, self.bits))
             } else if self.forms.is_empty() {
@@ -109,12 +122,16 @@ impl Generator {
             input.slot = slot as u32;
             input.rip = rip;
             state::randomize(&mut rng, &mut input, self.bits);
+            if self.segmented {
+                state::use_segments(&mut rng, &mut input, self.bits);
+            }
             if !insn.is_invalid() {
                 code.truncate(insn.len());
                 state::solve(&mut rng, &mut input, &insn, constants, &mut code, self.bits);
             }
             input.code[entry..entry + code.len()].copy_from_slice(&code);
             let mut ignore = ignore(&insn);
+            ignore.segmented = self.segmented;
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
                 let size = if self.bits == 64 { 2688 } else { 1664 };
@@ -153,7 +170,9 @@ pub fn ignore(insn: &Instruction) -> Ignore {
     let name = format!("{:?}", insn.mnemonic());
     Ignore {
         flags: flags(insn.rflags_undefined()),
-        flags_at_fault: flags(insn.rflags_modified()),
+        // What iced doesn't know may be another name of what it does (SAL).
+        flags_at_fault: if insn.is_invalid() { rflags::ARITHMETIC } else { flags(insn.rflags_modified()) },
+        segmented: false,
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
@@ -211,9 +230,10 @@ fn forms(host: &features::Host, bits: u32) -> (Vec<Code>, usize, Vec<(Code, &'st
 /// Whether any choice of operands can be encoded and comes back from the decoder as a supported instruction.
 fn encode_some(code: Code, bits: u32) -> bool {
     let mut rng = Rng::new(code as u64);
+    let at = if bits == 16 { 0x1000 } else { CODE };
     (0..200).any(|_| {
-        encode::encode(&mut rng, code, bits, CODE).is_some_and(|b| {
-            Decoder::with_ip(bits, &b, CODE, DecoderOptions::NONE).decode().mnemonic() != Mnemonic::INVALID
+        encode::encode(&mut rng, code, bits, at).is_some_and(|b| {
+            Decoder::with_ip(bits, &b, at, DecoderOptions::NONE).decode().mnemonic() != Mnemonic::INVALID
         })
     })
 }

@@ -7,10 +7,16 @@ use iced_x86::{ConstantOffsets, Instruction, InstructionInfoFactory, Mnemonic, O
 use super::values;
 use crate::case::Input;
 use crate::layout::*;
+use crate::local;
 use crate::rng::Rng;
 
 /// Selectors to load: the user's own, null, beyond the table, of the kernel, in the (absent) local table.
 pub const SELECTORS: [u16; 14] = [0x2b, 0x33, 0x23, 0, 3, 0x28, 0x2a, 0x10, 0x18, 0x1b, 0x50, 0xfff8, 0x2f, 0x8b];
+
+/// A selector to load, of the local table only where there is one.
+fn any_selector(rng: &mut Rng, input: &Input) -> u16 {
+    if input.selectors[0] & 4 != 0 && rng.one_in(2) { rng.pick(&local::SELECTORS) } else { rng.pick(&SELECTORS) }
+}
 
 /// An input with nothing random in it yet.
 pub fn blank() -> Box<Input> {
@@ -71,6 +77,22 @@ pub fn randomize(rng: &mut Rng, input: &mut Input, bits: u32) {
     let room = (crate::case::TEMPLATE - MEMORY) as u64;
     input.template = rng.below(room) as u32 & !15;
     vectors(rng, &mut input.xsave);
+}
+
+/// Code and data in segments of the local descriptor table.
+pub fn use_segments(rng: &mut Rng, input: &mut Input, bits: u32) {
+    use local::{BIG, CODE16, CODE32, DATA16, EXPAND_DOWN, LIMITED, READ_ONLY};
+    let mut data = || rng.pick(&[DATA16, DATA16, DATA16, BIG, LIMITED, READ_ONLY, EXPAND_DOWN, USER_DATA, 0]);
+    let (ds, es, fs, gs) = (data(), data(), data(), data());
+    let ss = rng.pick(&[DATA16, DATA16, BIG, LIMITED, EXPAND_DOWN, USER_DATA]);
+    input.selectors = [if bits == 16 { CODE16 } else { CODE32 }, ss, ds, es, fs, gs];
+    (input.fs_base, input.gs_base) = (local::base(fs), local::base(gs));
+    for r in &mut input.gpr[8..] {
+        *r = 0;
+    }
+    for r in &mut input.gpr {
+        *r &= 0xffff_ffff;
+    }
 }
 
 fn vectors(rng: &mut Rng, xsave: &mut [u8]) {
@@ -161,10 +183,14 @@ pub fn register_value(input: &Input, register: Register) -> Option<u64> {
     match register {
         Register::FS => Some(input.fs_base),
         Register::GS => Some(input.gs_base),
-        r if r.is_segment_register() => Some(0),
+        r if r.is_segment_register() => Some(segment_base(input, r)),
         r => {
             let value = input.gpr[gpr_index(r)?];
-            Some(if r.is_gpr32() { value & 0xffff_ffff } else { value })
+            Some(match r.size() {
+                2 => value & 0xffff,
+                4 => value & 0xffff_ffff,
+                _ => value,
+            })
         }
     }
 }
@@ -208,7 +234,13 @@ pub fn solve(
             input.gpr[r] = data_address(rng) & !if rng.one_in(8) { 0 } else { 63 };
         }
     }
-    if bits == 32 {
+    if bits != 64 {
+        // An address size of 16 bits ignores what is above.
+        for r in [insn.memory_base(), insn.memory_index()] {
+            if let (Some(i), true) = (gpr_index(r), r.is_gpr16()) {
+                input.gpr[i] = input.gpr[i] & 0xffff | rng.next_u64() << 16;
+            }
+        }
         input.gpr.iter_mut().for_each(|r| *r &= 0xffff_ffff);
         if input.gpr[4] < 64 {
             // A push there reaches beyond 4 GiB on some processors, and Linux takes that page fault for an erratum of others
@@ -226,10 +258,14 @@ pub fn solve(
 }
 
 fn segment_base(input: &Input, segment: Register) -> u64 {
+    let selector = |i: usize| local::base(input.selectors[i]);
     match segment {
         Register::FS => input.fs_base,
         Register::GS => input.gs_base,
-        _ => 0,
+        Register::CS => selector(0),
+        Register::SS => selector(1),
+        Register::ES => selector(3),
+        _ => selector(2),
     }
 }
 
@@ -239,6 +275,10 @@ fn memory_operand(rng: &mut Rng, input: &mut Input, insn: &Instruction, constant
     if rng.one_in(2) {
         target &= !(size as u64 - 1);
     }
+    if insn.memory_segment() == Register::CS && local::base(input.selectors[0]) != 0 {
+        // Within the case's own slot: the native side has no code in others.
+        target = slot_address(input.slot as usize) + rng.below(slot_size(input.slot as usize) as u64 - 64);
+    }
     let segment = segment_base(input, insn.memory_segment());
     let wanted = target.wrapping_sub(segment);
     let (base, index) = (insn.memory_base(), insn.memory_index());
@@ -246,7 +286,7 @@ fn memory_operand(rng: &mut Rng, input: &mut Input, insn: &Instruction, constant
     let displacement = insn.memory_displacement64();
     let mut patch = |value: u64| {
         let (at, len) = (constants.displacement_offset(), constants.displacement_size());
-        if len >= 4 && at + len <= code.len() {
+        if len >= 2 && at + len <= code.len() {
             code[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
         }
     };
@@ -371,12 +411,12 @@ fn contents(rng: &mut Rng, input: &mut Input, insn: &Instruction, target: u64, s
         | Mnemonic::Les
         | Mnemonic::Lfs
         | Mnemonic::Lgs => {
-            let target_rip = CODE + 0x200 + rng.below(256);
+            let target_rip = if input.selectors[0] & 4 != 0 { 0 } else { CODE } + 0x200 + rng.below(256);
             let mut bytes = [0; 10];
             bytes[..8].copy_from_slice(&target_rip.to_le_bytes());
             let far = size.saturating_sub(2);
             if matches!(size, 4 | 6 | 10) {
-                bytes[far..size].copy_from_slice(&rng.pick(&SELECTORS).to_le_bytes());
+                bytes[far..size].copy_from_slice(&any_selector(rng, input).to_le_bytes());
             }
             if let Some(offset) = memory_offset(target, size) {
                 input.overlay(offset, &bytes[..size.min(10)]);
@@ -423,22 +463,29 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
         }
         // The stack has something sensible to return to.
         M::Ret | M::Retf | M::Iret | M::Iretd | M::Iretq => {
-            input.gpr[4] = DATA + (16 + rng.below(64)) * 8 - if rng.one_in(8) { rng.below(64) } else { 0 };
+            let stack = DATA + (16 + rng.below(64)) * 8 - if rng.one_in(8) { rng.below(64) } else { 0 };
+            input.gpr[4] = stack - segment_base(input, Register::SS);
             let wide = match insn.mnemonic() {
                 M::Ret if bits == 64 => 8,
                 M::Iretq => 8,
                 M::Iret => 2,
-                M::Ret | M::Iretd => 4,
+                M::Iretd => 4,
+                M::Ret => insn.op_code().operand_size().max(16) as usize / 8,
                 _ => match insn.op_code().operand_size() {
                     0 => bits as usize / 16,
                     n => n as usize / 8,
                 },
             };
             let sane = !rng.one_in(4);
-            let cs = if sane { rng.pick(&[USER_CODE64, USER_CODE32]) } else { rng.pick(&SELECTORS) };
-            let ss = if sane { USER_DATA } else { rng.pick(&SELECTORS) };
+            let segmented = input.selectors[0] & 4 != 0;
+            let cs = match sane {
+                true if segmented => rng.pick(&[local::CODE16, local::CODE32, USER_CODE32]),
+                true => rng.pick(&[USER_CODE64, USER_CODE32]),
+                false => any_selector(rng, input),
+            };
+            let ss = if sane { USER_DATA } else { any_selector(rng, input) };
             let frame = [
-                CODE + 0x200 + rng.below(200),
+                if segmented { 0 } else { CODE } + 0x200 + rng.below(200),
                 cs.into(),
                 rng.next_u64() & 0xdd5 | 0x202,
                 data_address(rng) & !7,
@@ -451,21 +498,21 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
                 }
                 bytes.extend_from_slice(&word.to_le_bytes()[..wide]);
             }
-            if let Some(offset) = memory_offset(input.gpr[4], bytes.len()) {
+            if let Some(offset) = memory_offset(stack, bytes.len()) {
                 input.overlay(offset, &bytes);
             }
         }
         M::Popf | M::Popfd | M::Popfq => {
-            input.gpr[4] = DATA + rng.below(64) * 8;
+            input.gpr[4] = DATA + rng.below(64) * 8 - segment_base(input, Register::SS);
         }
         M::Lar | M::Lsl | M::Verr | M::Verw => {
             if let Some(r) = gpr_index(insn.op_register(insn.op_count() - 1)) {
-                input.gpr[r] = rng.pick(&SELECTORS).into();
+                input.gpr[r] = any_selector(rng, input).into();
             }
         }
         M::Mov if insn.op_count() == 2 && insn.op_register(0).is_segment_register() => {
             if let Some(r) = gpr_index(insn.op_register(1)) {
-                input.gpr[r] = rng.pick(&SELECTORS).into();
+                input.gpr[r] = any_selector(rng, input).into();
             }
         }
         M::Wrfsbase | M::Wrgsbase => {
@@ -475,11 +522,11 @@ fn special_operands(rng: &mut Rng, input: &mut Input, insn: &Instruction, bits: 
         }
         M::Jmp | M::Call if insn.op0_kind() == OpKind::Register => {
             if let (Some(r), true) = (gpr_index(insn.op_register(0)), rng.one_in(2)) {
-                input.gpr[r] = CODE + 0x200 + rng.below(200);
+                input.gpr[r] = if input.selectors[0] & 4 != 0 { 0 } else { CODE } + 0x200 + rng.below(200);
             }
         }
-        M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz => {
-            input.gpr[1] = rng.pick(&[0, 1, 2, 0x1_0000_0000, 0xffff_ffff]);
+        M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz | M::Jcxz => {
+            input.gpr[1] = rng.pick(&[0, 1, 2, 0x1_0000, 0x1_0001, 0x1_0000_0000, 0xffff_ffff]);
         }
         _ => {}
     }

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use iced_x86::{Code, EncodingKind, OpCodeOperandKind as K};
+use iced_x86::{Code, EncodingKind, MandatoryPrefix, OpCodeOperandKind as K};
 
 /// Which state an instruction belongs to, for #UD and #NM (Intel SDM 3A table 2-2 and 13.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,10 @@ pub struct Facts {
     pub rm_byte: bool,
     /// There is a ModRM byte.
     pub modrm: bool,
+    /// 66 is part of the opcode, or must not stand before it, and is no operand size.
+    pub mandatory_66: bool,
+    /// The last byte's upper half names a vector register.
+    pub register_byte: bool,
     pub fp: FpClass,
 }
 
@@ -46,6 +50,8 @@ fn facts_of(code: Code) -> Facts {
         reg_byte: false,
         rm_byte: false,
         modrm: false,
+        mandatory_66: matches!(op_code.mandatory_prefix(), MandatoryPrefix::PNP | MandatoryPrefix::P66),
+        register_byte: false,
         fp: FpClass::None,
     };
     let (mut vector, mut mask, mut mmx, mut x87) = (false, false, false, false);
@@ -70,6 +76,7 @@ fn facts_of(code: Code) -> Facts {
             K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::mem_vsib32z | K::mem_vsib64z => {
                 (vector, f.modrm) = (true, true)
             }
+            K::xmm_is4 | K::ymm_is4 | K::xmm_is5 | K::ymm_is5 => (vector, f.register_byte) = (true, true),
             other => {
                 let name = format!("{other:?}");
                 if name.starts_with("xmm") || name.starts_with("ymm") || name.starts_with("zmm") {

@@ -289,8 +289,8 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     if p.lock {
         asm.byte(0xf0);
     }
-    // In 16-bit code the operand-size prefix means the opposite; as a mandatory prefix of SSE it stays.
-    let mandatory = f.fp != super::facts::FpClass::None && f.fp != super::facts::FpClass::X87;
+    // In 16-bit code the operand-size prefix means the opposite; as a mandatory prefix it stays.
+    let mandatory = f.mandatory_66 || f.fp != super::facts::FpClass::None && f.fp != super::facts::FpClass::X87;
     if legacy && (p.operand_size ^ (bits == 16 && !mandatory)) {
         asm.byte(0x66);
     }
@@ -373,6 +373,13 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
         }
     }
     asm.bytes(p.tail);
+    if f.register_byte
+        && bits != 64
+        && let Some(last) = asm.code.last_mut()
+    {
+        // Outside 64-bit mode there is no register for its highest bit.
+        *last &= 0x7f;
+    }
 
     if lends {
         if !memory {

@@ -169,6 +169,10 @@ fn attempt(cpu: &mut Vcpu, event: &Event) -> Result<(), Exception> {
         // The instruction will run again: what it hit before it faulted is not a completed access.
         cpu.pending_debug = 0;
     }
+    if !cpu.code64() {
+        // The pointers of x87 are relative to segments that the event may change.
+        cpu.settle_x87_pointers();
+    }
     match event {
         Event::Exception(e) if e.vector == Vector::PageFault => cpu.cr2 = e.fault_address,
         Event::Exception(e) if e.vector == Vector::Debug => {

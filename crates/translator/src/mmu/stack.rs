@@ -7,6 +7,7 @@ use arch::{Exception, Segment, SegmentRegister, Vector};
 use super::is_canonical;
 use super::segmentation::limit_allows;
 use crate::cpu::{Context, Vcpu};
+use crate::descriptor::Descriptor;
 
 /// A stack segment with its pointer.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +30,19 @@ impl Stack {
             width: cpu.stack_width(),
             context: cpu.context(),
             error_code: 0,
+        }
+    }
+
+    /// The current stack as a far call to `code` uses it: in IA-32e mode that's already the way of the code called.
+    pub fn of_target(cpu: &Vcpu, code: &Descriptor) -> Self {
+        let stack = Self::current(cpu);
+        match (cpu.code64(), cpu.long_mode() && code.long()) {
+            (false, true) => Self::flat(cpu, stack.pointer, cpu.cpl(), 0),
+            (true, false) => {
+                let width = if stack.segment.default_big() { 4 } else { 2 };
+                Stack { pointer: stack.pointer & 0xffff_ffff, width, ..stack }
+            }
+            _ => stack,
         }
     }
 

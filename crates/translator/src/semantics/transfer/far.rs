@@ -87,12 +87,7 @@ fn transfer(cpu: &mut Vcpu, pointer: &Pointer, kind: Kind) -> Result<(), Excepti
 fn transfer_real(cpu: &mut Vcpu, pointer: &Pointer, kind: Kind) -> Result<(), Exception> {
     let code = real_code_segment(cpu, pointer.selector, pointer.offset)?;
     if kind == Kind::Call {
-        let mut stack = Stack::current(cpu);
-        if cpu.code64() && !code.long() {
-            // The target's stack pointer is ESP already.
-            stack.pointer &= 0xffff_ffff;
-        }
-        push_return(cpu, stack, pointer.size)?;
+        push_return(cpu, Stack::current(cpu), pointer.size)?;
     }
     cpu.segments[SegmentRegister::Cs as usize] = code;
     cpu.rip = pointer.offset;
@@ -118,13 +113,23 @@ fn direct(cpu: &mut Vcpu, pointer: &Pointer, mut code: Descriptor, kind: Kind) -
     if !code.present() {
         return Err(not_present(selector));
     }
-    check_target(cpu, &code, pointer.offset)?;
+    let long = cpu.long_mode() && code.long();
+    let offset = if long { pointer.offset } else { pointer.offset & 0xffff_ffff };
+    if kind == Kind::Jump {
+        check_target(cpu, &code, offset)?;
+    }
     cpu.mark_accessed(&mut code)?;
     if kind == Kind::Call {
-        push_return(cpu, Stack::current(cpu), pointer.size)?;
+        // What is wrong with the target shows when the return address is written already.
+        let old = cpu.gpr[gpr::RSP];
+        push_return(cpu, Stack::of_target(cpu, &code), pointer.size)?;
+        if let Err(e) = check_target(cpu, &code, offset) {
+            cpu.gpr[gpr::RSP] = old;
+            return Err(e);
+        }
     }
     cpu.segments[SegmentRegister::Cs as usize] = code.segment(selector & !3 | u16::from(cpl));
-    cpu.rip = pointer.offset;
+    cpu.rip = offset;
     Ok(())
 }
 

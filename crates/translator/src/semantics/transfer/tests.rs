@@ -208,7 +208,6 @@ fn far_jumps_check_the_code_segment() {
         (KERNEL_SS, 0, Exception::general_protection(KERNEL_SS.into())),
         (USER_CS, 0, Exception::general_protection(0x28)),
         (KERNEL_CS, 1 << 47, Exception::general_protection(0)),
-        (KERNEL_CS32, 1 << 32, Exception::general_protection(0)),
         (0x38, 0, Exception::general_protection(0x38)),
     ];
     for (selector, offset, expected) in cases {
