@@ -25,6 +25,31 @@ pub enum Vector {
 }
 
 impl Vector {
+    /// The exception of that number.
+    pub const fn of(number: u8) -> Option<Self> {
+        Some(match number {
+            0 => Vector::DivideError,
+            1 => Vector::Debug,
+            2 => Vector::Nmi,
+            3 => Vector::Breakpoint,
+            4 => Vector::Overflow,
+            5 => Vector::BoundRange,
+            6 => Vector::InvalidOpcode,
+            7 => Vector::DeviceNotAvailable,
+            8 => Vector::DoubleFault,
+            10 => Vector::InvalidTss,
+            11 => Vector::SegmentNotPresent,
+            12 => Vector::StackFault,
+            13 => Vector::GeneralProtection,
+            14 => Vector::PageFault,
+            16 => Vector::X87FloatingPoint,
+            17 => Vector::AlignmentCheck,
+            18 => Vector::MachineCheck,
+            19 => Vector::SimdFloatingPoint,
+            _ => return None,
+        })
+    }
+
     /// Whether delivery pushes an error code (Intel SDM 3A 6.13).
     pub const fn has_error_code(self) -> bool {
         matches!(

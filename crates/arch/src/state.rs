@@ -130,7 +130,8 @@ pub struct CpuState {
     /// The local APIC's registers at their MMIO layout, 16 bytes apart; empty: reset state.
     pub apic: Vec<u8>,
     pub activity: Activity,
-    /// An event that was being delivered when the state was taken: vector, error code.
+    /// An event that was being delivered when the state was taken: vector, and the error code if one is pushed. CR2 and
+    /// DR6 are those of the event already. An interrupt of the local APIC is in its registers instead.
     pub pending_exception: Option<(u8, Option<u32>)>,
     pub nmi_pending: bool,
     /// NMIs are blocked until IRET.

@@ -15,17 +15,8 @@ use crate::local;
 
 /// The engine under test: the translator, or what `RINGER_ENGINE` names.
 pub fn engine(ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
-    match std::env::var("RINGER_ENGINE").as_deref() {
-        Ok("kvm") => {
-            let config = kvm::Config { cpus, model: Default::default() };
-            Arc::new(kvm::Kvm::new(ram.clone(), config).expect("a /dev/kvm that can be used"))
-        }
-        Ok("translate") | Err(_) => {
-            let config = translator::Config { cpus, ..Default::default() };
-            Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
-        }
-        Ok(other) => panic!("RINGER_ENGINE={other}: there are translate and kvm"),
-    }
+    let name = std::env::var("RINGER_ENGINE");
+    crate::engines::named(name.as_deref().unwrap_or("translate"), ram, cpus)
 }
 
 /// The guest side: reusable for any number of batches.

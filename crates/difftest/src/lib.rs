@@ -7,6 +7,7 @@
 pub mod bare;
 pub mod case;
 pub mod compare;
+pub mod engines;
 pub mod generate;
 pub mod guest;
 pub mod layout;

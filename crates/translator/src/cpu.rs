@@ -147,6 +147,8 @@ pub struct Vcpu {
     pub debug_shadow: bool,
     /// DR6 bits of a #DB trap to deliver after the current instruction (data breakpoints, TF, task switches).
     pub pending_debug: u64,
+    /// An event that came with the state, to be delivered before anything else: vector, error code.
+    pub pending_event: Option<(u8, Option<u32>)>,
     /// The RIP of the instruction that a semantics function executes.
     pub insn_rip: u64,
     /// The processor's number, and its APIC id.

@@ -8,9 +8,9 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use arch::Exception;
 use arch::registers::{gpr, rflags};
 use arch::state::{Activity, Segment, SegmentRegister};
+use arch::{Exception, Vector};
 
 use crate::Vcpu;
 use crate::cpu::Stop;
@@ -40,6 +40,7 @@ impl Vcpu {
         let requests = self.shared.requests.load(Ordering::Relaxed);
         requests & (request::TIMER | request::INIT | request::SIPI) != 0
             || self.pending_debug != 0 && !self.debug_shadow
+            || self.pending_event.is_some()
             || !self.interrupt_shadow
                 && (requests & request::NMI != 0 && !self.nmi_blocked
                     || requests & request::INTERRUPT != 0 && self.rflags & rflags::IF != 0)
@@ -54,6 +55,9 @@ impl Vcpu {
         if self.activity == Activity::WaitForSipi {
             return Ok(());
         }
+        if let Some((vector, code)) = self.pending_event.take() {
+            deliver(self, self.saved_event(vector, code))?;
+        }
         if self.pending_debug != 0 && !self.debug_shadow {
             let bits = std::mem::take(&mut self.pending_debug);
             deliver(self, Event::Exception(Exception::debug(bits)))?;
@@ -65,6 +69,19 @@ impl Vcpu {
             self.take_interrupt()?;
         }
         Ok(())
+    }
+
+    /// The event that a state came with. CR2 and DR6 are in place: they stay what they are.
+    fn saved_event(&self, vector: u8, code: Option<u32>) -> Event {
+        match Vector::of(vector) {
+            Some(Vector::Nmi) => Event::Nmi,
+            // Without its error code it is an interrupt on that vector, as the 8259 has them in real mode.
+            Some(exception) if exception.has_error_code() == code.is_some() => Event::Exception(Exception {
+                fault_address: self.cr2,
+                ..Exception::with_code(exception, code.unwrap_or(0))
+            }),
+            _ => Event::Interrupt(vector),
+        }
     }
 
     fn take_interrupt(&mut self) -> Result<(), Stop> {

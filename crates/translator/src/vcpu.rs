@@ -73,6 +73,7 @@ impl Vcpu {
             interrupt_shadow: false,
             debug_shadow: false,
             pending_debug: 0,
+            pending_event: None,
             insn_rip: 0,
             id: id,
             engine: EngineState::new(memory, perf_map),
@@ -157,9 +158,9 @@ impl Vcpu {
             pkru: self.pkru,
             msrs: self.saved_msrs(),
             xsave: self.xsave.0.to_vec(),
-            apic: self.shared.apic.save(),
+            apic: self.saved_apic(),
             activity: self.activity,
-            pending_exception: None,
+            pending_exception: self.pending_event,
             nmi_pending: self.shared.requests.load(std::sync::atomic::Ordering::SeqCst) & request::NMI != 0,
             nmi_blocked: self.nmi_blocked,
             interrupt_shadow: self.interrupt_shadow,
@@ -209,6 +210,8 @@ impl Vcpu {
         self.interrupt_shadow = s.interrupt_shadow;
         self.debug_shadow = false;
         self.pending_debug = 0;
+        self.pending_event = s.pending_exception;
+        self.resume_apic_timer();
         if s.nmi_pending {
             self.shared.flag(request::NMI);
         }

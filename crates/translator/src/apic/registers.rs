@@ -91,6 +91,17 @@ impl Apic {
 
 /// The registers themselves.
 impl Vcpu {
+    /// All of them for [`arch::CpuState`]: as the MMIO page shows them, 16 bytes apart.
+    pub fn saved_apic(&self) -> Vec<u8> {
+        let mut page = self.shared.apic.save();
+        for register in [reg::ID, reg::VERSION, reg::PPR, reg::LDR, reg::CURRENT_COUNT] {
+            if let Some(place) = page.get_mut(16 * register..).and_then(|rest| rest.first_chunk_mut()) {
+                *place = self.apic_register(register).to_le_bytes();
+            }
+        }
+        page
+    }
+
     fn apic_register(&self, register: usize) -> u32 {
         let apic = &self.shared.apic;
         match register {

@@ -114,6 +114,19 @@ impl Vcpu {
         self.arm_host_timer();
     }
 
+    /// Starts the one-shot or periodic timer again where its count stood when the registers were saved.
+    pub(crate) fn resume_apic_timer(&mut self) {
+        let shared = self.shared.clone();
+        let apic = &shared.apic;
+        let (initial, current) = (apic.get(reg::INITIAL_COUNT), apic.get(reg::CURRENT_COUNT));
+        if apic.tsc_deadline_mode() || initial == 0 || current == 0 {
+            return;
+        }
+        self.start_apic_timer(initial);
+        let left = self.machine.time.ns_to_ticks(self.apic_count_to_ns(current.min(initial)));
+        apic.timer.expiry.store(self.machine.time.tsc().saturating_add(left), Ordering::Relaxed);
+    }
+
     /// The current-count register.
     pub(super) fn apic_timer_count(&self) -> u32 {
         let apic = &self.shared.apic;

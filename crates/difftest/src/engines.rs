@@ -1,0 +1,39 @@
+//! The engines of this host.
+
+use std::sync::Arc;
+
+use engine::Engine;
+use memory::Ram;
+
+/// An engine for a machine with this RAM: `translate` or `kvm`.
+pub fn named(name: &str, ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
+    match name {
+        "kvm" => Arc::new(kvm(ram, cpus).expect("a /dev/kvm that can be used")),
+        "translate" => {
+            let config = translator::Config { cpus, ..Default::default() };
+            Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
+        }
+        other => panic!("there is no engine {other}: there are translate and kvm"),
+    }
+}
+
+fn kvm(ram: &Ram, cpus: u32) -> Result<kvm::Kvm, kvm::Error> {
+    kvm::Kvm::new(ram.clone(), kvm::Config { cpus, model: Default::default() })
+}
+
+/// What the probe says of this host, in RAM of its own.
+fn verdict() -> Result<kvm::Verdict, kvm::Error> {
+    let ram = Ram::new(memory::MIN_SIZE).expect("guest memory");
+    kvm(&ram, 1).and_then(|kvm| kvm.probe())
+}
+
+/// One engine of each kind that runs kernels on this host, all on the same RAM.
+pub fn all(ram: &Ram, cpus: u32) -> Vec<Arc<dyn Engine>> {
+    let mut engines = vec![named("translate", ram, cpus)];
+    match verdict() {
+        Ok(kvm::Verdict::Runs) => engines.push(named("kvm", ram, cpus)),
+        Ok(kvm::Verdict::DoesNotRun(why)) => println!("not on KVM: {why}"),
+        Err(error) => println!("not on KVM: {error}"),
+    }
+    engines
+}
