@@ -21,6 +21,8 @@ pub trait Device: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
     /// Puts the device into its power-on state and lowers its interrupt lines.
     fn reset(&self);
+    /// What is behind a base address register is now at this address of the memory bus, or nowhere.
+    fn mapped(&self, _address: Option<u64>) {}
 }
 
 struct Range {

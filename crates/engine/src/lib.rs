@@ -9,6 +9,7 @@
 //! Nothing here knows KVM or the translator.
 #![forbid(unsafe_code)]
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use arch::CpuState;
@@ -40,6 +41,16 @@ pub trait Interrupts: Send + Sync {
     fn set_pic_output(&self, asserted: bool);
     /// A non-maskable interrupt to one vCPU.
     fn send_nmi(&self, vcpu: u32);
+}
+
+/// Registers of devices that are written only to say that there is work. An engine that has such a thing wakes the
+/// device's thread by itself, without a vCPU's thread coming out of the guest.
+pub trait Doorbells: Send + Sync {
+    /// From now on a write of any size at this guest-physical address raises `event` (an eventfd) and doesn't reach the
+    /// bus. False: that is not possible, and the bus hears of writes as ever.
+    fn attach(&self, address: u64, event: BorrowedFd<'_>) -> bool;
+    /// Ends what `attach` with the same arguments began.
+    fn detach(&self, address: u64, event: BorrowedFd<'_>);
 }
 
 /// Why [`Vcpu::run`] returned.
@@ -78,6 +89,10 @@ pub trait Engine: Send + Sync {
     /// Creates processor `id` (also its APIC id), in reset state: processor 0 running, all others waiting for SIPI.
     fn create_vcpu(&self, id: u32, bus: Arc<dyn Bus>) -> Result<Box<dyn Vcpu>, Error>;
     fn interrupts(&self) -> Arc<dyn Interrupts>;
+    /// The engine's [`Doorbells`], if it has any.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
 }
 
 /// Why an engine or a vCPU could not be made or set up.

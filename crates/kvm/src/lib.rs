@@ -3,8 +3,8 @@
 //! The machine is the same as on every engine; only what runs its processors differs. KVM keeps the local APICs and
 //! the guest's clocks; 8259, 8254 and I/O APIC stay with the machine (KVM's *split* irqchip). The data flow to follow:
 //!
-//! 1. [`system`] opens /dev/kvm and asks for every capability before it is used; [`vm`] is one machine's VM: memory
-//!    slots from [`memory::Ram`], the vCPUs, the routes of level-triggered messages.
+//! 1. [`system`] opens /dev/kvm and asks for every capability before it is used; [`vm`] is one machine's VM: the
+//!    vCPUs, the routes of level-triggered messages, and [`slots`], the memory map.
 //! 2. [`vcpu`] is the loop around `KVM_RUN`: ports and memory-mapped accesses go to the bus, the 8259's interrupts come
 //!    in, failures are put in [`words`]. [`control`] gets a vCPU out of the guest from another thread.
 //! 3. [`state`] turns [`arch::CpuState`] into what the kernel keeps, and back; [`cpuid`] the machine's processor model.
@@ -15,9 +15,11 @@
 mod calls;
 mod control;
 mod cpuid;
+mod doorbells;
 mod error;
 mod interrupts;
 mod probe;
+mod slots;
 mod state;
 mod system;
 mod vcpu;
@@ -52,7 +54,10 @@ impl Kvm {
     /// An engine for a machine with this RAM.
     pub fn new(ram: Ram, config: Config) -> Result<Self, Error> {
         let system = system::System::open()?;
-        Ok(Kvm { vm: Arc::new(vm::Vm::new(&system, ram, config)?), probed: Mutex::default() })
+        let vm = Arc::new(vm::Vm::new(&system, ram, config)?);
+        let observer: Arc<dyn memory::MapObserver> = vm.clone();
+        vm.ram.map().observe(Arc::downgrade(&observer));
+        Ok(Kvm { vm, probed: Mutex::default() })
     }
 
     /// Whether this KVM runs a kernel in its processor, found out by running a small one for 50 ms at most. To be
@@ -81,5 +86,9 @@ impl engine::Engine for Kvm {
 
     fn interrupts(&self) -> Arc<dyn engine::Interrupts> {
         Arc::new(interrupts::Messages(self.vm.clone()))
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn engine::Doorbells>> {
+        self.vm.has_io_events.then(|| Arc::new(doorbells::IoEvents(self.vm.clone())) as Arc<dyn engine::Doorbells>)
     }
 }

@@ -4,13 +4,12 @@
 //! made for it run well, but of any other kernel every instruction is emulated, a thousand times slower than it should
 //! be, until one comes that can't be. Neither the device nor its capabilities tell. So a small guest does what kernels
 //! do, at CPL 0 with paging on: a loop of plain instructions; then CR3, MSRs, SWAPGS, INVLPG, IRET, vector registers.
-//! What counts is the processor time that it takes, compared with what this thread needs for the same loop: about as
-//! much in hardware (and where that hardware is itself emulated), several hundred times as much where KVM emulates.
+//! What counts is how long the loop takes by the time-stamp counter, at best of some times, compared with the same loop
+//! here: about as long in hardware (also where that is itself emulated), hundreds of times as long where KVM emulates.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arch::registers::{cr0, cr4, efer, gpr, pte, rflags};
 use arch::{CpuState, DescriptorTable, Segment, msr};
@@ -30,16 +29,15 @@ pub enum Verdict {
     DoesNotRun(String),
 }
 
-/// Times round the loop of plain instructions, two in each.
-const PLAIN: u32 = 60_000;
+/// Times round the loop of plain instructions, two in each; and how often that loop is timed.
+const PLAIN: u32 = 4000;
+const ROUNDS: u32 = 8;
 /// Times round the loop of privileged ones.
-const PRIVILEGED: u32 = 20;
-/// How many times the processor time of the same loop outside a guest is too much, and what is too little to tell.
-const FACTOR: u32 = 100;
-const LEAST: Duration = Duration::from_millis(8);
-/// How long it may take at once, and until a busy host has had enough time for it.
+const PRIVILEGED: u32 = 10;
+/// How many times as long as here is too long.
+const FACTOR: u64 = 50;
+/// How long it may take.
 const LONGEST: Duration = Duration::from_millis(40);
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Places in the guest's first 64 KiB.
 const PML4: u64 = 0x1000;
@@ -52,11 +50,25 @@ const END: u64 = 0x1_0000;
 const CODE_SELECTOR: u16 = 0x08;
 const DATA_SELECTOR: u16 = 0x10;
 
-/// The guest, in 64-bit mode. Registers: R8D and R9D count the loops down, RSP is the stack.
+/// The guest, in 64-bit mode. R8D counts a loop down, R9D rounds of the privileged loop, R10D those of the plain one; R12
+/// is the least time of a round.
 #[rustfmt::skip]
 const GUEST: &[u8] = &[
+    0x0f, 0x31,                         // round: rdtsc
+    0x48, 0xc1, 0xe2, 0x20,             // shl rdx, 32
+    0x48, 0x09, 0xd0,                   // or rax, rdx
+    0x49, 0x89, 0xc3,                   // mov r11, rax
+    0x41, 0xb8, 0xa0, 0x0f, 0x00, 0x00, // mov r8d, PLAIN
     0x41, 0xff, 0xc8,                   // plain: dec r8d
     0x75, 0xfb,                         // jnz plain
+    0x0f, 0x31,                         // rdtsc
+    0x48, 0xc1, 0xe2, 0x20,             // shl rdx, 32
+    0x48, 0x09, 0xd0,                   // or rax, rdx
+    0x4c, 0x29, 0xd8,                   // sub rax, r11
+    0x4c, 0x39, 0xe0,                   // cmp rax, r12
+    0x4c, 0x0f, 0x42, 0xe0,             // cmovb r12, rax
+    0x41, 0xff, 0xca,                   // dec r10d
+    0x75, 0xd1,                         // jnz round
     0x0f, 0x20, 0xd8,                   // privileged: mov rax, cr3
     0x0f, 0x22, 0xd8,                   // mov cr3, rax
     0xb9, 0x02, 0x01, 0x00, 0xc0,       // mov ecx, KERNEL_GS_BASE
@@ -101,8 +113,8 @@ impl Bus for NoBus {
     fn end_of_interrupt(&self, _: u8) {}
 }
 
-/// Stops the vCPU at the guest's end, and notes that it was reached.
-struct ProbeBus(Arc<dyn VcpuControl>, Arc<AtomicBool>);
+/// Stops the vCPU at the guest's end.
+struct ProbeBus(Arc<dyn VcpuControl>);
 
 impl Bus for ProbeBus {
     fn mmio_read(&self, _: u64, data: &mut [u8]) {
@@ -113,7 +125,6 @@ impl Bus for ProbeBus {
         data.fill(0xff);
     }
     fn pio_write(&self, _: u16, _: &[u8]) {
-        self.1.store(true, Ordering::SeqCst);
         self.0.stop();
     }
     fn acknowledge_pic(&self) -> u8 {
@@ -134,8 +145,9 @@ fn state() -> CpuState {
     state.rip = CODE;
     state.rflags = rflags::FIXED;
     state.gpr = [0; 16];
-    state.gpr[gpr::R8] = PLAIN.into();
     state.gpr[gpr::R9] = PRIVILEGED.into();
+    state.gpr[gpr::R10] = ROUNDS.into();
+    state.gpr[gpr::R12] = u64::MAX;
     state.gpr[gpr::RSP] = STACK_TOP;
     state
 }
@@ -155,67 +167,42 @@ fn load(vm: &Vm) -> Result<(), Error> {
     write(CODE, GUEST)
 }
 
-/// The calling thread's processor time, with that of guests that it runs.
-fn processor_time() -> Duration {
-    // SAFETY: `time` is a valid place for the result; every Linux has this clock.
-    let time = unsafe {
-        let mut time: libc::timespec = std::mem::zeroed();
-        libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time);
-        time
-    };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
 /// Runs the guest on a vCPU that has nothing to do yet.
 pub fn run(vcpu: &mut Vcpu, vm: &Vm) -> Result<Verdict, Error> {
     load(vm)?;
     let control = vcpu.control();
-    let done = Arc::new(AtomicBool::new(false));
-    vcpu.set_bus(Arc::new(ProbeBus(control.clone(), done.clone())));
+    vcpu.set_bus(Arc::new(ProbeBus(control.clone())));
     vcpu.replace_state(&state())?;
-    let (begin, before) = (Instant::now(), processor_time());
-    let enough = LEAST.max(FACTOR * outside());
-    let (exit, busy) = loop {
-        let exit = watched(vcpu, &control);
-        let busy = processor_time().saturating_sub(before);
-        // A guest that was stopped before it had its share of the processor has shown nothing yet.
-        let unknown = exit == Exit::Stopped && busy <= enough && !done.load(Ordering::SeqCst);
-        if !unknown || begin.elapsed() > PATIENCE {
-            break (exit, busy);
-        }
-    };
-    tracing::debug!(elapsed = ?begin.elapsed(), ?busy, ?enough, ?exit, "the probe of KVM");
-    let left = vcpu.export().map_or(0, |state| state.gpr[gpr::R8] as u32);
+    let exit = watched(vcpu, &control);
+    let state = vcpu.export()?;
     memory::discard(vm.ram.view(), 0, END)
         .map_err(|source| Error::Call { what: "free the probe's pages".into(), source })?;
-    let instructions = 2 * (PLAIN - left.min(PLAIN));
-    let emulates = format!(
-        "it emulates kernels instead of running them, {} million instructions a second here",
-        (u128::from(instructions) / busy.as_micros().max(1)).max(1)
-    );
-    let slow = busy > enough;
-    Ok(match exit {
-        Exit::Stopped if slow => Verdict::DoesNotRun(emulates),
-        Exit::Stopped if done.load(Ordering::SeqCst) => Verdict::Runs,
-        Exit::Stopped => Verdict::DoesNotRun("the host has no time to show that it runs kernels".into()),
-        Exit::TripleFault => Verdict::DoesNotRun("it can't do what every kernel does at its start".into()),
-        Exit::Failed(why) if slow => Verdict::DoesNotRun(format!("{emulates}, and then {why}")),
-        Exit::Failed(why) => Verdict::DoesNotRun(why),
+    let (here, there) = (outside().max(1), state.gpr[gpr::R12]);
+    tracing::debug!(here, there, ?exit, "the probe of KVM: ticks of the same loop");
+    let slow = there.checked_div(here).filter(|times| there != u64::MAX && *times >= FACTOR);
+    let emulates = slow.map(|times| format!("it emulates kernels instead of running them, {times} times slower here"));
+    Ok(match (exit, emulates) {
+        (Exit::Failed(why), Some(emulates)) => Verdict::DoesNotRun(format!("{emulates}; and {why}")),
+        (_, Some(emulates)) => Verdict::DoesNotRun(emulates),
+        (Exit::Failed(why), None) => Verdict::DoesNotRun(why),
+        (Exit::TripleFault, None) => Verdict::DoesNotRun("it can't do what every kernel does at its start".into()),
+        // Done; or a host that has had no time for us, which has shown nothing.
+        (Exit::Stopped, None) => Verdict::Runs,
     })
 }
 
-/// The processor time of the plain loop outside a guest.
-fn outside() -> Duration {
+/// The time of the guest's plain loop outside a guest.
+fn outside() -> u64 {
     let once = || {
-        let begin = processor_time();
-        // SAFETY: changes nothing but a register of its own and flags.
+        // SAFETY: RDTSC is there on every x86-64 processor, and Linux lets programs use it; the loop changes nothing
+        // but a register of its own and flags.
         unsafe {
+            let begin = std::arch::x86_64::_rdtsc();
             std::arch::asm!("2: dec {count:e}", "jnz 2b", count = inout(reg) PLAIN => _, options(nomem, nostack));
+            std::arch::x86_64::_rdtsc().wrapping_sub(begin)
         }
-        processor_time().saturating_sub(begin)
     };
-    // The one that was disturbed least.
-    (0..4).map(|_| once()).min().unwrap_or_default()
+    (0..ROUNDS).map(|_| once()).min().unwrap_or_default()
 }
 
 /// Runs the vCPU, and stops it when it has taken too long.
@@ -246,7 +233,10 @@ mod tests {
     fn the_guests_jumps_lead_to_their_labels() {
         let at = |bytes: &[u8]| GUEST.windows(bytes.len()).position(|w| w == bytes).unwrap() as i64;
         let target = |from: i64| from + 2 + i64::from(GUEST[from as usize + 1] as i8);
-        assert_eq!(target(at(&[0x75, 0xfb])), 0);
+        assert_eq!(target(at(&[0x75, 0xd1])), 0);
+        assert_eq!(target(at(&[0x75, 0xfb])), at(&[0x41, 0xff, 0xc8]));
+        let count = at(&[0x41, 0xb8]) as usize + 2;
+        assert_eq!(GUEST[count..count + 4], PLAIN.to_le_bytes());
         assert_eq!(target(at(&[0x75, 0xcb])), at(&[0x0f, 0x20, 0xd8]));
         let lea = at(&[0x48, 0x8d, 0x15]);
         assert_eq!(lea + 7 + i64::from(GUEST[lea as usize + 3]), at(&[0x41, 0xff, 0xc9]));

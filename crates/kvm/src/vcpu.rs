@@ -168,11 +168,15 @@ impl Vcpu {
                     continue;
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    self.bus.mmio_read(address, data);
+                    if !self.vm.slots().read(address, data) {
+                        self.bus.mmio_read(address, data);
+                    }
                     continue;
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    self.bus.mmio_write(address, data);
+                    if !self.vm.slots().write(self.vm.ram.tracker(), address, data) {
+                        self.bus.mmio_write(address, data);
+                    }
                     continue;
                 }
                 Ok(VcpuExit::IoapicEoi(vector)) => {

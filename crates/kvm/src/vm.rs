@@ -1,15 +1,17 @@
 //! One machine's VM: its memory slots, interrupt routes and vCPUs.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use arch::cpuid::CpuModel;
 use kvm_bindings::*;
 use kvm_ioctls::VmFd;
-use memory::Ram;
+use memory::{MapObserver, Ram, Sections};
 
 use crate::control::Control;
 use crate::interrupts::LevelRoutes;
+use crate::slots::Slots;
 use crate::state::MsrSet;
 use crate::system::System;
 use crate::{Config, Error, cpuid};
@@ -22,12 +24,15 @@ const TSS: usize = 0xfeff_d000;
 /// What vCPUs share.
 pub struct Vm {
     pub fd: VmFd,
+    slots: Mutex<Slots>,
     pub ram: Ram,
     pub config: Config,
     pub host: cpuid::Host,
     /// The area that KVM reads and writes for XSAVE, in bytes.
     pub xsave_size: usize,
     pub has_xsave2: bool,
+    /// Writes of any size at an address can raise an event.
+    pub has_io_events: bool,
     /// Where PKRU is in it.
     pub pkru_offset: Option<usize>,
     /// The level of the 8259's output.
@@ -69,12 +74,17 @@ impl Vm {
         }
         let xsave2 = system.capability(KVM_CAP_XSAVE2) as usize;
         let host = cpuid::Host::new(system, apic_timer_hz)?;
+        let read_only = system.capability(KVM_CAP_READONLY_MEM) != 0;
+        let slots = Slots::new(ram.map().sections(), system.kvm.get_nr_memslots(), read_only);
         let vm = Vm {
             fd,
+            slots: Mutex::new(slots),
             ram,
             config,
             xsave_size: xsave2.max(size_of::<kvm_xsave>()),
             has_xsave2: xsave2 != 0,
+            has_io_events: system.capability(KVM_CAP_IOEVENTFD) != 0
+                && system.capability(KVM_CAP_IOEVENTFD_ANY_LENGTH) != 0,
             pkru_offset: host.pkru_offset(),
             host,
             pic_asserted: AtomicBool::new(false),
@@ -83,30 +93,9 @@ impl Vm {
             model: OnceLock::new(),
             msrs: OnceLock::new(),
         };
-        vm.map_ram(system.kvm.get_nr_memslots())?;
+        let sections = vm.ram.map().sections();
+        vm.slots().update(&vm.fd, &sections)?;
         Ok(vm)
-    }
-
-    /// Makes each region of RAM a memory slot.
-    fn map_ram(&self, most: usize) -> Result<(), Error> {
-        let needed = self.ram.regions().len();
-        if needed > most {
-            return Err(Error::Slots { needed, most });
-        }
-        for (slot, region) in (0..).zip(self.ram.regions()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                guest_phys_addr: region.start,
-                memory_size: region.size,
-                userspace_addr: region.host as u64,
-                flags: 0,
-            };
-            // SAFETY: the region is mapped for as long as `ram`, which this keeps; nothing takes guest memory for
-            // ordinary Rust data.
-            unsafe { self.fd.set_user_memory_region(slot) }
-                .map_err(Error::call(format!("map {} bytes of RAM", region.size)))?;
-        }
-        Ok(())
     }
 
     /// The processor that the vCPUs are. `tsc_khz` is asked for when it is first needed.
@@ -128,6 +117,10 @@ impl Vm {
         self.vcpus.write().unwrap_or_else(PoisonError::into_inner).push(control);
     }
 
+    pub fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A vCPU has ended a level-triggered interrupt.
     pub fn end_of_interrupt(&self, vector: u8) {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner).ended(vector);
@@ -141,6 +134,23 @@ impl Vm {
         let bootstrap = self.vcpus.read().unwrap_or_else(PoisonError::into_inner).first().cloned();
         if let Some(bootstrap) = bootstrap {
             bootstrap.kick();
+        }
+    }
+}
+
+impl MapObserver for Vm {
+    fn map_changed(&self, sections: &Arc<Sections>) {
+        // The vCPUs come out of the guest for as long as that takes.
+        if let Err(error) = self.slots().update(&self.fd, sections) {
+            tracing::error!("the guest's memory map is not what it should be: {error}");
+        }
+    }
+
+    fn collect_dirty(&self, pages: Range<usize>) {
+        let tracker = self.ram.tracker();
+        if let Err(error) = self.slots().collect_dirty(&self.fd, tracker, pages.clone()) {
+            tracing::warn!("{error}: all pages count as written");
+            pages.for_each(|page| tracker.mark_dirty(page));
         }
     }
 }

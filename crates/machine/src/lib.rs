@@ -189,6 +189,9 @@ impl Machine {
         for (number, device) in (1..).zip(&devices) {
             let line = self.chipset.connect_pci(number, 0);
             let function = VirtioPci::new(device.clone(), self.ram.view(), engine.interrupts(), line)?;
+            if let Some(doorbells) = engine.doorbells() {
+                function.use_doorbells(doorbells);
+            }
             self.chipset.insert_pci(number, 0, function)?;
         }
         self.devices = devices;

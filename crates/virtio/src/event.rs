@@ -12,7 +12,8 @@ use rustix::io::Errno;
 
 /// Something that has happened and that a thread can wait for: a flag with a file descriptor, readable while it is set.
 ///
-/// Setting what is set already costs no system call, so a driver that notifies a busy device is not slowed down.
+/// Setting what is set already costs no system call, so a driver that notifies a busy device is not slowed down. The
+/// descriptor is an eventfd, which others may raise as well ([`engine::Doorbells`]).
 #[derive(Debug)]
 pub struct Event {
     fd: OwnedFd,
@@ -36,8 +37,8 @@ impl Event {
     pub fn clear(&self) -> bool {
         // In this order: a `set` that comes in between is not lost, it finds the flag still up, and its work is seen
         // by the caller, who looks for work after this.
-        let _ = rustix::io::read(&self.fd, &mut [0; 8]);
-        self.set.swap(false, Ordering::SeqCst)
+        let raised = rustix::io::read(&self.fd, &mut [0; 8]).is_ok();
+        self.set.swap(false, Ordering::SeqCst) || raised
     }
 
     /// Whether it is set, without taking it back: how a worker checks its `stop`.

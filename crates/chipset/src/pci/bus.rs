@@ -88,10 +88,13 @@ impl PciBus {
         let (Some(memory), Some(ports)) = (self.memory.upgrade(), self.ports.upgrade()) else { return };
         let bus = |window: &BarWindow| if window.io { &ports } else { &memory };
         for slot in slots.values_mut() {
-            let wanted = slot.function.windows();
+            let (function, wanted) = (&slot.function, slot.function.windows());
             slot.mapped.retain(|window| {
                 let stays = wanted.contains(window);
                 if !stays {
+                    if let Some(device) = function.bar(window.bar).filter(|_| !window.io) {
+                        device.mapped(None);
+                    }
                     bus(window).remove(window.address);
                 }
                 stays
@@ -103,8 +106,13 @@ impl PciBus {
                     continue;
                 }
                 let Some(device) = slot.function.bar(window.bar) else { continue };
-                match bus(&window).insert(window.address, window.size, 0, device) {
-                    Ok(()) => slot.mapped.push(window),
+                match bus(&window).insert(window.address, window.size, 0, device.clone()) {
+                    Ok(()) => {
+                        if !window.io {
+                            device.mapped(Some(window.address));
+                        }
+                        slot.mapped.push(window);
+                    }
                     Err(error) => tracing::debug!("BAR {} is not mapped: {error}", window.bar),
                 }
             }

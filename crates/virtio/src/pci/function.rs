@@ -1,9 +1,11 @@
 //! The PCI function: configuration space with its capabilities, and the window that they point into.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, PciFunction};
 use chipset::{Device, InterruptLine};
+use engine::Doorbells;
 use memory::View;
 
 use super::common::{self, Common};
@@ -87,8 +89,13 @@ impl VirtioPci {
         let interrupter = Arc::new(Interrupter::new(interrupts, line, queues));
         let memory = Arc::new(memory.clone());
         let common = Mutex::new(Common::new(device.clone(), memory, interrupter.clone(), kicks.clone()));
-        let window = Arc::new(Window { common, device, interrupter, kicks });
+        let window = Arc::new(Window { common, device, interrupter, kicks, bells: Mutex::default() });
         Ok(Arc::new(VirtioPci { config: Mutex::new(config), places, window }))
+    }
+
+    /// From now on notifications by the driver go through `doorbells`. To be called before the function is on a bus.
+    pub fn use_doorbells(&self, doorbells: Arc<dyn Doorbells>) {
+        self.window.bells().doorbells = Some(doorbells);
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -224,6 +231,7 @@ impl PciFunction for VirtioPci {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
+        self.window.mapped(None);
         self.window.device.reset();
     }
 }
@@ -234,9 +242,22 @@ struct Window {
     device: Arc<dyn VirtioDevice>,
     interrupter: Arc<Interrupter>,
     kicks: Vec<Arc<Event>>,
+    bells: Mutex<Bells>,
+}
+
+/// The queues' notify registers, as far as the engine answers for them.
+#[derive(Default)]
+struct Bells {
+    doorbells: Option<Arc<dyn Doorbells>>,
+    /// Address and queue of each that is attached.
+    attached: Vec<(u64, usize)>,
 }
 
 impl Window {
+    fn bells(&self) -> MutexGuard<'_, Bells> {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn common(&self) -> MutexGuard<'_, Common> {
         self.common.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -286,5 +307,19 @@ impl Device for Window {
 
     fn reset(&self) {
         self.common().reset();
+    }
+
+    fn mapped(&self, address: Option<u64>) {
+        let Bells { doorbells: Some(doorbells), attached } = &mut *self.bells() else { return };
+        for (address, queue) in attached.drain(..) {
+            if let Some(kick) = self.kicks.get(queue) {
+                doorbells.detach(address, kick.as_fd());
+            }
+        }
+        for (queue, kick) in self.kicks.iter().enumerate() {
+            let offset = (NOTIFY + queue * NOTIFY_MULTIPLIER as usize) as u64;
+            let at = address.and_then(|address| address.checked_add(offset));
+            attached.extend(at.filter(|at| doorbells.attach(*at, kick.as_fd())).map(|at| (at, queue)));
+        }
     }
 }
