@@ -86,6 +86,9 @@ const PC_MODULES: [&str; 28] = [
     "8139cp",
 ];
 
+/// What a host of virtual machines needs, whose processor is AMD's.
+const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm_amd"];
+
 /// Where a script may be put into the default initramfs that runs instead of the shell.
 pub const RUN_SCRIPT: &str = "/etc/ringer/run";
 
@@ -127,6 +130,12 @@ impl Guest {
     pub fn i386(cache: &Path, pae: bool) -> Result<Self, Error> {
         let flavour = if pae { "686-pae" } else { "686" };
         Self::with(cache, &format!("debian-{flavour}"), "i386", &format!("linux-image-{flavour}"), &[])
+    }
+
+    /// The same guest as a host of virtual machines: with KVM.
+    pub fn kvm_host(cache: &Path) -> Result<Self, Error> {
+        let modules: Vec<_> = MODULES.into_iter().chain(KVM_MODULES).collect();
+        Self::with(cache, "debian-amd64-kvm", "amd64", KERNEL_META_PACKAGE, &modules)
     }
 
     fn with(

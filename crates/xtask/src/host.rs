@@ -1,0 +1,107 @@
+//! The machine in which the nested ones run: QEMU's TCG with AMD-V, on it Debian's kernel with KVM.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ringer::guest::{self, Guest, initramfs::Initramfs};
+
+use crate::Error;
+use crate::build;
+
+/// RAM of the host machine, in MiB: its files are in there too.
+const MEMORY: u32 = 3072;
+
+/// A host machine under construction.
+pub struct Host {
+    guest: Guest,
+    image: Initramfs,
+    directory: tempfile::TempDir,
+    /// Programs of this machine whose libraries go along.
+    programs: Vec<PathBuf>,
+}
+
+impl Host {
+    pub fn new() -> Result<Self, Error> {
+        let guest = Guest::kvm_host(&guest::cache_directory()?)?;
+        let directory = tempfile::tempdir().map_err(Error::io("can't make a temporary directory"))?;
+        Ok(Host { image: guest.initramfs()?, guest, directory, programs: Vec::new() })
+    }
+
+    pub fn file(&mut self, path: &str, data: impl Into<Vec<u8>>) {
+        self.image = std::mem::take(&mut self.image).file(path, 0o755, data);
+    }
+
+    /// A file of this machine at its own path, or at another.
+    pub fn copy(&mut self, from: &Path, to: &str) -> Result<(), Error> {
+        let data = fs::read(from).map_err(Error::io(format!("can't read {}", from.display())))?;
+        self.file(to, data);
+        Ok(())
+    }
+
+    /// A program of this machine, without debug information, with its libraries.
+    pub fn program(&mut self, from: &Path, to: &str) -> Result<(), Error> {
+        let data = build::stripped(from, self.directory.path())?;
+        self.file(to, data);
+        self.programs.push(from.into());
+        Ok(())
+    }
+
+    /// Boots, runs `script`, and shows each line of its output to `line` until the machine powers off.
+    pub fn run(mut self, script: &str, limit: Duration, mut line: impl FnMut(&str)) -> Result<(), Error> {
+        for library in build::libraries(self.programs.iter().map(PathBuf::as_path))? {
+            let path = library.to_string_lossy().into_owned();
+            self.copy(&library, &path)?;
+        }
+        let image = std::mem::take(&mut self.image).file(guest::RUN_SCRIPT, 0o644, script).build();
+        let initrd = self.directory.path().join("initrd.cpio");
+        fs::write(&initrd, image).map_err(Error::io(format!("can't write {}", initrd.display())))?;
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", "2", "-m", &MEMORY.to_string()])
+            .arg("-kernel")
+            .arg(&self.guest.kernel)
+            .arg("-initrd")
+            .arg(&initrd)
+            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(Error::io("can't start qemu-system-x86_64 (Debian: qemu-system-x86)"))?;
+        let output = qemu.stdout.take().ok_or_else(|| Error::Failed("QEMU has no output".into()))?;
+        let (sender, lines) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let mut output = BufReader::new(output);
+            let mut bytes = Vec::new();
+            while let Ok(1..) = output.read_until(b'\n', &mut bytes) {
+                let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+                bytes.clear();
+                if sender.send(text).is_err() {
+                    return;
+                }
+            }
+        });
+        let deadline = Instant::now() + limit;
+        let ended = loop {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(text) => line(&text),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break true,
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => break false,
+            }
+        };
+        if !ended {
+            // Whether it can be killed or not, it is waited for.
+            _ = qemu.kill();
+        }
+        let status = qemu.wait().map_err(Error::io("can't wait for QEMU"))?;
+        drop(lines);
+        _ = reader.join();
+        match (ended, status.success()) {
+            (true, true) => Ok(()),
+            (true, false) => Err(Error::Failed(format!("QEMU: {status}"))),
+            (false, _) => Err(Error::Failed(format!("the nested machine has not come to its end in {limit:?}"))),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! `cargo xtask nested`: the kvm engine on hardware virtualization, in a machine whose processor QEMU emulates.
+
+use std::path::Path;
+use std::time::Duration;
+
+use ringer::guest::{self, Guest};
+
+use crate::Error;
+use crate::build;
+use crate::conformance::{self, Kind, Results};
+use crate::host::Host;
+
+/// All of it, on a host that has other things to do as well.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+/// What runs in the machine that is the host. Each line of interest begins with "@@".
+const SCRIPT: &str = include_str!("nested.sh");
+/// What runs in the virtual machine that reboots, with a disk and a network.
+const SERVER: &str = include_str!("server.sh");
+
+/// The monitor to compare with, and what its `microvm` machine needs.
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
+const FIRMWARE_DIRECTORIES: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
+
+pub fn run() -> Result<(), Error> {
+    let ringer = build::ringer()?;
+    let tests = build::bare_metal_tests()?;
+    let mut host = Host::new()?;
+    host.program(&ringer.path, "/usr/bin/ringer")?;
+    for test in &tests {
+        host.program(&test.path, &format!("/tests/{}", test.name))?;
+    }
+    let own = std::env::current_exe().map_err(Error::io("can't find this program"))?;
+    host.program(&own, "/usr/bin/xtask")?;
+    host.program(Path::new(QEMU), QEMU)?;
+    for firmware in FIRMWARE {
+        let path =
+            FIRMWARE_DIRECTORIES.iter().map(|directory| Path::new(directory).join(firmware)).find(|p| p.exists());
+        let path = path.ok_or_else(|| Error::Failed(format!("QEMU has no {firmware} on this host")))?;
+        host.copy(&path, &format!("/usr/share/qemu/{firmware}"))?;
+    }
+    let cache = guest::cache_directory()?;
+    let default = Guest::get(&cache)?;
+    let directory = default.kernel.parent().ok_or_else(|| Error::Failed("the cache has no directory".into()))?;
+    let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for file in ["vmlinuz", "busybox", "modules.cpio"] {
+        host.copy(&directory.join(file), &format!("/root/.cache/ringer/{name}/{file}"))?;
+    }
+    host.file("/server.cpio", default.initramfs()?.file(guest::RUN_SCRIPT, 0o644, SERVER).build());
+    host.copy(&default.kernel, "/vmlinuz")?;
+
+    let (mut program, mut results) = (String::new(), Results::new());
+    let mut failed = Vec::new();
+    let mut finished = false;
+    host.run(SCRIPT, LIMIT, |line| {
+        println!("{line}");
+        let Some((kind, rest)) = line.strip_prefix("@@ ").and_then(|line| line.split_once(' ')) else {
+            results.extend(conformance::results(&program, line));
+            return;
+        };
+        match kind {
+            "suite" => program = rest.to_owned(),
+            "FAILED" => failed.push(rest.to_owned()),
+            "end" => finished = true,
+            _ => {}
+        }
+    })?;
+    let translated = conformance::on_this_host("translate", &tests)?;
+    conformance::judge(&[("translate", Kind::Translated, translated), ("kvm", Kind::EmulatedAmd, results)])?;
+    match (failed.is_empty(), finished) {
+        (true, true) => Ok(()),
+        (true, false) => Err(Error::Failed("the script did not come to its end".into())),
+        (false, _) => Err(Error::Failed(failed.join("; "))),
+    }
+}
