@@ -55,6 +55,14 @@ pub fn linux_32(view: &View, eip: u32, boot_params: u64) -> Result<CpuState, Err
     Ok(state)
 }
 
+/// 32-bit protected mode, flat, paging and interrupts off, EAX = the loader's magic number, EBX = the information
+/// (Multiboot 0.6.96, 3.2; Multiboot 2.0, 3.3).
+pub fn multiboot(view: &View, eip: u32, magic: u32, information: u64) -> Result<CpuState, Error> {
+    let mut state = protected_mode(view, eip, information)?;
+    state.gpr[gpr::RAX] = magic.into();
+    Ok(state)
+}
+
 /// Flat segments from a descriptor table in memory, and nothing else on.
 fn flat(view: &View, code: Segment) -> Result<CpuState, Error> {
     let data = Segment::flat_data(DATA_SELECTOR, 0);

@@ -24,6 +24,8 @@ pub const STACK_TOP: u64 = 0x8ff0;
 /// Page tables for the first 4 GiB: one PML4, one PDPT, four page directories.
 pub const PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
+/// What a Multiboot kernel is told, up to the end of the area.
+pub const MULTIBOOT: std::ops::Range<u64> = 0x3_0000..0x4_0000;
 /// The extended BIOS data area.
 pub const EBDA: u64 = 0x9_fc00;
 const VIDEO: u64 = 0xa_0000;

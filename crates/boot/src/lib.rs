@@ -1,7 +1,7 @@
 //! Direct kernel boot: what a boot loader and firmware would have left in memory when the kernel starts.
 //!
 //! [`load`] is all of it. It opens the kernel, tells by its header what it is, and lays into RAM
-//! - the kernel: a bzImage by the 64-bit or the 32-bit boot protocol (`bzimage`) or an ELF image by its PVH entry (`pvh`),
+//! - the kernel: a Multiboot kernel with its modules (`multiboot`), a bzImage by the 64-bit or the 32-bit boot protocol (`bzimage`) or an ELF image by its PVH entry (`pvh`),
 //! - the initial RAM disk, as high as kernel and RAM allow (`initrd`),
 //! - what the firmware tells: the memory map ([`layout`]), ACPI tables ([`acpi`]), SMBIOS tables ([`smbios`]),
 //!
@@ -19,11 +19,13 @@
 
 pub mod acpi;
 mod bzimage;
+mod elf;
 mod entry;
 mod file;
 pub mod firmware;
 mod initrd;
 pub mod layout;
+mod multiboot;
 mod pvh;
 pub mod smbios;
 #[cfg(test)]
@@ -41,9 +43,10 @@ use file::Image;
 /// What to boot.
 #[derive(Clone, Debug)]
 pub struct BootConfig {
-    /// A bzImage, or an ELF image with a PVH note.
+    /// A bzImage, an ELF image with a PVH note, or a Multiboot kernel.
     pub kernel: PathBuf,
-    pub initrd: Option<PathBuf>,
+    /// The initial RAM disk; of a Multiboot kernel, its modules.
+    pub initrd: Vec<PathBuf>,
     pub command_line: String,
     /// Processors to announce; their APIC ids are 0 to `cpus` - 1.
     pub cpus: u32,
@@ -65,7 +68,7 @@ pub enum Error {
     Empty { path: PathBuf },
     #[error("{} is cut off: it has {size} bytes, its header speaks of {needed}", path.display())]
     Truncated { path: PathBuf, size: u64, needed: u64 },
-    #[error("{} is not a kernel: give a bzImage (vmlinuz) or an ELF image with a PVH note (vmlinux)", path.display())]
+    #[error("{} is not a kernel: give a bzImage (vmlinuz), an ELF image with a PVH note (vmlinux), or a Multiboot kernel", path.display())]
     NotAKernel { path: PathBuf },
     #[error("{} is not a kernel that can be loaded: {why}", path.display())]
     BadHeader { path: PathBuf, why: String },
@@ -95,6 +98,8 @@ pub enum Error {
     Cpus { cpus: u32 },
     #[error("the firmware {} can't be used: {why}", path.display())]
     Firmware { path: PathBuf, why: String },
+    #[error("{} takes one RAM disk: only Multiboot kernels have several modules", path.display())]
+    OneInitrd { path: PathBuf },
     #[error("can't write {what} into guest memory: {source}")]
     Memory { what: &'static str, source: GuestMemoryError },
 }
@@ -112,11 +117,19 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
         return Err(Error::CommandLineZero);
     }
     let kernel = Image::open(&config.kernel)?;
-    let initrd = config.initrd.as_deref().map(Image::open).transpose()?;
-    let state = match kernel.magic()? {
-        file::Magic::BzImage => bzimage::load(ram, &kernel, initrd.as_ref(), &config.command_line)?,
-        file::Magic::Elf => pvh::load(ram, &kernel, initrd.as_ref(), &config.command_line)?,
-        file::Magic::Unknown => return Err(Error::NotAKernel { path: config.kernel.clone() }),
+    let modules = config.initrd.iter().map(|path| Image::open(path)).collect::<Result<Vec<_>, _>>()?;
+    let magic = kernel.magic()?;
+    let elf = if magic == file::Magic::Elf { Some(elf::Elf::open(&kernel)?) } else { None };
+    let pvh = elf.as_ref().is_some_and(|elf| elf.pvh_entry.is_some());
+    let header = if magic == file::Magic::BzImage || pvh { None } else { multiboot::Header::find(&kernel)? };
+    let state = match (header, elf) {
+        (Some(header), elf) => multiboot::load(ram, &kernel, &header, elf.as_ref(), &modules, &config.command_line)?,
+        (None, _) if modules.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
+        (None, Some(elf)) => pvh::load(ram, &kernel, &elf, modules.first(), &config.command_line)?,
+        (None, None) if magic == file::Magic::BzImage => {
+            bzimage::load(ram, &kernel, modules.first(), &config.command_line)?
+        }
+        (None, None) => return Err(Error::NotAKernel { path: config.kernel.clone() }),
     };
     layout::write_bios_data(ram.view())?;
     acpi::write(ram, config.cpus)?;

@@ -1,12 +1,13 @@
 //! Loading ELF images made here.
 
 use super::*;
+use crate::elf::CLASS_64;
 use crate::testing::{boot, read};
 use arch::registers::{cr0, gpr};
 
 /// What the images below are made of.
 #[derive(Clone)]
-struct Elf {
+struct Made {
     class: u8,
     machine: u16,
     entry: u64,
@@ -14,10 +15,10 @@ struct Elf {
     segment: (u64, Vec<u8>, u64),
 }
 
-impl Elf {
+impl Made {
     fn new(class: u8) -> Self {
         let machine = if class == CLASS_64 { 62 } else { 3 };
-        Elf { class, machine, entry: 0x10_0040, note: true, segment: (0x10_0000, vec![0xf4; 300], 5000) }
+        Made { class, machine, entry: 0x10_0040, note: true, segment: (0x10_0000, vec![0xf4; 300], 5000) }
     }
 
     /// Header, two program headers, the note, the segment.
@@ -66,7 +67,7 @@ impl Elf {
 #[test]
 fn both_classes_are_entered_in_32_bit_mode_with_the_start_info_in_ebx() {
     for class in [1, CLASS_64] {
-        let (ram, state) = boot(64 << 20, &Elf::new(class).bytes(), None, "quiet").unwrap();
+        let (ram, state) = boot(64 << 20, &Made::new(class).bytes(), None, "quiet").unwrap();
         assert_eq!(state.rip, 0x10_0040);
         assert_eq!((state.cr0 & (cr0::PE | cr0::PG), state.cr4), (cr0::PE, 0));
         assert!(state.segments[1].default_big() && !state.segments[1].long());
@@ -78,7 +79,7 @@ fn both_classes_are_entered_in_32_bit_mode_with_the_start_info_in_ebx() {
 
 #[test]
 fn the_start_info_tells_of_memory_modules_and_tables() {
-    let (ram, _) = boot(5 << 30, &Elf::new(CLASS_64).bytes(), Some(&[9; 100]), "").unwrap();
+    let (ram, _) = boot(5 << 30, &Made::new(CLASS_64).bytes(), Some(&[9; 100]), "").unwrap();
     let info: hvm_start_info =
         memory::vm_memory::Bytes::read_obj(ram.view(), memory::vm_memory::GuestAddress(layout::PVH_START_INFO))
             .unwrap();
@@ -98,8 +99,8 @@ fn what_lies_behind_a_segment_s_bytes_is_cleared() {
     let ram = Ram::new(16 << 20).unwrap();
     crate::write(ram.view(), "test", 0x10_0000, &[0xff; 8192]).unwrap();
     let files = crate::testing::Files::new();
-    let image = Image::open(&files.add("kernel", &Elf::new(CLASS_64).bytes())).unwrap();
-    load(&ram, &image, None, "").unwrap();
+    let image = Image::open(&files.add("kernel", &Made::new(CLASS_64).bytes())).unwrap();
+    load(&ram, &image, &crate::elf::Elf::open(&image).unwrap(), None, "").unwrap();
     assert_eq!(read::<4700>(&ram, 0x10_0000 + 300), [0; 4700]);
     assert_eq!(read::<1>(&ram, 0x10_0000 + 5000), [0xff]);
 }
@@ -107,7 +108,7 @@ fn what_lies_behind_a_segment_s_bytes_is_cleared() {
 #[test]
 fn images_without_the_note_are_refused_by_their_class() {
     for (class, bits) in [(1, "32-bit"), (CLASS_64, "64-bit")] {
-        let image = Elf { note: false, ..Elf::new(class) };
+        let image = Made { note: false, ..Made::new(class) };
         let error = boot(64 << 20, &image.bytes(), None, "").err().unwrap().to_string();
         assert!(error.contains(bits) && error.contains("PVH"), "{error}");
     }
@@ -115,14 +116,14 @@ fn images_without_the_note_are_refused_by_their_class() {
 
 #[test]
 fn images_that_make_no_sense_are_refused() {
-    let elf = Elf::new(CLASS_64);
+    let elf = Made::new(CLASS_64);
     let bad = [
-        Elf { machine: 183, ..elf.clone() },
-        Elf { entry: 0x20_0000, ..elf.clone() },
-        Elf { entry: 1 << 32, ..elf.clone() },
-        Elf { segment: (0x1000, vec![0; 8], 8), ..elf.clone() },
-        Elf { segment: (0x10_0000, vec![0; 300], 299), ..elf.clone() },
-        Elf { class: 3, ..elf.clone() },
+        Made { machine: 183, ..elf.clone() },
+        Made { entry: 0x20_0000, ..elf.clone() },
+        Made { entry: 1 << 32, ..elf.clone() },
+        Made { segment: (0x1000, vec![0; 8], 8), ..elf.clone() },
+        Made { segment: (0x10_0000, vec![0; 300], 299), ..elf.clone() },
+        Made { class: 3, ..elf.clone() },
     ];
     for (i, image) in bad.iter().enumerate() {
         let error = boot(64 << 20, &image.bytes(), None, "").err().unwrap();
@@ -133,7 +134,7 @@ fn images_that_make_no_sense_are_refused() {
 #[test]
 fn a_segment_beyond_ram_is_refused_before_anything_is_written() {
     for (address, size) in [(63 << 20, 2 << 20), (u64::MAX - 10, 5000), (1 << 20, u64::MAX)] {
-        let image = Elf { entry: 0x10_0000, segment: (address, vec![1; 300], size), ..Elf::new(CLASS_64) };
+        let image = Made { entry: 0x10_0000, segment: (address, vec![1; 300], size), ..Made::new(CLASS_64) };
         let error = boot(64 << 20, &image.bytes(), None, "").err().unwrap();
         assert!(matches!(error, Error::KernelTooLarge { .. } | Error::BadHeader { .. }), "{error}");
     }
@@ -141,7 +142,7 @@ fn a_segment_beyond_ram_is_refused_before_anything_is_written() {
 
 #[test]
 fn an_image_that_breaks_off_is_refused() {
-    let whole = Elf::new(CLASS_64).bytes();
+    let whole = Made::new(CLASS_64).bytes();
     for length in [4, 5, 20, 63, 64, 100, 180, whole.len() - 1] {
         let error = boot(64 << 20, &whole[..length], None, "").err().unwrap();
         assert!(matches!(error, Error::Truncated { .. } | Error::BadHeader { .. }), "{length}: {error}");
@@ -151,6 +152,6 @@ fn an_image_that_breaks_off_is_refused() {
 #[test]
 fn mutated_images_never_panic() {
     for class in [1, CLASS_64] {
-        crate::testing::mutate(&Elf::new(class).bytes(), 0x5eed + u64::from(class));
+        crate::testing::mutate(&Made::new(class).bytes(), 0x5eed + u64::from(class));
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::{Files, boot, bzimage, mutate};
 
 fn config(kernel: PathBuf) -> BootConfig {
-    BootConfig { kernel, initrd: None, command_line: String::new(), cpus: 1 }
+    BootConfig { kernel, initrd: Vec::new(), command_line: String::new(), cpus: 1 }
 }
 
 fn error(config: &BootConfig) -> String {
@@ -27,7 +27,7 @@ fn each_bad_file_is_named_with_what_is_wrong() {
     for (path, why) in cases {
         let text = error(&config(path.clone()));
         assert!(text.contains(why) && text.contains(path.to_str().unwrap()), "{text}");
-        let initrd = BootConfig { initrd: Some(path.clone()), ..config(files.add("kernel", &bzimage(|_| ()))) };
+        let initrd = BootConfig { initrd: vec![path.clone()], ..config(files.add("kernel", &bzimage(|_| ()))) };
         if !why.contains("not a kernel") {
             let text = error(&initrd);
             assert!(text.contains(why) && text.contains(path.to_str().unwrap()), "{text}");
@@ -50,7 +50,7 @@ fn a_huge_file_of_zeros_is_refused_without_being_read() {
     std::fs::File::create(&path).unwrap().set_len(10 << 30).unwrap();
     let before = bytes_read();
     assert!(error(&config(path.clone())).contains("not a kernel"));
-    let initrd = BootConfig { initrd: Some(path), ..config(files.add("kernel", &bzimage(|_| ()))) };
+    let initrd = BootConfig { initrd: vec![path], ..config(files.add("kernel", &bzimage(|_| ()))) };
     assert!(error(&initrd).contains(&(10u64 << 30).to_string()));
     assert!(bytes_read() - before < 1 << 20);
 }

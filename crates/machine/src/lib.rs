@@ -19,6 +19,7 @@ use std::thread;
 
 use arch::CpuState;
 use boot::BootConfig;
+use chipset::flash::Image;
 use chipset::i8042::KeyboardController;
 use chipset::pci::PciFunction;
 use chipset::{Chipset, ChipsetConfig, Clock, Firmware, HostClock};
@@ -207,8 +208,10 @@ impl Machine {
     ) -> Result<Self, Error> {
         let clock = parts.clock.clone();
         let (cpus, firmware) = (parts.cpus, parts.firmware.is_some());
-        // Without firmware nobody knows what to do at the reset vector.
-        let control = Arc::new(RunControl::new(firmware.then(|| engine.interrupts())));
+        // A BIOS goes on at its reset vector where software for the 80286 has left off; others would start over with devices
+        // in whatever state.
+        let resumes = matches!(&parts.firmware, Some(Firmware { image: Image::Rom(_), .. }));
+        let control = Arc::new(RunControl::new(resumes.then(|| engine.interrupts())));
         let chipset = Chipset::new(parts, engine.interrupts(), control.clone())?;
         let vcpus = (0..cpus).map(|id| engine.create_vcpu(id, chipset.clone())).collect::<Result<Vec<_>, _>>()?;
         control.attach(vcpus.iter().map(|vcpu| vcpu.control()).collect());

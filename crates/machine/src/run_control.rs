@@ -36,7 +36,7 @@ struct State {
 pub struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
-    /// How INIT reaches the boot processor, where there is firmware for it to start from.
+    /// How INIT reaches the boot processor, where there is a BIOS that knows what to do then.
     interrupts: Option<Arc<dyn Interrupts>>,
 }
 

@@ -66,7 +66,7 @@ pub struct RunArgs {
     /// RAM, with unit: 512M, 2G
     #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", allow_hyphen_values = true, value_parser = memory)]
     pub memory: u64,
-    /// A Linux kernel (bzImage) or an ELF with a PVH entry; default: that of the first disk, or else Debian's, fetched once
+    /// A Linux kernel (bzImage), an ELF with a PVH entry or a Multiboot kernel; default: that of the first disk, or else Debian's, fetched once
     #[arg(long, value_name = "FILE", group = "what")]
     pub kernel: Option<PathBuf>,
     /// Start as a PC does, from firmware: seabios, ovmf, or the path of an image; needed by what is no Linux
@@ -75,9 +75,9 @@ pub struct RunArgs {
     /// Where EFI firmware keeps its variables; made if it is not there. Without it they are lost at the end
     #[arg(long, value_name = "FILE", requires = "firmware")]
     pub firmware_vars: Option<PathBuf>,
-    /// Initial RAM disk for --kernel
+    /// Initial RAM disk for --kernel; for a Multiboot kernel a module, repeatable
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
+    pub initrd: Vec<PathBuf>,
     /// Kernel command line for --kernel; added to Ringer's own for a kernel that comes from --disk
     #[arg(long, value_name = "STRING", requires = "what", allow_hyphen_values = true)]
     pub append: Option<String>,

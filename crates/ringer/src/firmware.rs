@@ -80,7 +80,7 @@ pub fn prepare(
     let kernel = match &args.kernel {
         Some(kernel) => Some(Kernel {
             image: kernel.clone(),
-            initrd: args.initrd.clone(),
+            initrd: args.initrd.first().cloned(),
             command_line: args.append.clone().unwrap_or_default(),
             option_rom: match what {
                 FirmwareArg::Ovmf => None,

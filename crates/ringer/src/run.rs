@@ -219,11 +219,11 @@ fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>) -> Result<BootSource, E
             if let Some(append) = &append {
                 command_line += &format!(" {append}");
             }
-            Ok(BootConfig { kernel: taken.kernel(), initrd: taken.initrd(), command_line, cpus })
+            Ok(BootConfig { kernel: taken.kernel(), initrd: taken.initrd().into_iter().collect(), command_line, cpus })
         }));
     }
     let guest = Guest::get(&guest::cache_directory()?)?;
-    let initrd = Some(guest.initrd()?);
+    let initrd = vec![guest.initrd()?];
     let config = BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus };
     Ok(Box::new(move || Ok(config.clone())))
 }

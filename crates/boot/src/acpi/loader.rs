@@ -103,7 +103,7 @@ pub fn files(ram: &Ram, cpus: u32) -> Files {
                 continue;
             }
         }
-        script.add_checksum(TABLES_FILE, offset + CHECKSUM, offset, bytes.len() as u32);
+        sum_up(&mut blob, &mut script, offset, bytes.len());
     }
     let rsdt = append_rsdt(&mut blob, &mut script, &listed);
     let rsdp = rsdp(&mut script, rsdt, xsdt);
@@ -118,9 +118,17 @@ fn append_rsdt(blob: &mut Vec<u8>, script: &mut Script, listed: &[u32]) -> u32 {
     blob.resize(blob.len().next_multiple_of(64), 0);
     let offset = blob.len() as u32;
     (HEADER..bytes.len() as u32).step_by(4).for_each(|at| script.add_pointer(TABLES_FILE, offset + at, 4));
-    script.add_checksum(TABLES_FILE, offset + CHECKSUM, offset, bytes.len() as u32);
-    blob.extend(bytes);
+    blob.extend_from_slice(&bytes);
+    sum_up(blob, script, offset, bytes.len());
     offset
+}
+
+/// Has the checksum of the table at `offset` made. Some firmware takes what it was before for a part of the sum.
+fn sum_up(blob: &mut [u8], script: &mut Script, offset: u32, length: usize) {
+    if let Some(checksum) = blob.get_mut((offset + CHECKSUM) as usize) {
+        *checksum = 0;
+    }
+    script.add_checksum(TABLES_FILE, offset + CHECKSUM, offset, length as u32);
 }
 
 fn rsdp(script: &mut Script, rsdt: u32, xsdt: u32) -> Vec<u8> {
@@ -169,8 +177,8 @@ mod tests {
                 }
                 ADD_CHECKSUM => {
                     let [at, start, length] = [60, 64, 68].map(|offset| u32_at(command, offset) as usize);
-                    let wrong = sum(&file[start..start + length]);
-                    file[at] = file[at].wrapping_sub(wrong);
+                    // As OVMF does it; SeaBIOS would subtract this from what was there.
+                    file[at] = sum(&file[start..start + length]).wrapping_neg();
                 }
                 _ => {}
             }

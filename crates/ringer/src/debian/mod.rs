@@ -2,8 +2,10 @@
 //!
 //! The data flow to follow: the host's apt says where its Debian comes from ([`Apt::debian_sources`]); mmdebstrap
 //! installs the packages from there into a tree of its own, as an ordinary user where the host lets it (`uidmap`); as
-//! its last step it runs our script `customize` inside, which makes a server of the tree and a file system
-//! (`mke2fs -d`) of that, on a file that we have laid out. The disk has no partition table: the file system is all of it.
+//! its last step it runs our script `customize` inside, which makes a server of the tree, a file system (`mke2fs -d`) of
+//! that, on a file that we have laid out, and the parts of GRUB, which [`layout`] puts around it.
+
+mod layout;
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufRead, BufReader};
@@ -20,9 +22,10 @@ use crate::guest::{self, apt::Apt};
 use crate::units::{parse_size, show_size};
 
 const CUSTOMIZE: &str = include_str!("customize");
-/// What makes a server of Debian's smallest set of packages: a kernel, systemd, network, and what one expects to find.
+/// What makes a server of Debian's smallest set of packages: a kernel, systemd, network, what one expects to find, and what
+/// a PC's firmware can start.
 const PACKAGES: &str = "linux-image-cloud-amd64,systemd-sysv,systemd-resolved,libpam-systemd,dbus,udev,kmod,e2fsprogs,\
-                        iproute2,iputils-ping,netbase,ca-certificates,procps,login,less";
+                        iproute2,iputils-ping,netbase,ca-certificates,procps,login,less,grub-pc-bin,grub-efi-amd64-bin";
 /// The least is what these packages need.
 const SIZES: std::ops::RangeInclusive<u64> = 1 << 30..=16 << 40;
 
@@ -123,6 +126,7 @@ pub fn build(args: &Args) -> Result<(), Error> {
     let (suite, sources) = Apt::new(&apt, "amd64", &|_| ())?.debian_sources(args.suite.as_deref())?;
     prepare(&work.path, args.size, &keys).map_err(at)?;
     install(args, &work.path, &suite, &sources, &steps)?;
+    lay_out(&work.path, args.size).map_err(at)?;
     steps.start("making the image");
     let image = result.path.join("image");
     let disk = Options { format: Some(Format::Raw), ..Options::new(work.path.join("disk")) };
@@ -157,7 +161,22 @@ fn prepare(directory: &Path, size: u64, keys: &[u8]) -> io::Result<()> {
     mode(&script, 0o755)?;
     mode(&directory.join("authorized_keys"), 0o644)?;
     mode(&disk, 0o666)?;
+    for part in GRUB_PARTS.map(|name| directory.join(name)) {
+        File::create_new(&part)?;
+        mode(&part, 0o666)?;
+    }
     mode(directory, 0o711)
+}
+
+/// The parts of GRUB that the script makes, and what they are called.
+const GRUB_PARTS: [&str; 3] = ["grub-boot", "grub-core", "grub-efi"];
+
+/// Puts the partition table and GRUB around the file system.
+fn lay_out(directory: &Path, size: u64) -> io::Result<()> {
+    let part = |name: &str| fs::read(directory.join(name));
+    let [boot, core, efi] = GRUB_PARTS;
+    let grub = layout::Grub { boot: part(boot)?, core: part(core)?, efi: part(efi)? };
+    layout::write(&File::options().write(true).open(directory.join("disk"))?, size, &grub)
 }
 
 fn install(args: &Args, directory: &Path, suite: &str, sources: &[String], steps: &Steps) -> Result<(), Error> {
@@ -168,7 +187,8 @@ fn install(args: &Args, directory: &Path, suite: &str, sources: &[String], steps
     let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")
         .map_err(|source| Error::Program { program: "/proc/sys/kernel/random/uuid", source })?;
     let quoted = shell_quote(&directory.to_string_lossy());
-    let hook = format!("{quoted}/customize {quoted} {} {} \"$1\"", args.hostname, uuid.trim());
+    let (start, blocks) = (layout::ROOT_START, layout::root_size(args.size) / 4096);
+    let hook = format!("{quoted}/customize {quoted} {} {} {start} {blocks} \"$1\"", args.hostname, uuid.trim());
     let mut command = Command::new("mmdebstrap");
     command
         .args(["--variant=minbase", "--format=null", "--architectures=amd64"])

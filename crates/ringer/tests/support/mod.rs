@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -35,6 +36,30 @@ pub fn default_guest() -> &'static Guest {
 pub fn pc_guest() -> &'static Guest {
     static GUEST: OnceLock<Guest> = OnceLock::new();
     GUEST.get_or_init(|| Guest::pc(&cache()).expect("Debian's kernel and busybox can be fetched"))
+}
+
+/// A disk with cloud-init, made once and kept in the cache for as long as it would be made the same way.
+pub fn debian_disk() -> &'static Path {
+    static DISK: OnceLock<PathBuf> = OnceLock::new();
+    DISK.get_or_init(|| {
+        let mut recipe = DefaultHasher::new();
+        let sources = [
+            include_str!("../../src/debian/customize"),
+            include_str!("../../src/debian/mod.rs"),
+            include_str!("../../src/debian/layout.rs"),
+        ];
+        sources.hash(&mut recipe);
+        let path = cache().join(format!("test-debian-{:016x}.qcow2", recipe.finish()));
+        if !path.exists() {
+            std::fs::create_dir_all(cache()).unwrap();
+            let old = std::fs::read_dir(cache()).unwrap().map(|entry| entry.unwrap().path());
+            let is_disk = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("test-debian-");
+            old.filter(is_disk).for_each(|path| _ = std::fs::remove_file(path));
+            let made = ringer().args(["image", "debian", "--include", "cloud-init"]).arg(&path).output().unwrap();
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        }
+        path
+    })
 }
 
 pub fn ringer() -> Command {

@@ -1,0 +1,343 @@
+//! Multiboot kernels (Multiboot 0.6.96 and 2.0): what many systems other than Linux are, with files as modules.
+//!
+//! A header in the first 8 or 32 KiB says how the kernel is to be loaded: as an ELF image, or as its own address fields
+//! have it. It is entered in 32-bit protected mode and told of memory, command line and modules.
+
+use arch::CpuState;
+use memory::{PAGE_SIZE, Ram};
+
+use crate::elf::{Elf, Segment};
+use crate::file::Image;
+use crate::{Error, MAX_COMMAND_LINE, entry, layout};
+
+/// Where a header is looked for, and at which steps.
+const SEARCH: usize = 32 << 10;
+const SEARCH_1: usize = 8 << 10;
+const MAGIC_1: u32 = 0x1bad_b002;
+const MAGIC_2: u32 = 0xe852_50d6;
+/// What the kernel finds in EAX.
+const BOOT_MAGIC_1: u32 = 0x2bad_b002;
+const BOOT_MAGIC_2: u32 = 0x36d7_6289;
+const LOADER_NAME: &str = "Ringer";
+
+/// Flags of the first kind's header: the address fields count; of the lower 16, those that are known.
+const HAS_ADDRESSES: u32 = 1 << 16;
+const MUST_KNOW: u32 = 0xffff;
+const KNOWN: u32 = 0b111;
+/// Flags of its information: memory, command line, modules, memory map, name of the loader.
+const INFORMATION: u32 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
+const INFORMATION_SIZE: usize = 120;
+
+/// Types of the second kind's tags.
+mod tag {
+    pub const REQUEST: u16 = 1;
+    pub const ADDRESS: u16 = 2;
+    pub const ENTRY: u16 = 3;
+    pub const CONSOLE: u16 = 4;
+    pub const MODULE_ALIGNMENT: u16 = 6;
+    pub const RELOCATABLE: u16 = 10;
+}
+const OPTIONAL: u16 = 1;
+/// And of its information.
+mod told {
+    pub const END: u32 = 0;
+    pub const COMMAND_LINE: u32 = 1;
+    pub const LOADER_NAME: u32 = 2;
+    pub const MODULE: u32 = 3;
+    pub const MEMORY: u32 = 4;
+    pub const MEMORY_MAP: u32 = 6;
+    pub const NEW_RSDP: u32 = 15;
+}
+const RSDP_SIZE: usize = 36;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// How a kernel without ELF headers is loaded; all zero-based ends are exclusive, 0 means "as far as the file goes".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Addresses {
+    header: u32,
+    load: u32,
+    load_end: u32,
+    bss_end: u32,
+}
+
+/// What the header asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    version: Version,
+    /// In the file.
+    offset: u64,
+    addresses: Option<Addresses>,
+    entry: Option<u32>,
+}
+
+/// A module in memory.
+struct Module {
+    start: u64,
+    end: u64,
+    name: String,
+}
+
+/// The 32-bit number at an offset; 0 behind the end.
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
+
+fn half(bytes: &[u8], at: usize) -> u16 {
+    word(bytes, at) as u16
+}
+
+impl Header {
+    /// Looks for a header. One that asks for what there is not is an error.
+    pub fn find(image: &Image) -> Result<Option<Self>, Error> {
+        let mut bytes = vec![0; SEARCH.min(usize::try_from(image.size()).unwrap_or(SEARCH))];
+        image.read_at(&mut bytes, 0)?;
+        for offset in (0..bytes.len()).step_by(4) {
+            let header = bytes.get(offset..).unwrap_or_default();
+            let sum = |words: &[usize]| words.iter().fold(0u32, |sum, at| sum.wrapping_add(word(header, *at)));
+            if offset < SEARCH_1 && word(header, 0) == MAGIC_1 && sum(&[0, 4, 8]) == 0 {
+                return Self::first(image, offset, header).map(Some);
+            }
+            if offset % 8 == 0 && word(header, 0) == MAGIC_2 && sum(&[0, 4, 8, 12]) == 0 {
+                return Self::second(image, offset, header).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn first(image: &Image, offset: usize, header: &[u8]) -> Result<Self, Error> {
+        let flags = word(header, 4);
+        if flags & MUST_KNOW & !KNOWN != 0 {
+            return Err(image.bad_header(format!("its Multiboot header asks for something unknown (flags {flags:#x})")));
+        }
+        let addresses = Addresses {
+            header: word(header, 12),
+            load: word(header, 16),
+            load_end: word(header, 20),
+            bss_end: word(header, 24),
+        };
+        let given = flags & HAS_ADDRESSES != 0;
+        Ok(Header {
+            version: Version::One,
+            offset: offset as u64,
+            addresses: given.then_some(addresses),
+            entry: given.then(|| word(header, 28)),
+        })
+    }
+
+    fn second(image: &Image, offset: usize, header: &[u8]) -> Result<Self, Error> {
+        if word(header, 4) != 0 {
+            return Err(image.bad_header("its Multiboot 2 header is for another processor"));
+        }
+        let mut found = Header { version: Version::Two, offset: offset as u64, addresses: None, entry: None };
+        let length = (word(header, 8) as usize).min(header.len());
+        let mut at = 16;
+        while at + 8 <= length {
+            let tag = header.get(at..length).unwrap_or_default();
+            let (kind, flags, size) = (half(tag, 0), half(tag, 2), word(tag, 4) as usize);
+            match kind {
+                0 => break,
+                tag::ADDRESS => {
+                    found.addresses = Some(Addresses {
+                        header: word(tag, 8),
+                        load: word(tag, 12),
+                        load_end: word(tag, 16),
+                        bss_end: word(tag, 20),
+                    });
+                }
+                tag::ENTRY => found.entry = Some(word(tag, 8)),
+                // What is not told, the kernel finds missing.
+                tag::REQUEST | tag::CONSOLE | tag::MODULE_ALIGNMENT | tag::RELOCATABLE => {}
+                _ if flags & OPTIONAL != 0 => {}
+                _ => {
+                    let why = format!(
+                        "its Multiboot 2 header needs what only a boot loader on firmware has (tag {kind}): boot it by \
+                         GRUB from a disk, with --firmware"
+                    );
+                    return Err(image.bad_header(why));
+                }
+            }
+            at += size.max(8).next_multiple_of(8);
+        }
+        Ok(found)
+    }
+
+    /// The one segment that the address fields describe.
+    fn segment(&self, image: &Image, addresses: Addresses) -> Result<Segment, Error> {
+        let before = u64::from(addresses.header.wrapping_sub(addresses.load));
+        let Some(offset) = self.offset.checked_sub(before).filter(|_| addresses.load <= addresses.header) else {
+            return Err(image.bad_header("its Multiboot header loads it from before its beginning"));
+        };
+        let (load, rest) = (u64::from(addresses.load), image.size() - offset);
+        let file_size = match addresses.load_end {
+            0 => rest,
+            end => u64::from(end).saturating_sub(load),
+        };
+        image.need(offset, file_size)?;
+        if load < layout::HIGH_MEMORY {
+            return Err(image.bad_header(format!("it wants to be loaded at {load:#x}, below 1 MiB")));
+        }
+        let memory_size = u64::from(addresses.bss_end).saturating_sub(load).max(file_size);
+        Ok(Segment { address: load, offset, file_size, memory_size })
+    }
+}
+
+/// Loads the kernel and its modules, and writes what it is told.
+pub fn load(
+    ram: &Ram,
+    image: &Image,
+    header: &Header,
+    elf: Option<&Elf>,
+    modules: &[Image],
+    command_line: &str,
+) -> Result<CpuState, Error> {
+    let view = ram.view();
+    let available = layout::low_end(ram);
+    let check = |end: u64| match end <= available {
+        true => Ok(end),
+        false => Err(Error::KernelTooLarge { path: image.path().to_owned(), needed: end, available }),
+    };
+    let (end, start) = match (header.addresses, elf) {
+        (Some(addresses), _) => {
+            let segment = header.segment(image, addresses)?;
+            let end = check(segment.address + segment.memory_size)?;
+            segment.load(image, view)?;
+            (end, header.entry.unwrap_or(addresses.load))
+        }
+        (None, Some(elf)) => {
+            check(elf.end)?;
+            elf.load(image, view)?;
+            // A header with its own entry is about that one; ELF's may be the virtual address of the same place.
+            let own = u32::try_from(elf.entry).map_err(|_| image.bad_header("its entry is beyond 4 GiB"))?;
+            (elf.end, header.entry.unwrap_or(own))
+        }
+        (None, None) => return Err(image.bad_header("its Multiboot header says neither ELF nor where to load it")),
+    };
+    if command_line.len() > MAX_COMMAND_LINE {
+        let (path, length) = (image.path().to_owned(), command_line.len());
+        return Err(Error::CommandLineTooLong { path, length, limit: MAX_COMMAND_LINE });
+    }
+    // By convention the first word is the kernel's name.
+    let command_line = format!("{} {command_line}", image.path().display());
+    let modules = load_modules(ram, modules, end, available)?;
+    let (magic, information) = match header.version {
+        Version::One => (BOOT_MAGIC_1, first_information(ram, command_line.trim_end(), &modules)),
+        Version::Two => (BOOT_MAGIC_2, second_information(ram, command_line.trim_end(), &modules)),
+    };
+    if information.len() as u64 > layout::MULTIBOOT.end - layout::MULTIBOOT.start {
+        return Err(image.bad_header("command line and names of modules are too long"));
+    }
+    crate::write(view, "the Multiboot information", layout::MULTIBOOT.start, &information)?;
+    entry::multiboot(view, start, magic, layout::MULTIBOOT.start)
+}
+
+/// Puts the modules behind the kernel, each at a page of its own.
+fn load_modules(ram: &Ram, modules: &[Image], mut next: u64, available: u64) -> Result<Vec<Module>, Error> {
+    let mut loaded = Vec::new();
+    for module in modules {
+        let (start, size) = (next.next_multiple_of(PAGE_SIZE), module.size());
+        let Some(end) = start.checked_add(size).filter(|end| *end <= available) else {
+            let room = available.saturating_sub(start);
+            return Err(Error::InitrdTooLarge { path: module.path().to_owned(), size, room });
+        };
+        module.read_to(ram.view(), "a module", start, 0, size)?;
+        loaded.push(Module { start, end, name: module.path().display().to_string() });
+        next = end;
+    }
+    Ok(loaded)
+}
+
+/// KiB from 0 and from 1 MiB on.
+fn memory_sizes(ram: &Ram) -> [u32; 2] {
+    let upper = layout::low_end(ram).saturating_sub(layout::HIGH_MEMORY) >> 10;
+    [(layout::EBDA >> 10) as u32, upper as u32]
+}
+
+/// The first kind's information, and behind it what it points to.
+fn first_information(ram: &Ram, command_line: &str, modules: &[Module]) -> Vec<u8> {
+    let mut rest = Vec::new();
+    let base = layout::MULTIBOOT.start as u32 + INFORMATION_SIZE as u32;
+    let mut put = |bytes: &[u8]| {
+        rest.resize(rest.len().next_multiple_of(4), 0);
+        let at = base + rest.len() as u32;
+        rest.extend_from_slice(bytes);
+        at
+    };
+    let mut string = |text: &str| put(&[text.as_bytes(), &[0]].concat());
+    let (command_line, loader) = (string(command_line), string(LOADER_NAME));
+    let names: Vec<u32> = modules.iter().map(|module| string(&module.name)).collect();
+    let entries =
+        modules.iter().zip(names).flat_map(|(module, name)| [module.start as u32, module.end as u32, name, 0]);
+    let module_list = put(&words(entries));
+    let map: Vec<u8> = layout::memory_map(ram).iter().flat_map(|range| map_entry(range, Some(20))).collect();
+    let map_at = put(&map);
+    let [lower, upper] = memory_sizes(ram);
+    let mut information = vec![0; INFORMATION_SIZE];
+    let fields = [
+        (0, INFORMATION),
+        (4, lower),
+        (8, upper),
+        (16, command_line),
+        (20, modules.len() as u32),
+        (24, module_list),
+        (44, map.len() as u32),
+        (48, map_at),
+        (64, loader),
+    ];
+    for (at, value) in fields {
+        information[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+    information.extend(rest);
+    information
+}
+
+/// An entry of the memory map: with the size of what follows (the first kind), or with a reserved word at its end.
+fn map_entry(range: &layout::Range, size: Option<u32>) -> Vec<u8> {
+    let mut entry = size.map_or(Vec::new(), |size| size.to_le_bytes().to_vec());
+    entry.extend(range.start.to_le_bytes());
+    entry.extend(range.size.to_le_bytes());
+    entry.extend((range.kind as u32).to_le_bytes());
+    if size.is_none() {
+        entry.extend([0; 4]);
+    }
+    entry
+}
+
+fn words(values: impl IntoIterator<Item = u32>) -> Vec<u8> {
+    values.into_iter().flat_map(u32::to_le_bytes).collect()
+}
+
+/// The second kind's information: a list of tags.
+fn second_information(ram: &Ram, command_line: &str, modules: &[Module]) -> Vec<u8> {
+    let mut information = vec![0; 8];
+    let mut tell = |kind: u32, parts: &[&[u8]]| {
+        information.resize(information.len().next_multiple_of(8), 0);
+        let size = 8 + parts.iter().map(|part| part.len()).sum::<usize>();
+        information.extend(words([kind, size as u32]));
+        parts.iter().for_each(|part| information.extend_from_slice(part));
+    };
+    tell(told::COMMAND_LINE, &[command_line.as_bytes(), &[0]]);
+    tell(told::LOADER_NAME, &[LOADER_NAME.as_bytes(), &[0]]);
+    for module in modules {
+        tell(told::MODULE, &[&words([module.start as u32, module.end as u32]), module.name.as_bytes(), &[0]]);
+    }
+    tell(told::MEMORY, &[&words(memory_sizes(ram))]);
+    let map: Vec<u8> = layout::memory_map(ram).iter().flat_map(|range| map_entry(range, None)).collect();
+    // The size of an entry, and its version.
+    tell(told::MEMORY_MAP, &[&words([24, 0]), &map]);
+    if let Some(rsdp) = crate::acpi::tables(layout::ACPI, ram, 1).first() {
+        tell(told::NEW_RSDP, &[rsdp.bytes.get(..RSDP_SIZE).unwrap_or_default()]);
+    }
+    tell(told::END, &[]);
+    let size = (information.len() as u32).to_le_bytes();
+    information[..4].copy_from_slice(&size);
+    information
+}
+
+#[cfg(test)]
+#[path = "multiboot_test.rs"]
+mod tests;
