@@ -37,6 +37,8 @@ pub struct SensitiveInsn {
 pub struct Translated {
     /// As it has to be at the start of code memory.
     pub code: Vec<u8>,
+    /// Where slow paths and exits begin, behind what runs when all goes well.
+    pub body_length: usize,
     pub guest_length: usize,
     pub points: Vec<Point>,
     pub sites: Vec<Site>,
@@ -448,6 +450,7 @@ impl Builder<'_> {
     }
 
     fn finish(mut self, guest_length: usize) -> Translated {
+        let body_length = self.asm.position();
         let mut links = Vec::with_capacity(self.links.len());
         for behind in std::mem::take(&mut self.behind) {
             match behind {
@@ -505,6 +508,7 @@ impl Builder<'_> {
             parked_entry,
             lookahead: self.lookahead.0,
             code: self.asm.code,
+            body_length,
             guest_length,
             points: self.points,
             sites: self.sites,

@@ -11,6 +11,8 @@ pub mod classify;
 mod control;
 pub mod decode;
 pub mod facts;
+#[cfg(test)]
+mod golden;
 pub mod groups;
 mod liveness;
 mod operand;
