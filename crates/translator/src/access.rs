@@ -250,8 +250,9 @@ pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Acce
         // The instruction runs again, with its own check.
         cpu.rip = cpu.insn_rip;
         let place = cpu.hot.return_address;
-        let enough = cpu.detoured_enough();
-        cpu.engine.run_carefully(site.block, place, enough);
+        let crosses = va % PAGE_SIZE + kind.size() as u64 > PAGE_SIZE;
+        let enough = crosses && cpu.detoured_enough();
+        cpu.engine.run_carefully(site.block, place, crosses, enough);
         return Accessed::leave(Left::Careful);
     }
     access(cpu, va, kind, &site)

@@ -16,6 +16,7 @@ use crate::cache::{BlockId, Cache, Found, LinkId};
 use crate::code_memory::{CodeMemory, jump_key};
 use crate::codegen::block::{self, Setting, Translated};
 use crate::codegen::decode::GuestCode;
+use crate::codegen::groups::Sharing;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, NO_BRANCH, enter};
@@ -24,8 +25,10 @@ use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::shared::request;
 
-/// Blocks that are remembered to be without groups.
-const MAX_UNGROUPED: usize = 1 << 14;
+/// Code whose groups' failures are remembered.
+const MAX_FAILURES: usize = 1 << 14;
+/// After so many checks that failed for want of a plain page the code's accesses share fewer.
+const MANY_FAILURES: u8 = 16;
 /// A page and what the last instruction in it may have in the next one.
 const CODE_PAGE: usize = PAGE_SIZE as usize + 15;
 /// Code segments whose limits are remembered.
@@ -72,8 +75,8 @@ pub struct EngineState {
     failed_check: Option<LinkId>,
     /// When detours were last looked at.
     detoured: u64,
-    /// Blocks that are translated without groups.
-    ungrouped: FxHashSet<Origin>,
+    /// Code whose groups' checks failed: how often with the present sharing.
+    failures: FxHashMap<Origin, (Sharing, u8)>,
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
     code_page: Vec<u8>,
     /// An event was delivered since a block was last entered.
@@ -100,27 +103,35 @@ impl EngineState {
             careful: false,
             failed_check: None,
             detoured: 0,
-            ungrouped: FxHashSet::default(),
+            failures: FxHashMap::default(),
             code_page: vec![0; CODE_PAGE],
             delivered: false,
             device_pages: FxHashSet::default(),
         }
     }
 
-    /// A group's check failed at a place in a block: the code goes on carefully, or, after `enough` of that, without groups.
-    pub fn run_carefully(&mut self, id: BlockId, place: u64, enough: bool) {
+    /// A group's check failed at a place in a block, at a page's end or for want of a plain page: the code goes on carefully. After
+    /// `enough` of the one, or much of the other, it is translated with less sharing.
+    pub fn run_carefully(&mut self, id: BlockId, place: u64, crosses: bool, enough: bool) {
         self.careful = true;
         if !self.cache.is_live(id) {
             return;
         }
-        if !enough {
-            self.failed_check = self.cache.find_link(place).map(|(link, ..)| link);
-        } else if let Some(origin) = self.cache.block(id).map(|(_, body)| body.origin) {
-            // A guest that makes code for hours must not make the list longer and longer.
-            if self.ungrouped.len() >= MAX_UNGROUPED {
-                self.ungrouped.clear();
-            }
-            self.ungrouped.insert(origin);
+        self.failed_check = self.cache.find_link(place).filter(|_| crosses).map(|(link, ..)| link);
+        let Some(origin) = self.cache.block(id).map(|(_, body)| body.origin) else { return };
+        if crosses && !enough {
+            return;
+        }
+        // A guest that makes code for hours must not make the list longer and longer.
+        if self.failures.len() >= MAX_FAILURES {
+            self.failures.clear();
+        }
+        let (sharing, count) = self.failures.entry(origin).or_default();
+        *count += 1;
+        if enough || *count == MANY_FAILURES {
+            *count = 0;
+            *sharing = if *sharing == Sharing::All && !enough { Sharing::Alike } else { Sharing::Off };
+            self.failed_check = None;
             self.cache.remove_origin(origin);
         }
     }
@@ -592,7 +603,11 @@ impl Vcpu {
         Setting {
             mode,
             inline_tsc: self.machine.time.tsc_offset().is_some(),
-            groups: !mode.is_careful() && !mode.is_single() && !self.engine.ungrouped.contains(&origin),
+            sharing: match self.engine.failures.get(&origin) {
+                _ if mode.is_careful() || mode.is_single() => Sharing::Off,
+                Some((sharing, _)) => *sharing,
+                None => Sharing::All,
+            },
             jump_slot: self.engine.cache.jumps.slot(mode),
         }
     }

@@ -3,6 +3,7 @@ use std::sync::OnceLock;
 use super::*;
 use crate::codegen::block::{Setting, translate};
 use crate::codegen::decode::GuestCode;
+use crate::codegen::groups::Sharing;
 use crate::mode::Mode;
 use crate::testing::kernel_vcpu;
 
@@ -23,7 +24,7 @@ fn add(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64) -> BlockId {
     if let Some(id) = cache.find(origin, rip) {
         return id;
     }
-    let setting = Setting { mode: origin.mode, inline_tsc: true, groups: true, jump_slot: Some(0) };
+    let setting = Setting { mode: origin.mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(0) };
     let offset = (origin.address & 0xfff) as usize;
     let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
     let t = translate(code, rip, &setting).unwrap();

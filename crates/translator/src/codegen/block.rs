@@ -6,7 +6,7 @@ use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
-use super::groups::Member;
+use super::groups::{Member, Sharing};
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Operand, context};
 use crate::access::AccessKind;
@@ -57,8 +57,8 @@ pub struct Setting {
     pub mode: Mode,
     /// RDTSC is the host's plus an offset.
     pub inline_tsc: bool,
-    /// Accesses may share checks: see [`groups`](super::groups).
-    pub groups: bool,
+    /// Which accesses may share checks.
+    pub sharing: Sharing,
     /// Which part of the jump table this mode uses; none: indirect branches leave to the dispatcher.
     pub jump_slot: Option<usize>,
 }
@@ -133,8 +133,8 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting) -> Option<Trans
     let mode = setting.mode;
     let bytes = code.bytes();
     let (mut items, lookahead) = decode(code, start, mode, setting.inline_tsc)?;
-    if setting.groups && mode.long() && !mode.checks_alignment() {
-        plan_groups(&mut items, mode);
+    if setting.sharing != Sharing::Off && mode.long() && !mode.checks_alignment() {
+        plan_groups(&mut items, mode, setting.sharing);
     }
     let mut b = Builder {
         asm: Asm::default(),

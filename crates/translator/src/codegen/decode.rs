@@ -4,7 +4,7 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
 
 use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
-use super::groups::{self, Access, Form, Member, Step};
+use super::groups::{self, Access, Form, Member, Sharing, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
 use crate::mode::{CodeSegment, Mode};
@@ -198,9 +198,9 @@ pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: 
 }
 
 /// Finds accesses that share checks.
-pub fn plan_groups(items: &mut [Item], mode: Mode) {
+pub fn plan_groups(items: &mut [Item], mode: Mode, sharing: Sharing) {
     let steps: Vec<(Instruction, Step)> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
-    for (item, member) in items.iter_mut().zip(groups::plan(&steps)) {
+    for (item, member) in items.iter_mut().zip(groups::plan(&steps, sharing)) {
         item.member = member;
     }
 }

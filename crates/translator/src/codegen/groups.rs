@@ -18,6 +18,18 @@ const MAX_SPAN: i64 = 1024;
 pub const SLOTS: usize = 16;
 const RSP_NUMBER: u8 = 4;
 
+/// Which accesses share checks in a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sharing {
+    /// All that lie together.
+    #[default]
+    All,
+    /// Reads with reads and writes with writes: for code that reads pages which it may not write.
+    Alike,
+    /// None.
+    Off,
+}
+
 /// An address but for its displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Form {
@@ -126,7 +138,7 @@ struct Group {
 }
 
 /// Finds the groups of a block: for each instruction its membership, if any.
-pub fn plan(steps: &[(Instruction, Step)]) -> Vec<Option<Member>> {
+pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Member>> {
     let mut groups: Vec<Group> = Vec::new();
     let mut moved = [0i64; 16];
     let mut factory = InstructionInfoFactory::new();
@@ -139,7 +151,7 @@ pub fn plan(steps: &[(Instruction, Step)]) -> Vec<Option<Member>> {
             }
         };
         if let Some(a) = access {
-            join(&mut groups, &moved, i, a);
+            join(&mut groups, &moved, i, a, sharing);
         }
         match step {
             Step::Stack { moves, .. } => {
@@ -157,11 +169,14 @@ pub fn plan(steps: &[(Instruction, Step)]) -> Vec<Option<Member>> {
     members(&groups, steps.len())
 }
 
-fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access) {
+fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access, sharing: Sharing) {
     let moved = a.form.shift(moved);
     let low = a.displacement.wrapping_add(moved);
     let Some(high) = low.checked_add(a.size) else { return };
-    for group in groups.iter_mut().filter(|g| g.open && g.form == a.form) {
+    // The stack's page is remembered only if it can be both read and written.
+    let alike = |g: &Group| sharing == Sharing::All || g.write == a.write || a.form == Form::STACK;
+    let fits = |g: &Group| g.open && g.form == a.form && alike(g);
+    for group in groups.iter_mut().filter(|g| fits(g)) {
         let span = (group.low.min(low), group.high.max(high));
         if span.1.checked_sub(span.0).is_some_and(|s| s <= MAX_SPAN) {
             (group.low, group.high) = span;
@@ -251,11 +266,15 @@ mod tests {
     use crate::codegen::decode::based_access;
 
     fn planned(code: &[u8]) -> Vec<Option<Member>> {
+        planned_as(code, Sharing::All)
+    }
+
+    fn planned_as(code: &[u8], sharing: Sharing) -> Vec<Option<Member>> {
         let steps: Vec<_> = Decoder::with_ip(64, code, 0x1000, DecoderOptions::NONE)
             .iter()
             .map(|insn| (insn, Step::Plain(based_access(&insn))))
             .collect();
-        plan(&steps)
+        plan(&steps, sharing)
     }
 
     #[test]
@@ -266,6 +285,15 @@ mod tests {
         let check = first.check.unwrap();
         assert_eq!((check.displacement, check.span, check.write), (8, 16, true));
         assert_eq!((first.distance, second.distance, second.check.is_none()), (0, 8, true));
+    }
+
+    #[test]
+    fn reads_and_writes_can_be_kept_apart() {
+        // mov rax, [rdi]; mov [rdi+8], rcx; mov rax, [rdi+0x10]
+        let code = [0x48, 0x8b, 0x07, 0x48, 0x89, 0x4f, 0x08, 0x48, 0x8b, 0x47, 0x10];
+        let plan = planned_as(&code, Sharing::Alike);
+        assert!(plan[1].is_none(), "a write alone");
+        assert!(!plan[0].unwrap().check.unwrap().write && plan[2].is_some());
     }
 
     #[test]
