@@ -124,7 +124,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_reboot: bool,
     /// Host memory for translated code, for each processor
-    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = translation_cache)]
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = translation_cache)]
     pub translation_cache: u64,
     /// Print what the engine did on stderr when the machine stops
     #[arg(long)]

@@ -16,7 +16,7 @@ pub const POLL_OFFSET: usize = 0;
 pub const JUMP_BASE_OFFSET: usize = 64;
 pub const CODE_START: usize = 4096;
 /// Host code of one vCPU, in bytes.
-pub const DEFAULT_SIZE: usize = 32 << 20;
+pub const DEFAULT_SIZE: usize = 128 << 20;
 
 /// Entries in each slot of the jump table.
 const JUMP_ENTRIES: usize = 65536;

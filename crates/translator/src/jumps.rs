@@ -41,6 +41,12 @@ impl Jumps {
         Some(slot)
     }
 
+    /// Whether one more entry can be listed without a list that grows.
+    pub fn has_room(&self, global: bool) -> bool {
+        let list = if global { &self.global } else { &self.local };
+        list.len() < list.capacity().min(MAX_LISTED)
+    }
+
     /// Lets the table lead from a [key](crate::code_memory::jump_key) to the host addresses `entry` and, with the flags parked, `parked_entry`.
     pub fn enter(&mut self, mode: Mode, key: u64, entry: u64, parked_entry: u64, global: bool) {
         let Some(slot) = self.slot(mode) else { return };

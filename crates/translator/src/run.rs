@@ -192,6 +192,12 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     }
 }
 
+/// An indirect branch in 64-bit code missed the jump table: the host code of the block at RIP, if there is one and nothing
+/// needs the dispatcher; else 0. As in the light path of accesses, only xmm0-xmm15 are saved: no memory copies by libc.
+pub(crate) extern "C" fn find_code_light(cpu: &mut Vcpu) -> u64 {
+    cpu.find_known_code().unwrap_or(0)
+}
+
 /// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
 const CHAINED: i32 = -2;
 
@@ -270,6 +276,27 @@ impl Vcpu {
     fn segment_changed_mode(&mut self) -> bool {
         self.find_segment_ends();
         self.engine.mode != Some(Mode::of(self))
+    }
+
+    /// For [`find_code_light`].
+    fn find_known_code(&mut self) -> Option<u64> {
+        let mode = self.engine.mode?.plain();
+        if !mode.long() || mode.is_single() || self.shared.poll.is_set() || !canonical(self.rip) {
+            return None;
+        }
+        let (gpa, global) = self.fetched(self.rip)?;
+        let address = self.frame(gpa) | (gpa % PAGE_SIZE);
+        let origin = Origin { address, mode, segment: CodeSegment::of(self) };
+        let cache = &mut self.engine.cache;
+        let id = cache.find(origin, self.rip)?;
+        // A block across two pages depends on more than this has looked at; a list that grows is copied.
+        if cache.block(id)?.1.second_page.is_some() || !cache.jumps.has_room(global) {
+            return None;
+        }
+        cache.enter_jump(id, global);
+        cache.stats.lookups += 1;
+        self.hot.branch = NO_BRANCH;
+        Some(cache.entry(id))
     }
 
     /// The block that is running was translated to run one instruction.
@@ -528,15 +555,11 @@ impl Vcpu {
 
     /// The physical address of code at a linear address, and whether its page is global.
     fn fetch_address(&mut self, linear: u64) -> Result<(u64, bool), Exception> {
-        let context = self.fetch_context();
-        let tag = linear >> 12 << 2 | context as u64 | 1 << 63;
-        let index = (linear >> 12) as usize % FETCH_ENTRIES;
-        for (fetches, global) in [(&self.engine.global_fetches, true), (&self.engine.fetches, false)] {
-            if fetches[index].tag == tag {
-                return Ok((fetches[index].gpa | (linear % PAGE_SIZE), global));
-            }
+        if let Some(known) = self.fetched(linear) {
+            return Ok(known);
         }
-        let mapping = walk(self, linear, Access::Execute, context)?;
+        let (tag, index) = self.fetch_tag(linear);
+        let mapping = walk(self, linear, Access::Execute, self.fetch_context())?;
         let engine = &mut self.engine;
         let (fetches, pages) = if mapping.global {
             (&mut engine.global_fetches, &mut engine.global_pages)
@@ -546,6 +569,21 @@ impl Vcpu {
         fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
         pages.insert(area(linear, mapping.large));
         Ok((mapping.gpa, mapping.global))
+    }
+
+    /// [`Vcpu::fetch_address`] of code that was fetched before.
+    fn fetched(&self, linear: u64) -> Option<(u64, bool)> {
+        let (tag, index) = self.fetch_tag(linear);
+        [(&self.engine.global_fetches, true), (&self.engine.fetches, false)]
+            .into_iter()
+            .find(|(fetches, _)| fetches[index].tag == tag)
+            .map(|(fetches, global)| (fetches[index].gpa | (linear % PAGE_SIZE), global))
+    }
+
+    /// What a page is known by in the fetch cache, and where.
+    fn fetch_tag(&self, linear: u64) -> (u64, usize) {
+        let tag = linear >> 12 << 2 | self.fetch_context() as u64 | 1 << 63;
+        (tag, (linear >> 12) as usize % FETCH_ENTRIES)
     }
 
     fn fetch_context(&self) -> Context {
