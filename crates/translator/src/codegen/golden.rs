@@ -16,6 +16,7 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 
 use super::block::{Setting, Translated, translate};
 use super::decode::GuestCode;
+use super::groups::Sharing;
 use crate::cpu::Vcpu;
 use crate::mode::{CodeSegment, Mode};
 use crate::testing::{KERNEL_CS, KERNEL_SS, USER_CS32, USER_SS, kernel_vcpu, test_vcpu, user_vcpu};
@@ -100,7 +101,8 @@ impl Fragment {
         let segment = CodeSegment::of(&cpu);
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
-        let setting = Setting { mode, inline_tsc: true, groups: !mode.is_careful(), jump_slot: Some(0) };
+        let sharing = if mode.is_careful() { Sharing::Off } else { Sharing::All };
+        let setting = Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0) };
         let start = LINEAR - u64::from(segment.base);
         let mut blocks = Vec::new();
         let mut offset = 0;
