@@ -9,8 +9,10 @@ use crate::a20::A20Gate;
 use crate::bus::{Device, DeviceBus};
 use crate::constants::*;
 use crate::debug::{DEBUG_CONSOLE_PORTS, DEBUG_EXIT_SIZE, DebugConsole, DebugExit};
+use crate::dma::{self, Dma};
 use crate::flash::{self, Flash, Image, Rom};
 use crate::fw_cfg::{FW_CFG_PORT, FW_CFG_SIZE, FwCfg};
+use crate::hpet::Hpet;
 use crate::i8042::{AUXILIARY_IRQ, KEYBOARD_IRQ, KeyboardController};
 use crate::ioapic::IoApic;
 use crate::irq::{InterruptLine, Lines};
@@ -36,6 +38,8 @@ pub struct Chipset {
     keyboard: Arc<KeyboardController>,
     serial: [Option<Arc<Serial>>; 4],
     timers: Timers,
+    rtc: Arc<Rtc>,
+    dma: Arc<Dma>,
     debug_console: Option<Arc<DebugConsole>>,
     /// What keeps firmware in the memory map.
     _rom: Option<Rom>,
@@ -56,16 +60,21 @@ impl Chipset {
         let timers = Timers::start(clock.clone()).map_err(|source| Error::Thread { what: "timers", source })?;
         let (ports, memory) = (Arc::new(DeviceBus::ports()), Arc::new(DeviceBus::memory()));
         let pic = Arc::new(Pic::new(interrupts.clone()));
-        let ioapic = Arc::new(IoApic::new(interrupts));
+        let ioapic = Arc::new(IoApic::new(interrupts.clone()));
         let lines = Arc::new(Lines::new(pic.clone(), ioapic.clone()));
         let pci = Arc::new(PciBus::new(&memory, &ports));
         let mut builder = Builder { ports: &ports, memory: &memory, devices: Vec::new() };
         let gate = A20Gate::new(ram.map().clone());
 
-        let pit = Pit::new(clock.clone(), &timers, lines.connect(PIT_IRQ));
+        let (pit_line, rtc_line) = (Arc::new(lines.connect(PIT_IRQ)), Arc::new(lines.connect(RTC_IRQ)));
+        let pit = Pit::new(clock.clone(), &timers, pit_line.clone());
         builder.ports(&[(PIT_PORT, 4, 0), (PORT_B, 1, PORT_B_OFFSET)], pit)?;
-        let rtc = Rtc::new(clock.clone(), &timers, lines.connect(RTC_IRQ), ram.size(), cpus);
-        builder.ports(&[(RTC_PORT, 2, 0)], rtc)?;
+        let rtc = Rtc::new(clock.clone(), &timers, rtc_line.clone(), ram.size(), cpus);
+        builder.ports(&[(RTC_PORT, 2, 0)], rtc.clone())?;
+        let dma = Dma::new(ram.view().clone());
+        builder.ports(&[(0x00, 16, dma::FIRST), (0xc0, 32, dma::SECOND), (0x80, 16, dma::PAGES)], dma.clone())?;
+        let hpet = Hpet::new(clock.clone(), &timers, &lines, vec![pit_line, rtc_line], interrupts.clone());
+        builder.memory(HPET_BASE, HPET_SIZE, hpet)?;
         let management = PowerManagement::new(clock.clone(), &timers, lines.connect(SCI_IRQ), power.clone());
         builder.devices.push(management.clone());
         builder.ports(&[(APM_PORT, 2, 0)], Arc::new(Apm::default()))?;
@@ -120,6 +129,8 @@ impl Chipset {
             keyboard,
             serial,
             timers,
+            rtc,
+            dma,
             debug_console,
             _rom: rom,
             devices,
@@ -161,6 +172,16 @@ impl Chipset {
     /// Asks the guest to shut down, as the button does.
     pub fn press_power_button(&self) {
         self.power.press_power_button();
+    }
+
+    /// The DMA controllers, for devices that have a channel.
+    pub fn dma(&self) -> &Arc<Dma> {
+        &self.dma
+    }
+
+    /// Notes the types of the floppy drives in CMOS, by their codes there (0: there is none).
+    pub fn set_floppy_drives(&self, types: [u8; 2]) {
+        self.rtc.set_floppy_drives(types);
     }
 
     /// A connection to interrupt line `number`: an ISA IRQ below 16, an input of the I/O APIC above.

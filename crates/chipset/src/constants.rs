@@ -8,6 +8,11 @@ pub const IOAPIC_SIZE: u64 = 0x1000;
 pub const IOAPIC_ID: u8 = 0;
 /// Its inputs are the global system interrupts 0 to 23.
 pub const IOAPIC_PINS: usize = 24;
+/// The high precision event timers.
+pub const HPET_BASE: u64 = 0xfed0_0000;
+pub const HPET_SIZE: u64 = 0x400;
+/// What its identity register holds, for the ACPI table: three comparators of 64 bits, legacy replacement.
+pub const HPET_IDENTITY: u32 = 0x8086_a201;
 /// Local APICs, which belong to the engine.
 pub const LOCAL_APIC_BASE: u64 = 0xfee0_0000;
 

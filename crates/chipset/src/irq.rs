@@ -40,7 +40,7 @@ impl Lines {
 
     /// One device's connection to line `number`, not asserted. A line that isn't there goes nowhere.
     pub fn connect(self: &Arc<Self>, number: u8) -> InterruptLine {
-        InterruptLine { lines: self.clone(), number, asserted: Mutex::new(false) }
+        InterruptLine { lines: self.clone(), number, level: Mutex::default() }
     }
 
     fn change(&self, number: u8, assert: bool) {
@@ -106,16 +106,37 @@ impl Lines {
 pub struct InterruptLine {
     lines: Arc<Lines>,
     number: u8,
-    asserted: Mutex<bool>,
+    level: Mutex<Level>,
+}
+
+#[derive(Default)]
+struct Level {
+    /// The device asserts the line.
+    asserted: bool,
+    /// It is cut off from the line.
+    muted: bool,
+    /// What the line was told.
+    driven: bool,
 }
 
 impl InterruptLine {
     /// Asserts the line or lets go of it; saying the same twice changes nothing.
     pub fn set(&self, assert: bool) {
-        let mut asserted = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
-        if *asserted != assert {
-            *asserted = assert;
-            self.lines.change(self.number, assert);
+        self.change(|level| level.asserted = assert);
+    }
+
+    /// Cuts the device off from the line, or joins them again: what it asserts counts only then.
+    pub fn mute(&self, muted: bool) {
+        self.change(|level| level.muted = muted);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Level)) {
+        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut level);
+        let drive = level.asserted && !level.muted;
+        if level.driven != drive {
+            level.driven = drive;
+            self.lines.change(self.number, drive);
         }
     }
 

@@ -21,17 +21,18 @@ use arch::CpuState;
 use boot::BootConfig;
 use chipset::flash::Image;
 use chipset::i8042::KeyboardController;
-use chipset::pci::PciFunction;
 use chipset::{Chipset, ChipsetConfig, Clock, Firmware, HostClock};
 use display::vga::Vga;
 use engine::{Engine, Vcpu};
 use memory::Ram;
+use peripherals::Plugged;
 use run_control::{Request, RunControl};
 use virtio::VirtioDevice;
 use virtio::pci::VirtioPci;
 
 pub use engines::{Accel, Selection, select_engine};
-pub use peripherals::Peripherals;
+pub use ethernet::Model as CardModel;
+pub use peripherals::{Card, Peripherals};
 pub use translator::Config as TranslatorConfig;
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
@@ -64,6 +65,8 @@ pub enum Error {
     Storage(#[from] storage::Error),
     #[error(transparent)]
     Display(#[from] display::Error),
+    #[error(transparent)]
+    Ethernet(#[from] ethernet::Error),
     #[error("{devices} devices are too many: PCI bus 0 has room for {MAX_DEVICES}")]
     TooManyDevices { devices: usize },
     #[error("can't start the thread of vCPU {id}: {source}")]
@@ -148,8 +151,7 @@ pub struct Machine {
     msrs: Vec<(u32, u64)>,
     no_reboot: bool,
     devices: Vec<Arc<dyn VirtioDevice>>,
-    /// Those of the peripherals.
-    functions: Vec<Arc<dyn PciFunction>>,
+    plugged: Plugged,
     clock: Arc<dyn Clock>,
     vga: Option<Arc<Vga>>,
 }
@@ -175,7 +177,8 @@ impl Machine {
         };
         let mut machine = Self::assemble(parts, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;
-        machine.functions = config.peripherals.plug_in(&machine.chipset, machine.ram.view(), engine)?;
+        let first_free = machine.devices.len() as u8 + 1;
+        machine.plugged = config.peripherals.plug_in(first_free, &machine.chipset, machine.ram.view(), engine)?;
         if let Some(VgaConfig { rom }) = config.vga {
             let (chipset, clock) = (&machine.chipset, machine.clock.clone());
             machine.vga = Some(Vga::plug_in(chipset, &machine.ram, clock, VGA_SLOT, &rom)?);
@@ -225,7 +228,7 @@ impl Machine {
             msrs,
             no_reboot,
             devices: Vec::new(),
-            functions: Vec::new(),
+            plugged: Plugged::default(),
             clock,
             vga: None,
         };
@@ -254,7 +257,7 @@ impl Machine {
         let result = self.run_until_end();
         // Whoever still has a handle keeps the devices: what they hold back is to be on disk all the same.
         self.devices.iter().for_each(|device| device.reset());
-        self.functions.iter().for_each(|function| function.reset());
+        self.plugged.reset();
         result
     }
 
@@ -271,6 +274,7 @@ impl Machine {
                 Some(Request::Failed(why)) => return Err(Error::Vcpu(why)),
                 Some(Request::Reset) | None => {
                     self.chipset.reset();
+                    self.plugged.reset_legacy();
                     self.load()?;
                 }
             }
@@ -327,6 +331,11 @@ impl Handle {
     /// Ends the machine as if its power was cut.
     pub fn end(&self) {
         self.control.request(Request::End);
+    }
+
+    /// Asks the guest to shut down, as the button does.
+    pub fn press_power_button(&self) {
+        self.chipset.press_power_button();
     }
 
     /// Sends bytes to the guest by a serial port (0: COM1), if it is there. Waits while the guest is far behind.

@@ -7,8 +7,10 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
 
+use crate::boot_order::{self, BootOrder};
+use crate::control;
 use crate::devices::{self, ShareArg, VsockArg};
-use crate::disk::{self, CdRomArg, DiskArg};
+use crate::disk::{self, CdRomArg, DiskArg, FloppyArg};
 use crate::firmware::{self, FirmwareArg};
 use crate::image::ImageCommand;
 use crate::net::{self, NetArg};
@@ -117,9 +119,18 @@ pub struct RunArgs {
     /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub balloon: u64,
-    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,mac=M], tap[,name=T][,mac=M], none; repeatable [default: user]
+    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on], tap[,name=T], both with [,model=virtio|e1000|e1000e][,mac=M], or none; repeatable [default: user]
     #[arg(long, value_name = "NET", value_parser = net::parse)]
     pub net: Vec<NetArg>,
+    /// A floppy drive with a disk image in it: IMG[,ro], or none for an empty drive; twice for two
+    #[arg(long, value_name = "IMG", value_parser = disk::parse_floppy)]
+    pub floppy: Vec<FloppyArg>,
+    /// Where a running machine can be changed: unix:PATH, a socket that takes lines such as "eject cdrom" and "help"
+    #[arg(long, value_name = "TO", value_parser = control::parse)]
+    pub control: Option<PathBuf>,
+    /// What firmware boots from: order=LETTERS, of a (floppy), c (disk), d (CD-ROM), n (network) [default: order=cadn]
+    #[arg(long, value_name = "ORDER", value_parser = boot_order::parse)]
+    pub boot: Option<BootOrder>,
     /// End when the guest resets the machine, instead of starting it again
     #[arg(long)]
     pub no_reboot: bool,

@@ -1,11 +1,13 @@
 //! `--disk` and `--cdrom`: what may be typed, and the devices that come of it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use block::{Cache, Disk, Format, Options};
 use machine::Peripherals;
 use storage::ata::{AtaDisk, Cable};
 use storage::atapi::CdRom;
+use storage::floppy::{DriveType, Geometry};
 use storage::{Drive, Media};
 use virtio::VirtioDevice;
 use virtio::block::Block;
@@ -38,6 +40,10 @@ pub enum Bus {
 pub enum Full {
     #[error("more than four drives on bus=ide: there are two cables with two drives each")]
     Ide,
+    #[error("more than two floppy drives: that is what the controller takes")]
+    Floppy,
+    #[error("no floppy disk has the size of this image: the largest has 2.88 MB (2949120 bytes)")]
+    FloppySize,
     #[error("more than six drives on bus=ahci: it has that many ports")]
     Ahci,
 }
@@ -110,7 +116,7 @@ pub fn parse_cdrom(text: &str) -> Result<CdRomArg, String> {
     let image = match path.as_str() {
         "" => return Err("the path of a disc image is missing; \"none\" is a drive without a disc".into()),
         "none" => None,
-        _ => Some(disc_options(path)),
+        _ => Some(disc_options(path.into())),
     };
     let mut drive = CdRomArg { image, bus: Bus::Ahci };
     for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
@@ -124,8 +130,53 @@ pub fn parse_cdrom(text: &str) -> Result<CdRomArg, String> {
 }
 
 /// How the image of a disc is opened: discs are only read, and their files are as they are.
-pub fn disc_options(path: impl Into<std::path::PathBuf>) -> Options {
+pub fn disc_options(path: PathBuf) -> Options {
     Options { format: Some(Format::Raw), read_only: true, ..Options::new(path) }
+}
+
+/// A floppy drive, and what lies in it.
+#[derive(Clone, Debug)]
+pub struct FloppyArg {
+    pub image: Option<Options>,
+}
+
+/// Parses `PATH|none[,ro]`.
+pub fn parse_floppy(text: &str) -> Result<FloppyArg, String> {
+    let (path, settings) = split_path(text);
+    if path.is_empty() {
+        return Err("the path of a floppy disk's image is missing; \"none\" is a drive without a disk".into());
+    }
+    let mut image = (path != "none").then(|| floppy_options(path.into()));
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        match (setting, &mut image) {
+            ("ro", Some(image)) => image.read_only = true,
+            _ => return Err(format!("\"{setting}\" is not known: allowed after the path of an image is ro")),
+        }
+    }
+    Ok(FloppyArg { image })
+}
+
+/// How the image of a floppy disk is opened; what may not be written is write-protected.
+pub fn floppy_options(path: PathBuf) -> Options {
+    let read_only = std::fs::metadata(&path).is_ok_and(|metadata| metadata.permissions().readonly());
+    Options { format: Some(Format::Raw), read_only, ..Options::new(path) }
+}
+
+/// Puts a floppy drive onto the controller, of a type that takes `disk`. Returns its path for the boot order.
+pub fn attach_floppy(disk: Option<&Disk>, media: Arc<Media>, peripherals: &mut Peripherals) -> Result<String, Full> {
+    let kind = match disk {
+        None => DriveType::High3,
+        Some(disk) => Geometry::of(disk.size()).ok_or(Full::FloppySize)?.drive,
+    };
+    let mut places = peripherals.floppies.iter_mut().enumerate();
+    let (number, place) = places.find(|(_, place)| place.is_none()).ok_or(Full::Floppy)?;
+    *place = Some((kind, media));
+    Ok(boot_path::floppy(number))
+}
+
+/// The name of the `number`th drive of a kind, for the control socket.
+pub fn drive_name(kind: &str, number: usize) -> String {
+    if number == 0 { kind.into() } else { format!("{kind}{}", number + 1) }
 }
 
 /// Puts a drive onto the first free place of its bus. Returns its path for the boot order.
@@ -171,6 +222,15 @@ mod tests {
         assert!(disk.image.snapshot && disk.image.any_backing && !disk.image.read_only);
         assert_eq!(disk.serial.as_deref(), Some("S1"));
         assert!(parse("x,ro").unwrap().image.read_only);
+    }
+
+    #[test]
+    fn removable_media_are_paths_or_none() {
+        assert!(parse_floppy("none").unwrap().image.is_none());
+        assert!(parse_floppy("a.img,ro").unwrap().image.unwrap().read_only);
+        assert!(parse_cdrom("none,bus=ide").unwrap().image.is_none());
+        assert!(parse_cdrom("a,,b.iso").unwrap().image.unwrap().read_only);
+        assert!(parse_floppy("none,ro").is_err() && parse_floppy("a,rw").is_err() && parse_cdrom("a,ro").is_err());
     }
 
     #[test]

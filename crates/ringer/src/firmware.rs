@@ -50,9 +50,11 @@ pub fn parse(text: &str) -> Result<FirmwareArg, String> {
     }
 }
 
-/// What the machine starts with: firmware that was asked for, or that a CD-ROM alone needs.
+/// What the machine starts with: firmware that was asked for, or that a CD-ROM or floppy disk alone needs.
 pub fn wanted(args: &RunArgs) -> Option<FirmwareArg> {
-    let only_disc = args.kernel.is_none() && args.disk.is_empty() && args.cdrom.iter().any(|cd| cd.image.is_some());
+    let loaded =
+        args.cdrom.iter().any(|cd| cd.image.is_some()) || args.floppy.iter().any(|drive| drive.image.is_some());
+    let only_disc = args.kernel.is_none() && args.disk.is_empty() && loaded;
     args.firmware.clone().or(only_disc.then_some(FirmwareArg::SeaBios))
 }
 
@@ -123,6 +125,10 @@ pub mod boot_path {
 
     pub fn network(slot: usize) -> String {
         format!("/pci@i0cf8/ethernet@{slot:x}/ethernet-phy@0")
+    }
+
+    pub fn floppy(number: usize) -> String {
+        format!("/pci@i0cf8/isa@1f/fdc@03f0/floppy@{number:x}")
     }
 
     pub fn ahci(port: usize) -> String {

@@ -7,9 +7,11 @@
 //! It is a library besides a program so that its tests can make guests.
 #![forbid(unsafe_code)]
 
+mod boot_order;
 pub mod cleanup;
 mod cli;
 mod console;
+mod control;
 mod debian;
 mod devices;
 mod disk;

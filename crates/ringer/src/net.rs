@@ -3,41 +3,68 @@
 use std::sync::Arc;
 
 use ::net::{Backend, Forward, Mac, Tap, UserConfig, UserNet};
+use machine::{Card, CardModel};
 use virtio::VirtioDevice;
 use virtio::net::{MAX_PAIRS, Net};
 
 /// One network card as the user wants it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NetArg {
-    User { mac: Option<Mac>, forwards: Vec<Forward>, restrict: bool },
-    Tap { mac: Option<Mac>, name: String },
-    None,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetArg {
+    /// `None`: paravirtual.
+    model: Option<CardModel>,
+    mac: Option<Mac>,
+    to: Attachment,
 }
 
-const ALLOWED: &str =
-    "allowed are user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,mac=M], tap[,name=INTERFACE][,mac=M] and none";
+/// What a card is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Attachment {
+    User {
+        forwards: Vec<Forward>,
+        restrict: bool,
+    },
+    Tap {
+        name: String,
+    },
+    /// There is no card.
+    Nothing,
+}
+
+impl Default for Attachment {
+    fn default() -> Self {
+        Attachment::User { forwards: Vec::new(), restrict: false }
+    }
+}
+
+const ALLOWED: &str = "allowed are user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on], tap[,name=INTERFACE] and none, \
+                       each but the last with [,model=virtio|e1000|e1000e][,mac=M]";
 
 /// Addresses of cards that none was given for: locally administered ones that people know from QEMU.
 const FIRST_MAC: Mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
-/// Parses `user[,hostfwd=...][,restrict=on][,mac=...]`, `tap[,name=...][,mac=...]` or `none`.
+/// Parses `user[,hostfwd=...][,restrict=on]` or `tap[,name=...]`, both with `[,model=...][,mac=...]`, or `none`.
 pub fn parse(text: &str) -> Result<NetArg, String> {
     let mut settings = text.split(',');
     let kind = settings.next().unwrap_or_default();
-    let mut arg = match kind {
-        "user" => NetArg::User { mac: None, forwards: Vec::new(), restrict: false },
-        "tap" => NetArg::Tap { mac: None, name: String::new() },
-        "none" => NetArg::None,
+    let to = match kind {
+        "user" => Attachment::default(),
+        "tap" => Attachment::Tap { name: String::new() },
+        "none" => Attachment::Nothing,
         _ => return Err(format!("\"{kind}\" is not known: {ALLOWED}")),
     };
+    let mut arg = NetArg { to, ..NetArg::default() };
+    let is_card = arg.to != Attachment::Nothing;
     for setting in settings {
         let (name, value) = setting.split_once('=').unwrap_or((setting, ""));
-        match (&mut arg, name, value) {
-            (NetArg::User { mac, .. } | NetArg::Tap { mac, .. }, "mac", value) => *mac = Some(parse_mac(value)?),
-            (NetArg::User { forwards, .. }, "hostfwd", value) => forwards.push(value.parse()?),
-            (NetArg::User { restrict, .. }, "restrict", "on") => *restrict = true,
-            (NetArg::User { restrict, .. }, "restrict", "off") => *restrict = false,
-            (NetArg::Tap { name, .. }, "name", value) if (1..16).contains(&value.len()) => *name = value.into(),
+        match (&mut arg.to, name, value) {
+            (_, "mac", value) if is_card => arg.mac = Some(parse_mac(value)?),
+            (_, "model", "virtio") if is_card => arg.model = None,
+            (_, "model", "e1000") if is_card => arg.model = Some(CardModel::E1000),
+            (_, "model", "e1000e") if is_card => arg.model = Some(CardModel::E1000e),
+            (Attachment::User { forwards, .. }, "hostfwd", value) => forwards.push(value.parse()?),
+            (Attachment::User { restrict, .. }, "restrict", "on") => *restrict = true,
+            (Attachment::User { restrict, .. }, "restrict", "off") => *restrict = false,
+            (Attachment::Tap { name, .. }, "name", value) if (1..16).contains(&value.len()) => *name = value.into(),
             _ => return Err(format!("\"{setting}\" is not known for {kind}: {ALLOWED}")),
         }
     }
@@ -52,33 +79,41 @@ fn parse_mac(text: &str) -> Result<Mac, String> {
         .ok_or_else(|| format!("\"{text}\" is not the hardware address of a card, such as 52:54:00:12:34:56"))
 }
 
-/// Makes the cards; one on a tap interface with a pair of queues for each processor. Nothing asked for is one card on the user network.
-pub fn devices(args: &[NetArg], cpus: u32) -> Result<Vec<Arc<dyn VirtioDevice>>, ::net::Error> {
-    let usual = [NetArg::User { mac: None, forwards: Vec::new(), restrict: false }];
+/// Paravirtual cards, and those of real makes.
+pub type Cards = (Vec<Arc<dyn VirtioDevice>>, Vec<Card>);
+
+/// Makes the cards; a paravirtual one on a tap interface with a pair of queues for each processor. Nothing asked for is
+/// one paravirtual card on the user network.
+pub fn devices(args: &[NetArg], cpus: u32) -> Result<Cards, ::net::Error> {
+    let usual = [NetArg::default()];
     let args = if args.is_empty() { &usual } else { args };
     let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
+    let mut cards = Vec::new();
     for (arg, number) in args.iter().zip(0u8..) {
         let [head @ .., last] = FIRST_MAC;
         let [a, b, c, d, e] = head;
         let own = [a, b, c, d, e, last.wrapping_add(number)];
-        match arg {
-            NetArg::None => {}
-            NetArg::Tap { mac, name } => {
-                let (taps, name) = Tap::open(name, (cpus as usize).min(MAX_PAIRS))?;
+        let mac = arg.mac.unwrap_or(own);
+        let (mut backends, mtu): (Vec<Box<dyn Backend>>, _) = match &arg.to {
+            Attachment::Nothing => continue,
+            Attachment::Tap { name } => {
+                let pairs = if arg.model.is_some() { 1 } else { (cpus as usize).min(MAX_PAIRS) };
+                let (taps, name) = Tap::open(name, pairs)?;
                 tracing::info!("a network card is attached to the tap interface {name}");
-                let backends = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect();
-                devices.push(Arc::new(Net::new(mac.unwrap_or(own), None, backends)));
+                (taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect(), None)
             }
-            NetArg::User { mac, forwards, restrict } => {
-                let mac = mac.unwrap_or(own);
+            Attachment::User { forwards, restrict } => {
                 let config = UserConfig { forwards: forwards.clone(), restrict: *restrict, ..UserConfig::new(mac) };
                 let mtu = config.mtu;
-                let backend: Box<dyn Backend> = Box::new(UserNet::new(config)?);
-                devices.push(Arc::new(Net::new(mac, Some(mtu), vec![backend])));
+                (vec![Box::new(UserNet::new(config)?)], Some(mtu))
             }
+        };
+        match arg.model {
+            None => devices.push(Arc::new(Net::new(mac, mtu, backends))),
+            Some(model) => cards.extend(backends.pop().map(|backend| Card { model, mac, backend })),
         }
     }
-    Ok(devices)
+    Ok((devices, cards))
 }
 
 #[cfg(test)]
@@ -87,13 +122,11 @@ mod tests {
 
     #[test]
     fn user_networks_have_settings() {
-        let NetArg::User { mac, forwards, restrict } =
-            parse("user,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53,restrict=on,mac=52:54:00:aa:bb:cc").unwrap()
-        else {
-            panic!()
-        };
-        assert_eq!((mac, forwards.len(), restrict), (Some([0x52, 0x54, 0, 0xaa, 0xbb, 0xcc]), 2, true));
-        assert_eq!(parse("none"), Ok(NetArg::None));
+        let arg = parse("user,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53,restrict=on,mac=52:54:00:aa:bb:cc").unwrap();
+        let Attachment::User { forwards, restrict } = arg.to else { panic!() };
+        assert_eq!((arg.mac, forwards.len(), restrict), (Some([0x52, 0x54, 0, 0xaa, 0xbb, 0xcc]), 2, true));
+        assert_eq!(parse("none").unwrap().to, Attachment::Nothing);
+        assert_eq!(parse("tap,model=e1000e").unwrap().model, Some(CardModel::E1000e));
     }
 
     #[test]
@@ -105,6 +138,8 @@ mod tests {
             "user,hostfwd=",
             "user,restrict=maybe",
             "none,mac=1",
+            "none,model=e1000",
+            "user,model=ne2000",
             "user,mac=1:2:3:4:5:6",
             "user,mac=ff:ff:ff:ff:ff:ff",
         ] {

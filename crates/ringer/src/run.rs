@@ -17,12 +17,14 @@ use rustix::termios::isatty;
 use storage::Media;
 use virtio::VirtioDevice;
 
+use crate::boot_order::Kind;
 use crate::cli::{RunArgs, Serial};
+use crate::control::{Control, RemovableDrive};
 use crate::disk::Bus;
 use crate::disk_boot::Taken;
 use crate::firmware::{self, FirmwareArg, boot_path};
 use crate::guest::{self, Guest};
-use crate::{cleanup, console, devices, disk, net, screen, seed, terminal};
+use crate::{cleanup, console, control, devices, disk, net, screen, seed, terminal};
 
 /// What the default guest's kernel is told: its console is our serial port, and it speaks up only when needed.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -52,6 +54,8 @@ pub enum Error {
     Firmware(#[from] firmware::Error),
     #[error("--vsock {}: {source}", path.display())]
     Vsock { path: PathBuf, source: io::Error },
+    #[error("--control unix:{}: {source}", path.display())]
+    Control { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Screen(#[from] screen::Error),
     #[error("only one of --serial, --console and --debugcon can lead to stdio")]
@@ -104,22 +108,45 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         match arg.bus {
             Bus::Virtio => {
                 devices.push(disk::device(disk, arg, args.cpus));
-                boot_order.push(boot_path::virtio_disk(devices.len()));
+                boot_order.push((Kind::Disk, boot_path::virtio_disk(devices.len())));
             }
-            bus => boot_order.push(disk::attach(disk::drive(disk, arg, number), bus, &mut peripherals)?),
+            bus => {
+                let path = disk::attach(disk::drive(disk, arg, number), bus, &mut peripherals)?;
+                boot_order.push((Kind::Disk, path));
+            }
         }
     }
+    let mut drives = Vec::new();
     for (number, arg) in args.cdrom.iter().enumerate() {
         let disc = arg.image.as_ref().map(|image| Disk::open(image).map(Arc::new)).transpose()?;
-        boot_order.push(disk::attach(disk::cdrom(Media::new(disc), number), arg.bus, &mut peripherals)?);
+        let media = Media::new(disc);
+        let path = disk::attach(disk::cdrom(media.clone(), number), arg.bus, &mut peripherals)?;
+        boot_order.push((Kind::CdRom, path));
+        drives.push(RemovableDrive { name: disk::drive_name("cdrom", number), media, options: disk::disc_options });
     }
+    for (number, arg) in args.floppy.iter().enumerate() {
+        let disk = arg.image.as_ref().map(|image| Disk::open(image).map(Arc::new)).transpose()?;
+        let media = Media::new(disk.clone());
+        let path = disk::attach_floppy(disk.as_deref(), media.clone(), &mut peripherals)?;
+        boot_order.push((Kind::Floppy, path));
+        drives.push(RemovableDrive { name: disk::drive_name("floppy", number), media, options: disk::floppy_options });
+    }
+    let control = match &args.control {
+        Some(path) => {
+            let failed = |source| Error::Control { path: path.clone(), source };
+            Some(control::listen(path.clone()).map_err(failed)?)
+        }
+        None => None,
+    };
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
-    for device in net::devices(&args.net, args.cpus)? {
+    let (paravirtual, cards) = net::devices(&args.net, args.cpus)?;
+    for device in paravirtual {
         devices.push(device);
-        boot_order.push(boot_path::network(devices.len()));
+        boot_order.push((Kind::Network, boot_path::network(devices.len())));
     }
+    peripherals.cards = cards;
     devices.extend(devices::shares(&args.share)?);
     let vsock = match &args.vsock {
         Some(vsock) => Some(devices::vsock(vsock).map_err(|source| Error::Vsock { path: vsock.path.clone(), source })?),
@@ -128,6 +155,11 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     devices.extend(vsock.iter().map(|(device, _)| device.clone()));
     devices.extend(devices::common(args.balloon));
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
+    // Cards of real makes come behind the paravirtual devices.
+    let numbers = devices.len() + 1..;
+    let paths = numbers.take(peripherals.cards.len()).map(|number| (Kind::Network, boot_path::network(number)));
+    boot_order.extend(paths);
+    let boot_order = args.boot.clone().unwrap_or_default().sort(boot_order);
     let vga = screen::vga(args.vga, &args.display, matches!(plan, Plan::Firmware(_)))?;
     let start = match plan {
         Plan::Kernel(source) => Start::Kernel(source),
@@ -154,6 +186,13 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     let _ = link.machine.set(machine.handle());
     let display = screen::serve(&args.display, &machine)?;
     let handle = machine.handle();
+    let _control = match control {
+        Some((listener, guard)) => {
+            control::serve(listener, Control { machine: machine.handle(), drives }).map_err(Error::Input)?;
+            Some(guard)
+        }
+        None => None,
+    };
     let raw = match (hvc, serial, &args.console) {
         (Some(hvc), _, Serial::Stdio) => {
             devices::follow_terminal_size(&hvc).map_err(Error::Signals)?;

@@ -3,12 +3,14 @@
 mod support;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use block::{Disk, Format, Options, image};
 use memory::vm_memory::VolatileSlice;
-use support::{Script, pc_guest};
+use support::{Process, Script, one_machine_at_a_time, pc_guest};
 
 const MIB: u64 = 1 << 20;
 
@@ -59,11 +61,11 @@ fn disks_on_parallel_ata_are_read_and_written() {
     disks_on("ide");
 }
 
-/// Makes a disc image without a file system; returns what the guest's cksum says of it.
+/// Makes a disc image without a file system; returns what the guest's md5sum says of it.
 fn disc(path: &Path) -> String {
     let data: Vec<u8> = (0..512 * 1024u32).flat_map(|n| n.to_le_bytes()).collect();
     fs::write(path, &data).unwrap();
-    let sum = Command::new("cksum").stdin(fs::File::open(path).unwrap()).output().unwrap();
+    let sum = Command::new("md5sum").stdin(fs::File::open(path).unwrap()).output().unwrap();
     String::from_utf8(sum.stdout).unwrap()
 }
 
@@ -75,7 +77,7 @@ fn cd_roms_are_read_on_either_bus() {
     for bus in ["ahci", "ide"] {
         let steps = Script::on(pc_guest())
             .step("drive", "cat /sys/block/sr0/size /sys/block/sr0/device/model")
-            .step("read", "cksum </dev/sr0")
+            .step("read", "md5sum </dev/sr0")
             .step("write", "echo x >/dev/sr0")
             .step("errors", "dmesg | grep -E 'exception|failed command|timeout|lost interrupt'")
             .run(&["--cdrom", &format!("{},bus={bus}", path.display()), "--net", "none"]);
@@ -84,4 +86,66 @@ fn cd_roms_are_read_on_either_bus() {
         assert_ne!(steps["write"].status, 0, "{bus}");
         assert_eq!(steps["errors"].output, "", "{bus}");
     }
+}
+
+/// Says a line at the control socket; what it answers.
+fn tell(socket: &Path, line: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    writeln!(stream, "{line}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn a_disc_can_be_changed_while_the_machine_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let (first, second, socket) =
+        (directory.path().join("first"), directory.path().join("second"), directory.path().join("control"));
+    fs::write(&first, [b'1'; 4096]).unwrap();
+    fs::write(&second, [b'2'; 8192]).unwrap();
+    let read = "dd if=/dev/sr0 bs=1 count=4 2>/dev/null";
+    let script = Script::on(pc_guest())
+        .step("first", &format!("{read}; echo; echo @@go 1"))
+        .step("gone", &format!("while {read} | grep -q 1; do sleep 0.1; done; echo @@go 2"))
+        .step("second", &format!("until {read} | grep -q 2; do sleep 0.1; done; {read}; echo; cat /sys/block/sr0/size"))
+        .step("wait", "echo @@go 3; sleep 1000");
+    let (mut command, _initrd) = script.command("");
+    command.args(["--net", "none", "--cdrom", first.to_str().unwrap(), "--control"]);
+    command.arg(format!("unix:{}", socket.display())).stdin(Stdio::null());
+    let _turn = one_machine_at_a_time();
+    let mut machine = Process::start(&mut command);
+    machine.wait_for("@@go 1");
+    assert_eq!(tell(&socket, "drives"), "ok cdrom=loaded\n");
+    assert!(tell(&socket, "change cdrom /nowhere").starts_with("error /nowhere"));
+    assert!(tell(&socket, "eject dvd").contains("there are cdrom"));
+    assert_eq!(tell(&socket, "eject cdrom"), "ok\n");
+    machine.wait_for("@@go 2");
+    assert_eq!(tell(&socket, &format!("change cdrom {}", second.display())), "ok\n");
+    machine.wait_for("@@go 3");
+    assert_eq!(tell(&socket, "quit"), "ok\n");
+    let ended = machine.end();
+    assert!(ended.status.success() && ended.stdout.replace('\r', "").contains("2222\n16\n"), "{ended:?}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn floppy_disks_are_read_and_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("floppy.img");
+    let data: Vec<u8> = (0..1_474_560u32 / 4).flat_map(|n| n.to_le_bytes()).collect();
+    fs::write(&path, &data).unwrap();
+    let sum = Command::new("md5sum").stdin(fs::File::open(&path).unwrap()).output().unwrap();
+    let steps = Script::on(pc_guest())
+        .step("read", "md5sum </dev/fd0")
+        .step("drive", "cat /sys/block/fd0/size")
+        .step("write", "head -c 40960 /bin/busybox | dd of=/dev/fd0 bs=4096 seek=100 conv=fsync")
+        .step("errors", "dmesg | grep -iE 'floppy.*(error|timeout)|I/O error'")
+        .run(&["--floppy", path.to_str().unwrap(), "--net", "none"]);
+    assert_eq!(steps["drive"].output, "2880\n", "{steps:?}");
+    assert_eq!(steps["read"].output, String::from_utf8(sum.stdout).unwrap(), "{steps:?}");
+    assert_eq!((steps["write"].status, steps["errors"].output.as_str()), (0, ""), "{steps:?}");
+    let written = fs::read(&path).unwrap();
+    assert!(written[409_600..].starts_with(b"\x7fELF"));
+    assert!(written[..409_600] == data[..409_600] && written[450_560..] == data[450_560..]);
 }

@@ -20,6 +20,7 @@ pub mod ata;
 pub mod atapi;
 mod dma;
 mod drive;
+pub mod floppy;
 pub mod ide;
 mod link;
 mod media;

@@ -20,7 +20,6 @@ mod chain;
 pub mod console;
 mod device;
 pub mod entropy;
-mod event;
 pub mod fs;
 mod helpers;
 pub mod net;
@@ -31,8 +30,8 @@ pub mod vsock;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, DeviceType, Signals, VirtioDevice};
-pub use event::{Event, Worker, wait_any, wait_any_for};
 pub use queue::Queue;
+pub use wake::{Event, Worker, wait_any, wait_any_for};
 
 /// Feature bits that belong to the transport and the rings (virtio 1.2, 6); a device leaves them alone.
 pub mod feature {

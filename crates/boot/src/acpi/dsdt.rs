@@ -136,6 +136,9 @@ fn legacy_devices(out: &mut dyn AmlSink) {
     let ports = |port, length| IO::new(port, port, 1, length);
     device(out, "PIC_", "PNP0000", &ResourceTemplate::new(vec![&ports(pic, 2), &ports(pic2, 2)]));
     device(out, "TMR_", "PNP0100", &ResourceTemplate::new(vec![&ports(pc::PIT_PORT, 4), &isa_irq(pc::PIT_IRQ)]));
+    floppy_controller(out);
+    let hpet = Memory32Fixed::new(false, pc::HPET_BASE as u32, pc::HPET_SIZE as u32);
+    device(out, "HPET", "PNP0103", &ResourceTemplate::new(vec![&hpet]));
     device(out, "RTC_", "PNP0B00", &ResourceTemplate::new(vec![&ports(pc::RTC_PORT, 2), &isa_irq(pc::RTC_IRQ)]));
 }
 
@@ -149,6 +152,45 @@ fn isa_irq(number: u8) -> Encoded {
 fn device(out: &mut dyn AmlSink, name: &str, id: &str, resources: &dyn Aml) {
     Device::new(name.into(), vec![&Name::new("_HID".into(), &EISAName::new(id)), &Name::new("_CRS".into(), resources)])
         .to_aml_bytes(out);
+}
+
+/// The floppy controller, which is there if its main status register is.
+fn floppy_controller(out: &mut dyn AmlSink) {
+    let region = OpRegion::new("FREG".into(), OpRegionSpace::SystemIO, &0x3f4u16, &ONE);
+    let field = Field::new(
+        "FREG".into(),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![FieldEntry::Named(*b"MSR_", 8)],
+    );
+    let register = Path::new("MSR_");
+    let nothing = Equal::new(&register, &0xffu8);
+    let status = encoded(&Method::new(
+        "_STA".into(),
+        0,
+        true,
+        vec![&If::new(&nothing, vec![&Return::new(&ZERO)]), &Return::new(&PRESENT)],
+    ));
+    // The DMA descriptor (ACPI 6.5, 6.4.2.2): channel 2, 8 bits.
+    let channel = Encoded(vec![0x2a, 1 << 2, 0]);
+    let resources = encoded(&ResourceTemplate::new(vec![
+        &IO::new(0x3f0, 0x3f0, 1, 6),
+        &IO::new(0x3f7, 0x3f7, 1, 1),
+        &isa_irq(6),
+        &channel,
+    ]));
+    Device::new(
+        "FDC0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0700")),
+            &region,
+            &field,
+            &status,
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(out);
 }
 
 /// A serial port, which says itself whether it is there: a scratch register that keeps what is written means a UART.

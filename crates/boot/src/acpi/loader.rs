@@ -204,7 +204,7 @@ mod tests {
         let long: Vec<u64> = xsdt[36..].chunks(8).map(|entry| u64_at(entry, 0)).collect();
         assert_eq!(short, long);
         let signatures: Vec<_> = long.iter().map(|address| &checked(*address)[..4]).collect();
-        assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
+        assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG", b"HPET"]);
         let fadt = checked(long[0]);
         assert!(at(u32_at(fadt, 36).into()).starts_with(b"FACS"));
         assert_eq!(checked(u32_at(fadt, 40).into())[..4], *b"DSDT");

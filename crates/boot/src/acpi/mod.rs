@@ -12,6 +12,7 @@ use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, facs::FACS};
 use chipset::constants as pc;
@@ -44,7 +45,7 @@ pub fn write(ram: &Ram, cpus: u32) -> Result<(), Error> {
     Ok(())
 }
 
-/// All tables, from `base` on: RSDP, FACS, DSDT, FADT, MADT, MCFG, XSDT.
+/// All tables, from `base` on: RSDP, FACS, DSDT, FADT, MADT, MCFG, HPET, XSDT.
 pub fn tables(base: u64, ram: &Ram, cpus: u32) -> Vec<Table> {
     let mut area = Area { next: base, tables: Vec::new() };
     let rsdp = area.reserve(Rsdp::len() as u64);
@@ -54,7 +55,8 @@ pub fn tables(base: u64, ram: &Ram, cpus: u32) -> Vec<Table> {
     let madt = area.add(&madt::madt(cpus));
     let mcfg = area.add(&mcfg());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [fadt, madt, mcfg] {
+    let hpet = area.add(&hpet());
+    for table in [fadt, madt, mcfg, hpet] {
         xsdt.add_entry(table);
     }
     let xsdt = area.add(&xsdt);
@@ -136,6 +138,19 @@ fn mcfg() -> impl Aml {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(pc::ECAM_BASE, 0, 0, pc::ECAM_LAST_BUS);
     mcfg
+}
+
+/// The event timers (IA-PC HPET specification 1.0a, 3.2.4).
+fn hpet() -> Sdt {
+    /// A periodic timer should not be set to less, in ticks of the counter.
+    const LEAST_TICKS: u16 = 1000;
+    let mut hpet = Sdt::new(*b"HPET", 56, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    hpet.write_u32(36, pc::HPET_IDENTITY);
+    // The address: in memory, 64 bits wide.
+    hpet.write_u32(40, 64 << 8);
+    hpet.write_u64(44, pc::HPET_BASE);
+    hpet.write_u16(53, LEAST_TICKS);
+    hpet
 }
 
 #[cfg(test)]

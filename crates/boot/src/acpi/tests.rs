@@ -86,7 +86,7 @@ fn tables_are_found_from_the_rsdp() {
     let xsdt = at(u64_at(&rsdp.bytes, 24));
     assert!(xsdt.bytes.starts_with(b"XSDT"));
     let signatures: Vec<_> = xsdt.bytes[36..].chunks(8).map(|a| at(u64_at(a, 0)).bytes[..4].to_vec()).collect();
-    assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
+    assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG", b"HPET"]);
     let fadt = find(&tables, b"FACP");
     assert!(at(u32_at(&fadt.bytes, 36).into()).bytes.starts_with(b"FACS"));
     assert!(at(u32_at(&fadt.bytes, 40).into()).bytes.starts_with(b"DSDT"));

@@ -5,6 +5,7 @@ mod config;
 mod endpoint;
 mod host_bridge;
 mod lpc_bridge;
+pub mod msix;
 
 pub use bus::{ConfigPorts, Ecam, PciBus, PciFunction};
 pub use config::{BarKind, BarWindow, CONFIG_SIZE, ConfigSpace, Identity, ROM_BAR};

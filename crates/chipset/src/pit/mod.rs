@@ -39,7 +39,7 @@ impl State {
 pub struct Pit {
     state: Mutex<State>,
     clock: Arc<dyn Clock>,
-    line: InterruptLine,
+    line: Arc<InterruptLine>,
     timer: Timer,
 }
 
@@ -49,7 +49,8 @@ const CONTROL: u64 = 3;
 
 impl Pit {
     /// `line` is the output of counter 0.
-    pub fn new(clock: Arc<dyn Clock>, timers: &Timers, line: InterruptLine) -> Arc<Self> {
+    pub fn new(clock: Arc<dyn Clock>, timers: &Timers, line: impl Into<Arc<InterruptLine>>) -> Arc<Self> {
+        let line = line.into();
         Arc::new_cyclic(|pit: &std::sync::Weak<Pit>| {
             let pit = pit.clone();
             let timer = timers.create(move || {

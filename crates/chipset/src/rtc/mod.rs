@@ -76,13 +76,20 @@ struct State {
 pub struct Rtc {
     state: Mutex<State>,
     clock: Arc<dyn Clock>,
-    line: InterruptLine,
+    line: Arc<InterruptLine>,
     timer: Timer,
 }
 
 impl Rtc {
     /// A clock that shows the host's time, with the CMOS cells that tell of `ram_size` bytes of RAM and of `cpus`.
-    pub fn new(clock: Arc<dyn Clock>, timers: &Timers, line: InterruptLine, ram_size: u64, cpus: u32) -> Arc<Self> {
+    pub fn new(
+        clock: Arc<dyn Clock>,
+        timers: &Timers,
+        line: impl Into<Arc<InterruptLine>>,
+        ram_size: u64,
+        cpus: u32,
+    ) -> Arc<Self> {
+        let line = line.into();
         let state = State {
             index: 0,
             cells: initial_cells(ram_size, cpus),
@@ -101,6 +108,20 @@ impl Rtc {
             });
             Rtc { state: Mutex::new(state), clock, line, timer }
         })
+    }
+
+    /// Notes the types of the floppy drives (0: there is none), for firmware and systems that ask CMOS.
+    pub fn set_floppy_drives(&self, types: [u8; 2]) {
+        const DRIVES: usize = 0x10;
+        const EQUIPMENT: usize = 0x14;
+        let mut state = self.lock();
+        let [first, second] = types.map(|kind| kind & 15);
+        state.cells[DRIVES] = first << 4 | second;
+        // There are drives, and how many besides the first.
+        let count = types.iter().filter(|kind| **kind != 0).count() as u8;
+        let bits = if count > 0 { 1 | (count - 1) << 6 } else { 0 };
+        state.cells[EQUIPMENT] = state.cells[EQUIPMENT] & !0xc1 | bits;
+        sum_up(&mut state.cells);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -370,12 +391,17 @@ fn initial_cells(ram_size: u64, cpus: u32) -> [u8; 128] {
     cells[0x5d] = (high >> 16).min(0xff) as u8;
     // Processors besides the first.
     cells[0x5f] = cpus.saturating_sub(1).min(0xff) as u8;
-    let checksum: u16 = cells[0x10..0x2e].iter().map(|&cell| u16::from(cell)).sum();
-    cells[0x2e..0x30].copy_from_slice(&checksum.to_be_bytes());
+    sum_up(&mut cells);
     // Divider running, 1024 Hz; 24-hour mode, BCD.
     cells[usize::from(REGISTER_A)] = 0x26;
     cells[usize::from(REGISTER_B)] = HOURS_24;
     cells
+}
+
+/// Makes the checksum of the cells that firmware looks after right.
+fn sum_up(cells: &mut [u8; 128]) {
+    let checksum: u16 = cells[0x10..0x2e].iter().map(|&cell| u16::from(cell)).sum();
+    cells[0x2e..0x30].copy_from_slice(&checksum.to_be_bytes());
 }
 
 impl Device for Rtc {

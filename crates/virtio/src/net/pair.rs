@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use net::{Backend, HEADER_LENGTH, Header, LONGEST_FRAME, Sink};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use wake::wait_any_or;
 
 use super::{Shared, SharedBackend, guest_offloads, lock};
 use crate::{Chain, Event, Queue};
@@ -87,14 +87,7 @@ impl Pair {
 /// go on anyhow, and only its time counts.
 fn wait(events: &[&Event], backend: &dyn Backend, full: bool) {
     let timeout = backend.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    let timeout = timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
-    let mut fds: Vec<PollFd<'_>> = events.iter().map(|event| PollFd::new(*event, PollFlags::IN)).collect();
-    let descriptor = backend.descriptor();
-    if !full {
-        fds.push(PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
-    }
-    // An interrupted wait is one that ends early.
-    let _ = poll(&mut fds, timeout.as_ref());
+    wait_any_or(events, (!full).then(|| backend.descriptor()), timeout);
 }
 
 /// The guest's empty buffers.

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use chipset::pci::msix::ENTRY_SIZE;
 use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, PciFunction};
 use chipset::{Device, InterruptLine};
 use engine::Doorbells;
@@ -10,7 +11,6 @@ use memory::View;
 
 use super::common::{self, Common};
 use super::interrupts::Interrupter;
-use super::msix::ENTRY_SIZE;
 use crate::{DeviceType, Error, Event, VirtioDevice};
 
 /// Virtio 1.2, 4.1.2: vendor, and device 0x1040 plus the type; revision 1 or more is modern.

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chipset::InterruptLine;
+use chipset::pci::msix::{Message, Msix};
 
-use super::msix::{Message, Msix};
 use crate::Signals;
 
 /// `VIRTIO_MSI_NO_VECTOR` (virtio 1.2, 4.1.4.3).

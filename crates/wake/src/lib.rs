@@ -1,4 +1,5 @@
-//! Waking a thread, and threads that can be told to end.
+//! Waking a device's thread, and telling it to end.
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,7 +61,13 @@ pub fn wait_any(events: &[&Event]) {
 
 /// The same, but no longer than `limit`. Returns whether it was an event.
 pub fn wait_any_for(events: &[&Event], limit: Option<Duration>) -> bool {
+    wait_any_or(events, None, limit)
+}
+
+/// The same, or until there is something to be read from `descriptor`.
+pub fn wait_any_or(events: &[&Event], descriptor: Option<BorrowedFd<'_>>, limit: Option<Duration>) -> bool {
     let mut fds: Vec<PollFd<'_>> = events.iter().map(|event| PollFd::new(*event, PollFlags::IN)).collect();
+    fds.extend(descriptor.map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN)));
     let end = limit.map(|limit| Instant::now() + limit);
     loop {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
