@@ -307,7 +307,7 @@ impl Cache {
         rip: u64,
         second_page: Option<u64>,
         bytes: &[u8],
-        mut t: Translated,
+        t: &mut Translated,
     ) -> Option<BlockId> {
         let body = Body {
             origin,
@@ -316,10 +316,10 @@ impl Cache {
             length: t.code.len() as u16,
             parked_entry: t.parked_entry as u16,
             lookahead: t.lookahead.start as u16..t.lookahead.end as u16,
-            points: t.points.into(),
-            sites: t.sites.into(),
-            links: t.links.into(),
-            relocations: t.relocations.into(),
+            points: t.points.as_slice().into(),
+            sites: t.sites.as_slice().into(),
+            links: t.links.as_slice().into(),
+            relocations: t.relocations.as_slice().into(),
             movable: t.movable && second_page.is_none() && origin.segment == CodeSegment::FLAT,
         };
         self.stats.blocks += 1;

@@ -19,16 +19,19 @@ pub const CODE_START: usize = 4096;
 pub const DEFAULT_SIZE: usize = 128 << 20;
 
 /// Entries in each slot of the jump table.
-const JUMP_ENTRIES: usize = 65536;
+const JUMP_ENTRIES: usize = 1 << 17;
 /// Modes that have a slot.
 pub const JUMP_SLOTS: usize = 32;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
-pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << 2;
+pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << JUMP_SHIFT;
+const JUMP_SHIFT: u32 = 2;
 /// The same where code segments have bases, which stand in the upper half of a [`jump_key`]: offsets are mostly small, and
 /// bases differ in the paragraph.
-pub const SEGMENTED_JUMP_MASK: u64 = 0xfff << 1 | 0xf << 36;
+pub const SEGMENTED_JUMP_MASK: u64 = 0x1fff << 1 | 0xf << 36;
 const JUMP_WORDS: usize = 3;
-const JUMP_BYTES: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS * 8;
+/// Words of the whole table.
+pub const JUMP_TABLE_WORDS: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS;
+const JUMP_BYTES: usize = JUMP_TABLE_WORDS * 8;
 
 /// The host has PEXT, which extracts an index without touching the flags.
 pub fn index_by_pext() -> bool {
@@ -45,9 +48,9 @@ pub fn jump_index(key: u64, mode: Mode) -> usize {
     if !index_by_pext() {
         (key & 0xff) as usize
     } else if mode.segmented() {
-        ((key >> 1 & 0xfff) | (key >> 36 & 0xf) << 12) as usize
+        ((key >> 1 & 0x1fff) | (key >> 36 & 0xf) << 13) as usize
     } else {
-        ((key & JUMP_MASK) >> 2) as usize
+        ((key & JUMP_MASK) >> JUMP_SHIFT) as usize
     }
 }
 

@@ -3,24 +3,52 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::code_memory::{CodeMemory, JUMP_SLOTS, JumpSlot, empty_tag, jump_index, jump_slot_offsets};
+use crate::code_memory::{
+    CodeMemory, JUMP_SLOTS, JUMP_TABLE_WORDS, JumpSlot, empty_tag, jump_index, jump_slot_offsets,
+};
 use crate::mode::Mode;
-
-/// Entries that are listed for clearing at most.
-const MAX_LISTED: usize = 1 << 16;
 
 /// What one vCPU's jump table holds.
 pub struct Jumps {
     memory: Arc<CodeMemory>,
     slots: Vec<Mode>,
     /// Entries that are in use, for code in global pages and in others.
-    global: Vec<u32>,
-    local: Vec<u32>,
+    global: Listed,
+    local: Listed,
+}
+
+/// A set of entries.
+struct Listed {
+    entries: Vec<u32>,
+    /// A bit each.
+    known: Vec<u64>,
+}
+
+impl Listed {
+    fn new() -> Self {
+        Listed { entries: Vec::new(), known: vec![0; JUMP_TABLE_WORDS / 64] }
+    }
+
+    fn add(&mut self, entry: usize) {
+        let (word, bit) = (&mut self.known[entry / 64], 1 << (entry % 64));
+        if *word & bit == 0 {
+            *word |= bit;
+            self.entries.push(entry as u32);
+        }
+    }
+
+    fn clear(&mut self, mut each: impl FnMut(usize)) {
+        for entry in self.entries.drain(..) {
+            let entry = entry as usize;
+            self.known[entry / 64] &= !(1 << (entry % 64));
+            each(entry);
+        }
+    }
 }
 
 impl Jumps {
     pub fn new(memory: Arc<CodeMemory>) -> Self {
-        Jumps { memory, slots: Vec::new(), global: Vec::new(), local: Vec::new() }
+        Jumps { memory, slots: Vec::new(), global: Listed::new(), local: Listed::new() }
     }
 
     /// The part of the table for a mode; none once there are more modes than slots. Careful blocks lead to plain ones.
@@ -44,7 +72,7 @@ impl Jumps {
     /// Whether one more entry can be listed without a list that grows.
     pub fn has_room(&self, global: bool) -> bool {
         let list = if global { &self.global } else { &self.local };
-        list.len() < list.capacity().min(MAX_LISTED)
+        list.entries.len() < list.entries.capacity()
     }
 
     /// Lets the table lead from a [key](crate::code_memory::jump_key) to the host addresses `entry` and, with the flags parked, `parked_entry`.
@@ -54,13 +82,7 @@ impl Jumps {
         let index = jump_index(key, mode);
         let tag_index = tags as usize / 8 + index;
         // An entry may be listed for what it held before as well: clearing it too often does no harm.
-        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) != !key {
-            let list = if global { &mut self.global } else { &mut self.local };
-            list.push(tag_index as u32);
-            if list.len() > MAX_LISTED {
-                self.clear(true);
-            }
-        }
+        if global { &mut self.global } else { &mut self.local }.add(tag_index);
         self.empty(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
@@ -69,15 +91,11 @@ impl Jumps {
 
     /// Forgets which addresses lead where, those in global pages perhaps excepted.
     pub fn clear(&mut self, global: bool) {
-        let cleared = if global { std::mem::take(&mut self.global) } else { Vec::new() };
-        let local = std::mem::take(&mut self.local);
-        cleared.iter().chain(&local).for_each(|&tag_index| self.empty(tag_index as usize));
-        // The allocations are used again.
-        self.local = local;
-        self.local.clear();
+        let memory = &self.memory;
+        let empty = |tag_index: usize| memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
+        self.local.clear(empty);
         if global {
-            self.global = cleared;
-            self.global.clear();
+            self.global.clear(empty);
         }
     }
 

@@ -14,7 +14,7 @@ use crate::access::{Bounce, canonical};
 use crate::body::Origin;
 use crate::cache::{BlockId, Cache, Found, LinkId};
 use crate::code_memory::{CodeMemory, jump_key};
-use crate::codegen::block::{self, Setting, Translated};
+use crate::codegen::block::{self, Setting, Translated, Workspace};
 use crate::codegen::decode::GuestCode;
 use crate::codegen::groups::Sharing;
 use crate::cpu::{Context, Stop, Vcpu};
@@ -79,6 +79,7 @@ pub struct EngineState {
     failures: FxHashMap<Origin, (Sharing, u8)>,
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
     code_page: Vec<u8>,
+    workspace: Workspace,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
@@ -105,6 +106,7 @@ impl EngineState {
             detoured: 0,
             failures: FxHashMap::default(),
             code_page: vec![0; CODE_PAGE],
+            workspace: Workspace::default(),
             delivered: false,
             device_pages: FxHashSet::default(),
         }
@@ -604,7 +606,9 @@ impl Vcpu {
             let second_page = second_page.filter(|_| offset + length > PAGE_SIZE as usize);
             let cache = &mut self.engine.cache;
             cache.make_room(translated.code.len());
-            cache.insert(origin, rip, second_page, &bytes[offset..offset + length], translated)
+            let inserted = cache.insert(origin, rip, second_page, &bytes[offset..offset + length], &mut translated);
+            self.engine.workspace = translated.into();
+            inserted
         });
         self.engine.code_page = bytes;
         let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
@@ -624,7 +628,9 @@ impl Vcpu {
         let offset = (gpa % PAGE_SIZE) as usize;
         let (page, tail) = bytes.split_at_mut(PAGE_SIZE as usize);
         self.read_code(gpa, page);
-        if let Some(translated) = block::translate(GuestCode { page, offset, segment }, rip, setting) {
+        if let Some(translated) =
+            block::translate(GuestCode { page, offset, segment }, rip, setting, &mut self.engine.workspace)
+        {
             return Ok((translated, None));
         }
         if !segment.holds(rip, PAGE_SIZE as usize - offset + 1) {
@@ -633,7 +639,8 @@ impl Vcpu {
         let (next, _) = self.fetch_address(next_page(linear))?;
         self.watch_code_page(next);
         self.read_code(next, tail);
-        let translated = block::translate(GuestCode { page: bytes, offset, segment }, rip, setting);
+        let translated =
+            block::translate(GuestCode { page: bytes, offset, segment }, rip, setting, &mut self.engine.workspace);
         Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
     }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::codegen::block::{Setting, Translated, translate};
+use crate::codegen::block::{Setting, Translated, Workspace, translate};
 use crate::codegen::decode::GuestCode;
 use crate::codegen::groups::Sharing;
 use crate::testing::{kernel_vcpu, test_vcpu};
@@ -30,7 +30,9 @@ fn compare(mode: Mode, addresses: &[u64]) -> usize {
     for (i, page) in corpus().chunks(4096).enumerate() {
         for offset in (i % 7..4000).step_by(53) {
             let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
-            let all = addresses.iter().map(|a| (*a, translate(code, a + offset as u64, &setting).unwrap()));
+            let all = addresses
+                .iter()
+                .map(|a| (*a, translate(code, a + offset as u64, &setting, &mut Workspace::default()).unwrap()));
             let all: Vec<(u64, Translated)> = all.collect();
             for (a, t) in &all {
                 for (b, expected) in &all {
@@ -75,7 +77,7 @@ fn code_whose_addresses_are_shorter_or_longer_elsewhere_is_not_relocated() {
     let origin = Origin { address: 0, mode, segment: CodeSegment::FLAT };
     for a in addresses {
         for b in addresses {
-            let mut t = translate(code, a, &setting).unwrap();
+            let mut t = translate(code, a, &setting, &mut Workspace::default()).unwrap();
             let (from, to) = (Position { rip: a, host: 0 }, Position { rip: b, host: 0 });
             let moved = body(&t, origin).relocate(&mut t.code, from, to, || Some(0));
             assert_eq!(moved, a == b, "{a:#x} to {b:#x}");

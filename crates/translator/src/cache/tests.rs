@@ -1,7 +1,7 @@
 use std::sync::OnceLock;
 
 use super::*;
-use crate::codegen::block::{Setting, translate};
+use crate::codegen::block::{Setting, Workspace, translate};
 use crate::codegen::decode::GuestCode;
 use crate::codegen::groups::Sharing;
 use crate::mode::Mode;
@@ -27,10 +27,10 @@ fn add(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64) -> BlockId {
     let setting = Setting { mode: origin.mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(0) };
     let offset = (origin.address & 0xfff) as usize;
     let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
-    let t = translate(code, rip, &setting).unwrap();
+    let mut t = translate(code, rip, &setting, &mut Workspace::default()).unwrap();
     assert!(cache.make_room(t.code.len()));
     let bytes = &page[offset..(offset + t.guest_length).min(page.len())];
-    cache.insert(origin, rip, None, bytes, t).unwrap()
+    cache.insert(origin, rip, None, bytes, &mut t).unwrap()
 }
 
 /// N times `add rax, imm8`, and a jump to `target`, an offset in the page.

@@ -77,6 +77,14 @@ pub struct Asm {
 }
 
 impl Asm {
+    /// Forgets everything but its memory.
+    pub fn clear(&mut self) {
+        self.code.clear();
+        self.labels.clear();
+        self.fixups.clear();
+        self.moved.clear();
+    }
+
     /// Bytes emitted so far.
     pub fn position(&self) -> usize {
         self.code.len()
@@ -93,7 +101,7 @@ impl Asm {
 
     /// Resolves all branches to labels.
     pub fn finish(&mut self) {
-        for (at, label) in std::mem::take(&mut self.fixups) {
+        for &(at, label) in &self.fixups {
             let target = self.labels[label.0];
             assert_ne!(target, UNBOUND, "a branch to a label that was never bound");
             let rel = target as i32 - (at as i32 + 4);

@@ -49,6 +49,49 @@ pub struct Translated {
     pub lookahead: std::ops::Range<usize>,
     /// The code can be moved to other guest addresses.
     pub movable: bool,
+    spare: Spare,
+}
+
+/// Memory that one translation leaves to the next: there are many, and each is short.
+#[derive(Default)]
+pub struct Workspace {
+    points: Vec<Point>,
+    sites: Vec<Site>,
+    links: Vec<Link>,
+    relocations: Vec<Relocation>,
+    sensitive: Vec<SensitiveInsn>,
+    spare: Spare,
+}
+
+#[derive(Default)]
+struct Spare {
+    asm: Asm,
+    items: Vec<Item>,
+    behind: Vec<Behind>,
+    pending: Vec<PendingLink>,
+}
+
+impl From<Translated> for Workspace {
+    fn from(mut t: Translated) -> Self {
+        t.spare.asm.code = t.code;
+        t.spare.asm.clear();
+        t.spare.items.clear();
+        t.spare.behind.clear();
+        t.spare.pending.clear();
+        t.points.clear();
+        t.sites.clear();
+        t.links.clear();
+        t.relocations.clear();
+        t.sensitive.clear();
+        Workspace {
+            points: t.points,
+            sites: t.sites,
+            links: t.links,
+            relocations: t.relocations,
+            sensitive: t.sensitive,
+            spare: t.spare,
+        }
+    }
 }
 
 /// What a block is made for, besides its bytes.
@@ -120,7 +163,8 @@ pub struct Builder<'a> {
     points: Vec<Point>,
     sites: Vec<Site>,
     behind: Vec<Behind>,
-    links: Vec<PendingLink>,
+    pending: Vec<PendingLink>,
+    links: Vec<Link>,
     sensitive: Vec<SensitiveInsn>,
     /// The slot of the group whose host address is in S2.
     pub held: Option<usize>,
@@ -129,15 +173,17 @@ pub struct Builder<'a> {
 }
 
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
-pub fn translate(code: GuestCode, start: u64, setting: &Setting) -> Option<Translated> {
+pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut Workspace) -> Option<Translated> {
     let mode = setting.mode;
     let bytes = code.bytes();
-    let (mut items, lookahead) = decode(code, start, mode, setting.inline_tsc)?;
+    let Workspace { points, sites, links, relocations, sensitive, spare } = std::mem::take(workspace);
+    let Spare { asm, mut items, behind, pending } = spare;
+    let lookahead = decode(code, start, mode, setting.inline_tsc, &mut items)?;
     if setting.sharing != Sharing::Off && mode.long() && !mode.checks_alignment() {
         plan_groups(&mut items, mode, setting.sharing);
     }
     let mut b = Builder {
-        asm: Asm::default(),
+        asm,
         mode,
         setting: *setting,
         code,
@@ -147,11 +193,12 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting) -> Option<Trans
         lookahead,
         current: 0,
         flags: FlagState::Host,
-        points: Vec::new(),
-        sites: Vec::new(),
-        behind: Vec::new(),
-        links: Vec::new(),
-        sensitive: Vec::new(),
+        points,
+        sites,
+        behind,
+        pending,
+        links,
+        sensitive,
         held: None,
         narrow_addresses: false,
     };
@@ -194,7 +241,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting) -> Option<Trans
             b.goto(next);
         }
     }
-    Some(b.finish(guest_length))
+    Some(b.finish(guest_length, relocations))
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand; whether S2 kept its value.
@@ -401,7 +448,7 @@ impl Builder<'_> {
     /// refers to it.
     pub fn link(&mut self, label: Label, target: u64, patch: usize) {
         let parked = self.flags == FlagState::Parked;
-        self.links.push(PendingLink { label, target, patch, parked });
+        self.pending.push(PendingLink { label, target, patch, parked });
     }
 
     /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
@@ -449,10 +496,10 @@ impl Builder<'_> {
         self.position() - 4
     }
 
-    fn finish(mut self, guest_length: usize) -> Translated {
+    fn finish(mut self, guest_length: usize, mut relocations: Vec<Relocation>) -> Translated {
         let body_length = self.asm.position();
-        let mut links = Vec::with_capacity(self.links.len());
-        for behind in std::mem::take(&mut self.behind) {
+        let mut all_behind = std::mem::take(&mut self.behind);
+        for behind in all_behind.drain(..) {
             match behind {
                 Behind::Slow { stub, point, parked, end } => {
                     self.asm.bind(stub.entry);
@@ -472,7 +519,14 @@ impl Builder<'_> {
                     self.asm.jmp(stub.back);
                     if let Some(patch_offset) = patch {
                         let target = self.points[usize::from(point)].guest_offset as i16;
-                        links.push(Link { stub_offset, return_offset, patch_offset, target, parked, detour: true });
+                        self.links.push(Link {
+                            stub_offset,
+                            return_offset,
+                            patch_offset,
+                            target,
+                            parked,
+                            detour: true,
+                        });
                     }
                 }
                 Behind::Goto { entry, target, item } => {
@@ -483,13 +537,15 @@ impl Builder<'_> {
                 }
             }
         }
-        for pending in std::mem::take(&mut self.links) {
+        let mut all_pending = std::mem::take(&mut self.pending);
+        for pending in all_pending.drain(..) {
             self.asm.bind(pending.label);
             let stub_offset = self.position();
             self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
-            links.push(Link {
+            let return_offset = self.position();
+            self.links.push(Link {
                 stub_offset,
-                return_offset: self.position(),
+                return_offset,
                 patch_offset: pending.patch as u16,
                 target: pending.target.wrapping_sub(self.start) as i16,
                 parked: pending.parked,
@@ -503,27 +559,27 @@ impl Builder<'_> {
             self.asm.jmp_start();
         }
         self.asm.finish();
-        let (relocations, movable) = self.relocations();
+        let movable = self.relocations(&mut relocations);
         Translated {
             parked_entry,
             lookahead: self.lookahead.0,
-            code: self.asm.code,
+            code: std::mem::take(&mut self.asm.code),
             body_length,
             guest_length,
             points: self.points,
             sites: self.sites,
-            links,
+            links: self.links,
             relocations,
             sensitive: self.sensitive,
             movable,
+            spare: Spare { asm: self.asm, items: self.items, behind: all_behind, pending: all_pending },
         }
     }
 
-    /// What moving the code changes, and whether all of it could be said.
-    fn relocations(&self) -> (Vec<Relocation>, bool) {
+    /// Notes what moving the code changes; whether all of it could be said.
+    fn relocations(&self, relocations: &mut Vec<Relocation>) -> bool {
         // In 16-bit code addresses wrap at 64K; 32-bit addressing in 64-bit code does at 4G.
         let mut movable = self.mode.bits() != 16 && !self.mode.segmented() && !self.narrow_addresses;
-        let mut relocations = Vec::with_capacity(self.asm.moved.len());
         for &(offset, field, address) in &self.asm.moved {
             let distance = if field.is_guest_address() { address.wrapping_sub(self.start) as i64 } else { 0 };
             match i32::try_from(distance) {
@@ -534,6 +590,6 @@ impl Builder<'_> {
         if !movable {
             relocations.retain(|r| !r.field.is_guest_address());
         }
-        (relocations, movable)
+        movable
     }
 }

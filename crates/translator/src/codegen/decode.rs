@@ -73,12 +73,11 @@ impl Lookahead {
     }
 }
 
-/// Decodes up to the end of the block and finds where flags are live.
-pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Option<(Vec<Item>, Lookahead)> {
+/// Decodes up to the end of the block into `items`, which is empty, and finds where flags are live.
+pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: &mut Vec<Item>) -> Option<Lookahead> {
     let bytes = code.bytes();
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
-    let mut items: Vec<Item> = Vec::new();
     let mut branches = 0;
     let mut limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
     let mut turns = 1;
@@ -151,12 +150,12 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool) -> Opti
             break;
         }
     }
-    let mut live = live_out(&items, code, start, mode, &mut lookahead);
+    let mut live = live_out(items, code, start, mode, &mut lookahead);
     for item in items.iter_mut().rev() {
         live = item.effect.before(live);
         item.live_in = live;
     }
-    Some((items, lookahead))
+    Some(lookahead)
 }
 
 /// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.

@@ -14,7 +14,7 @@ use arch::registers::{cr0, cr4, rflags, xcr0};
 use arch::state::{Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 
-use super::block::{Setting, Translated, translate};
+use super::block::{Setting, Translated, Workspace, translate};
 use super::decode::GuestCode;
 use super::groups::Sharing;
 use crate::cpu::Vcpu;
@@ -108,7 +108,7 @@ impl Fragment {
         let mut offset = 0;
         while offset < self.bytes.len() {
             let code = GuestCode { page: &self.bytes, offset, segment };
-            let block = translate(code, start + offset as u64, &setting).unwrap();
+            let block = translate(code, start + offset as u64, &setting, &mut Workspace::default()).unwrap();
             let next = offset + block.guest_length;
             blocks.push((offset, block));
             offset = next;
