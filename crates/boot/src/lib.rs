@@ -50,6 +50,8 @@ pub struct BootConfig {
     pub command_line: String,
     /// Processors to announce; their APIC ids are 0 to `cpus` - 1.
     pub cpus: u32,
+    /// There are a graphics adapter, a keyboard and a mouse.
+    pub screen: bool,
 }
 
 /// The most processors that the tables have room for.
@@ -122,6 +124,9 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
     let elf = if magic == file::Magic::Elf { Some(elf::Elf::open(&kernel)?) } else { None };
     let pvh = elf.as_ref().is_some_and(|elf| elf.pvh_entry.is_some());
     let header = if magic == file::Magic::BzImage || pvh { None } else { multiboot::Header::find(&kernel)? };
+    // First, because a Multiboot kernel is given a copy of the RSDP.
+    let inventory = acpi::Inventory { cpus: config.cpus, vga: config.screen, keyboard: config.screen };
+    acpi::write(ram, inventory)?;
     let state = match (header, elf) {
         (Some(header), elf) => multiboot::load(ram, &kernel, &header, elf.as_ref(), &modules, &config.command_line)?,
         (None, _) if modules.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
@@ -132,7 +137,6 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
         (None, None) => return Err(Error::NotAKernel { path: config.kernel.clone() }),
     };
     layout::write_bios_data(ram.view())?;
-    acpi::write(ram, config.cpus)?;
     smbios::write(ram, config.cpus)?;
     Ok(state)
 }

@@ -4,6 +4,7 @@
 //! have it. It is entered in 32-bit protected mode and told of memory, command line and modules.
 
 use arch::CpuState;
+use memory::vm_memory::{Bytes, GuestAddress};
 use memory::{PAGE_SIZE, Ram};
 
 use crate::elf::{Elf, Segment};
@@ -329,8 +330,9 @@ fn second_information(ram: &Ram, command_line: &str, modules: &[Module]) -> Vec<
     let map: Vec<u8> = layout::memory_map(ram).iter().flat_map(|range| map_entry(range, None)).collect();
     // The size of an entry, and its version.
     tell(told::MEMORY_MAP, &[&words([24, 0]), &map]);
-    if let Some(rsdp) = crate::acpi::tables(layout::ACPI, ram, 1).first() {
-        tell(told::NEW_RSDP, &[rsdp.bytes.get(..RSDP_SIZE).unwrap_or_default()]);
+    let mut rsdp = [0; RSDP_SIZE];
+    if ram.view().read_slice(&mut rsdp, GuestAddress(layout::ACPI)).is_ok() {
+        tell(told::NEW_RSDP, &[&rsdp]);
     }
     tell(told::END, &[]);
     let size = (information.len() as u32).to_le_bytes();

@@ -34,7 +34,13 @@ fn address_tags() -> Vec<u8> {
 fn boot(kernel: &[u8], modules: &[&[u8]]) -> Result<(Ram, CpuState), Error> {
     let files = Files::new();
     let initrd = modules.iter().enumerate().map(|(i, bytes)| files.add(&format!("module{i}"), bytes)).collect();
-    let config = BootConfig { kernel: files.add("kernel", kernel), initrd, command_line: "-v one".into(), cpus: 1 };
+    let config = BootConfig {
+        kernel: files.add("kernel", kernel),
+        initrd,
+        command_line: "-v one".into(),
+        cpus: 1,
+        screen: false,
+    };
     let ram = Ram::new(64 << 20).unwrap();
     crate::load(&ram, &config).map(|state| (ram, state))
 }

@@ -63,6 +63,7 @@ pub fn prepare(
     what: &FirmwareArg,
     args: &RunArgs,
     serial: &Serial,
+    vga: bool,
     boot_order: Vec<String>,
     ram: &Ram,
 ) -> Result<chipset::Firmware, Error> {
@@ -97,6 +98,7 @@ pub fn prepare(
         variables_template,
         variables: args.firmware_vars.clone(),
         cpus: args.cpus,
+        vga,
         kernel,
         boot_order,
         serial_console: (*serial != Serial::None).then_some(SERIAL_PORTS[0].0),

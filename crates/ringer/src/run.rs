@@ -76,9 +76,11 @@ pub enum Error {
 pub fn run(args: RunArgs) -> Result<u8, Error> {
     let disks = disk::open(&args.disk)?;
     // Before anything is made of the rest: what can't be booted is to be known first.
-    let plan = match firmware::wanted(&args) {
+    let firmware = firmware::wanted(&args);
+    let vga = screen::vga(args.vga, &args.display, firmware.is_some())?;
+    let plan = match firmware {
         Some(firmware) => Plan::Firmware(firmware),
-        None => Plan::Kernel(boot_source(&args, disks.first())?),
+        None => Plan::Kernel(boot_source(&args, disks.first(), vga.is_some())?),
     };
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
@@ -160,10 +162,11 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     let paths = numbers.take(peripherals.cards.len()).map(|number| (Kind::Network, boot_path::network(number)));
     boot_order.extend(paths);
     let boot_order = args.boot.clone().unwrap_or_default().sort(boot_order);
-    let vga = screen::vga(args.vga, &args.display, matches!(plan, Plan::Firmware(_)))?;
     let start = match plan {
         Plan::Kernel(source) => Start::Kernel(source),
-        Plan::Firmware(what) => Start::Firmware(firmware::prepare(&what, &args, &serial, boot_order, &ram)?),
+        Plan::Firmware(what) => {
+            Start::Firmware(firmware::prepare(&what, &args, &serial, vga.is_some(), boot_order, &ram)?)
+        }
     };
     let config = Config {
         cpus: args.cpus,
@@ -235,11 +238,11 @@ struct Link {
 }
 
 /// What the machine boots: the kernel named, or that of the first disk, or the default guest's.
-fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>) -> Result<BootSource, Error> {
+fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>, screen: bool) -> Result<BootSource, Error> {
     let cpus = args.cpus;
     if let Some(kernel) = args.kernel.clone() {
         let command_line = args.append.clone().unwrap_or_default();
-        let config = BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus };
+        let config = BootConfig { kernel, initrd: args.initrd.clone(), command_line, cpus, screen };
         return Ok(Box::new(move || Ok(config.clone())));
     }
     if let (Some(disk), Some(arg)) = (disk, args.disk.first()) {
@@ -258,12 +261,13 @@ fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>) -> Result<BootSource, E
             if let Some(append) = &append {
                 command_line += &format!(" {append}");
             }
-            Ok(BootConfig { kernel: taken.kernel(), initrd: taken.initrd().into_iter().collect(), command_line, cpus })
+            let initrd = taken.initrd().into_iter().collect();
+            Ok(BootConfig { kernel: taken.kernel(), initrd, command_line, cpus, screen })
         }));
     }
     let guest = Guest::get(&guest::cache_directory()?)?;
     let initrd = vec![guest.initrd()?];
-    let config = BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus };
+    let config = BootConfig { kernel: guest.kernel, initrd, command_line: default_command_line(), cpus, screen };
     Ok(Box::new(move || Ok(config.clone())))
 }
 

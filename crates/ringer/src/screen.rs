@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use chipset::i8042::KeyboardController;
 use display::Frame;
@@ -183,6 +184,9 @@ struct Pointer {
 const WHEEL_UP: u8 = 1 << 3;
 const WHEEL_DOWN: u8 = 1 << 4;
 
+/// Between keys that viewers type, or paste: a BIOS keeps no more than 15 of them for a program that is slow to ask.
+const KEY_PACE: Duration = Duration::from_millis(20);
+
 impl Desktop for Screen {
     fn draw(&self, frame: &mut Frame) -> bool {
         self.vga.draw_changes(frame)
@@ -190,6 +194,9 @@ impl Desktop for Screen {
 
     fn key(&self, code: u8, down: bool) {
         self.keyboard.key(code, down);
+        if down {
+            std::thread::sleep(KEY_PACE);
+        }
     }
 
     /// A mouse knows no places, only movements: the difference from where the pointer was before.

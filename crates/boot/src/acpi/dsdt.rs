@@ -4,9 +4,10 @@ use acpi_tables::aml::*;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 use chipset::constants as pc;
+use chipset::i8042::{AUXILIARY_IRQ, KEYBOARD_IRQ};
 use memory::Ram;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Inventory, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout;
 
 const REVISION: u8 = 2;
@@ -34,18 +35,21 @@ fn encoded(aml: &dyn Aml) -> Encoded {
     Encoded(super::bytes(aml))
 }
 
-/// The table of a machine with that RAM and `cpus` processors.
-pub fn dsdt(ram: &Ram, cpus: u32) -> Sdt {
+/// The table of a machine with that RAM.
+pub fn dsdt(ram: &Ram, inventory: Inventory) -> Sdt {
     let mut code = Vec::new();
     soft_off(&mut code);
     let mut devices = Vec::new();
     root_bridge(&mut devices, ram);
     motherboard(&mut devices);
     legacy_devices(&mut devices);
+    if inventory.keyboard {
+        keyboard_controller(&mut devices);
+    }
     for (number, (port, irq)) in (1..).zip(pc::SERIAL_PORTS) {
         serial_port(&mut devices, number, port, irq);
     }
-    for id in 0..cpus {
+    for id in 0..inventory.cpus {
         processor(&mut devices, id);
     }
     code.extend(Scope::raw("_SB_".into(), devices));
@@ -140,6 +144,14 @@ fn legacy_devices(out: &mut dyn AmlSink) {
     let hpet = Memory32Fixed::new(false, pc::HPET_BASE as u32, pc::HPET_SIZE as u32);
     device(out, "HPET", "PNP0103", &ResourceTemplate::new(vec![&hpet]));
     device(out, "RTC_", "PNP0B00", &ResourceTemplate::new(vec![&ports(pc::RTC_PORT, 2), &isa_irq(pc::RTC_IRQ)]));
+}
+
+/// Keyboard and mouse, which share a controller; its ports are the keyboard's.
+fn keyboard_controller(out: &mut dyn AmlSink) {
+    let port = |port| IO::new(port, port, 1, 1);
+    let (data, command) = (port(pc::I8042_DATA_PORT), port(pc::I8042_COMMAND_PORT));
+    device(out, "KBD_", "PNP0303", &ResourceTemplate::new(vec![&data, &command, &isa_irq(KEYBOARD_IRQ)]));
+    device(out, "MOU_", "PNP0F13", &ResourceTemplate::new(vec![&isa_irq(AUXILIARY_IRQ)]));
 }
 
 /// The IRQ descriptor (ACPI 6.5, 6.4.2.1) for an ISA interrupt, edge-triggered and active high. It names the ISA

@@ -4,7 +4,7 @@
 use acpi_tables::sdt::Sdt;
 use memory::Ram;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Table};
+use super::{Inventory, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Table};
 
 /// Names of the files.
 pub const LOADER_FILE: &str = "etc/table-loader";
@@ -74,14 +74,14 @@ fn name(file: &str) -> [u8; NAME_SIZE] {
     field
 }
 
-/// The files of a machine with `cpus` processors.
-pub fn files(ram: &Ram, cpus: u32) -> Files {
+/// The files of a machine.
+pub fn files(ram: &Ram, inventory: Inventory) -> Files {
     let mut script = Script::default();
     script.allocate(RSDP_FILE, 16, ZONE_BIOS);
     script.allocate(TABLES_FILE, 64, ZONE_HIGH);
     let mut blob = Vec::new();
     let (mut listed, mut xsdt) = (Vec::new(), 0);
-    let all = super::tables(0, ram, cpus);
+    let all = super::tables(0, ram, inventory);
     for Table { address, bytes } in all.iter().skip(1) {
         let offset = *address as u32;
         blob.resize(offset as usize, 0);
@@ -190,7 +190,7 @@ mod tests {
     fn linked_tables_are_found_from_the_rsdp_and_sum_to_zero() {
         let base = 0x7ffe_0000;
         let ram = Ram::new(64 << 20).unwrap();
-        let (tables, rsdp) = link(&files(&ram, 2), base);
+        let (tables, rsdp) = link(&files(&ram, Inventory { cpus: 2, ..Inventory::default() }), base);
         assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
         let at = |address: u64| &tables[(address - base) as usize..];
         let checked = |address: u64| {

@@ -24,12 +24,23 @@ const OEM_ID: [u8; 6] = *b"RINGER";
 const OEM_TABLE_ID: [u8; 8] = *b"RINGERPC";
 const OEM_REVISION: u32 = 1;
 
-/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11). Clear is 8042: no keyboard (see `dsdt`).
+/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11).
 const LEGACY_DEVICES: u16 = 1 << 0;
+const KEYBOARD_CONTROLLER: u16 = 1 << 1;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 /// Latencies that say: no C2, no C3 (ACPI 6.5, table 5.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
+
+/// What the tables tell of a machine, besides what all machines have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Inventory {
+    pub cpus: u32,
+    /// A graphics adapter.
+    pub vga: bool,
+    /// Someone may type and point: without this, systems need not look for keyboard and mouse.
+    pub keyboard: bool,
+}
 
 /// One table and where it goes.
 pub struct Table {
@@ -37,22 +48,22 @@ pub struct Table {
     pub bytes: Vec<u8>,
 }
 
-/// Writes the tables of a machine with `cpus` processors.
-pub fn write(ram: &Ram, cpus: u32) -> Result<(), Error> {
-    for table in tables(layout::ACPI, ram, cpus) {
+/// Writes the tables of a machine.
+pub fn write(ram: &Ram, inventory: Inventory) -> Result<(), Error> {
+    for table in tables(layout::ACPI, ram, inventory) {
         crate::write(ram.view(), "the ACPI tables", table.address, &table.bytes)?;
     }
     Ok(())
 }
 
 /// All tables, from `base` on: RSDP, FACS, DSDT, FADT, MADT, MCFG, HPET, XSDT.
-pub fn tables(base: u64, ram: &Ram, cpus: u32) -> Vec<Table> {
+pub fn tables(base: u64, ram: &Ram, inventory: Inventory) -> Vec<Table> {
     let mut area = Area { next: base, tables: Vec::new() };
     let rsdp = area.reserve(Rsdp::len() as u64);
     let facs = area.add(&FACS::new());
-    let dsdt = area.add(&dsdt::dsdt(ram, cpus));
-    let fadt = area.add(&fadt(facs, dsdt));
-    let madt = area.add(&madt::madt(cpus));
+    let dsdt = area.add(&dsdt::dsdt(ram, inventory));
+    let fadt = area.add(&fadt(facs, dsdt, inventory));
+    let madt = area.add(&madt::madt(inventory.cpus));
     let mcfg = area.add(&mcfg());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let hpet = area.add(&hpet());
@@ -95,7 +106,7 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 }
 
 /// The fixed hardware: power management block, reset register, what legacy devices there are.
-fn fadt(facs: u64, dsdt: u64) -> impl Aml {
+fn fadt(facs: u64, dsdt: u64, inventory: Inventory) -> impl Aml + use<> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .firmware_ctrl_32(facs as u32)
@@ -123,7 +134,9 @@ fn fadt(facs: u64, dsdt: u64) -> impl Aml {
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
     fadt.century = pc::RTC_CENTURY;
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | VGA_NOT_PRESENT).into();
+    let keyboard = if inventory.keyboard { KEYBOARD_CONTROLLER } else { 0 };
+    let vga = if inventory.vga { 0 } else { VGA_NOT_PRESENT };
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | keyboard | vga).into();
     fadt.reset_reg = io(pc::RESET_PORT, 1, AccessSize::ByteAccess);
     fadt.reset_value = pc::RESET_VALUE;
     fadt.finalize()

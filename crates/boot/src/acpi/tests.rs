@@ -47,9 +47,14 @@ fn round_trip(table: &Table) -> String {
     std::fs::read_to_string(dir.path().join("table.dsl")).unwrap()
 }
 
+/// One without screen and keyboard.
+fn machine(cpus: u32) -> Inventory {
+    Inventory { cpus, ..Inventory::default() }
+}
+
 #[test]
 fn iasl_understands_every_table() {
-    let tables = tables(layout::ACPI, &ram(), 4);
+    let tables = tables(layout::ACPI, &ram(), machine(4));
     for table in tables.iter().filter(|t| !t.bytes.starts_with(b"RSD PTR ")) {
         let source = round_trip(table);
         assert!(!source.contains("Invalid") && !source.contains("Error"), "{source}");
@@ -58,7 +63,7 @@ fn iasl_understands_every_table() {
 
 #[test]
 fn the_dsdt_names_the_devices_of_a_pc() {
-    let source = round_trip(find(&tables(layout::ACPI, &ram(), 300), b"DSDT"));
+    let source = round_trip(find(&tables(layout::ACPI, &ram(), machine(300)), b"DSDT"));
     for id in ["PNP0A08", "PNP0501", "PNP0B00", "PNP0C02", "ACPI0007", "_S5", "_PRT", "_CRS"] {
         assert!(source.contains(id), "{id} is missing");
     }
@@ -69,7 +74,7 @@ fn the_dsdt_names_the_devices_of_a_pc() {
 
 #[test]
 fn every_checksum_is_right() {
-    for table in tables(layout::ACPI, &ram(), 2) {
+    for table in tables(layout::ACPI, &ram(), machine(2)) {
         match &table.bytes[..4] {
             b"FACS" => {}
             b"RSD " => assert_eq!((sum(&table.bytes[..20]), sum(&table.bytes)), (0, 0)),
@@ -80,7 +85,7 @@ fn every_checksum_is_right() {
 
 #[test]
 fn tables_are_found_from_the_rsdp() {
-    let tables = tables(layout::ACPI, &ram(), 2);
+    let tables = tables(layout::ACPI, &ram(), machine(2));
     let at = |address: u64| tables.iter().find(|t| t.address == address).expect("a table at that address");
     let rsdp = at(layout::ACPI);
     let xsdt = at(u64_at(&rsdp.bytes, 24));
@@ -95,7 +100,7 @@ fn tables_are_found_from_the_rsdp() {
 
 #[test]
 fn tables_stay_in_their_area_with_the_most_processors() {
-    let tables = tables(layout::ACPI, &ram(), crate::MAX_CPUS);
+    let tables = tables(layout::ACPI, &ram(), machine(crate::MAX_CPUS));
     for pair in tables.windows(2) {
         assert!(pair[0].address + pair[0].bytes.len() as u64 <= pair[1].address);
         assert_eq!(pair[1].address % 64, 0);
@@ -106,7 +111,7 @@ fn tables_stay_in_their_area_with_the_most_processors() {
 
 #[test]
 fn the_fadt_says_where_the_fixed_hardware_is() {
-    let tables = tables(layout::ACPI, &ram(), 1);
+    let tables = tables(layout::ACPI, &ram(), machine(1));
     let fadt = &find(&tables, b"FACP").bytes;
     assert_eq!(fadt.len(), 276);
     assert_eq!((fadt[8], fadt[131]), (6, 5), "version 6.5");
@@ -118,9 +123,23 @@ fn the_fadt_says_where_the_fixed_hardware_is() {
 }
 
 #[test]
+fn screen_and_keyboard_are_told_of_where_they_are() {
+    let flags = |inventory| {
+        let tables = tables(layout::ACPI, &ram(), inventory);
+        let dsdt = &find(&tables, b"DSDT").bytes;
+        // PNP0303 as an EISA identifier, by which firmware looks for it.
+        let keyboard = dsdt.windows(4).any(|bytes| bytes == [0x41, 0xd0, 0x03, 0x03]);
+        (find(&tables, b"FACP").bytes[109], keyboard)
+    };
+    assert_eq!(flags(machine(1)), (0b101, false));
+    assert_eq!(flags(Inventory { keyboard: true, ..machine(1) }), (0b111, true));
+    assert_eq!(flags(Inventory { keyboard: true, vga: true, ..machine(1) }), (0b011, true));
+}
+
+#[test]
 fn the_madt_lists_processors_and_interrupt_controllers() {
     let entries = |cpus| {
-        let tables = tables(layout::ACPI, &ram(), cpus);
+        let tables = tables(layout::ACPI, &ram(), machine(cpus));
         let mut rest = &find(&tables, b"APIC").bytes[44..];
         let mut entries = Vec::new();
         while let [_, length, ..] = rest {

@@ -13,7 +13,7 @@ use chipset::Firmware;
 use chipset::fw_cfg::{Item, key};
 use memory::Ram;
 
-use crate::acpi::loader;
+use crate::acpi::{Inventory, loader};
 use crate::{Error, smbios};
 
 /// What is to be started, and how.
@@ -26,6 +26,8 @@ pub struct FirmwareConfig {
     /// Where it keeps them; made from the template if it is not there. None: they are gone with the machine.
     pub variables: Option<PathBuf>,
     pub cpus: u32,
+    /// There is a graphics adapter.
+    pub vga: bool,
     /// A Linux kernel that the firmware boots in place of what is on disks.
     pub kernel: Option<Kernel>,
     /// Boot devices, the first to be tried first, as Open Firmware paths. What is not in it comes later.
@@ -51,7 +53,7 @@ const OPTION_ROM: &str = "linuxboot_dma.bin";
 pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
     let image = image::load(config)?;
     let cpus = u16::try_from(config.cpus).unwrap_or(u16::MAX).to_le_bytes();
-    let acpi = loader::files(ram, config.cpus);
+    let acpi = loader::files(ram, Inventory { cpus: config.cpus, vga: config.vga, keyboard: true });
     let (anchor, structures) = smbios::for_firmware(ram, config.cpus);
     let mut items = vec![
         Item::number(key::RAM_SIZE, ram.size().to_le_bytes()),

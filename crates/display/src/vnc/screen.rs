@@ -24,6 +24,8 @@ struct Drawing {
     current: Arc<Frame>,
     /// What is drawn into.
     next: Frame,
+    /// When that was done last.
+    drawn: Option<Instant>,
     viewers: Vec<Weak<Viewer>>,
 }
 
@@ -36,7 +38,7 @@ pub struct Screen {
 
 impl Screen {
     pub fn new(desktop: Arc<dyn Desktop>) -> Self {
-        let drawing = Drawing { current: Arc::default(), next: Frame::default(), viewers: Vec::new() };
+        let drawing = Drawing { current: Arc::default(), next: Frame::default(), drawn: None, viewers: Vec::new() };
         Screen { desktop, demand: Mutex::default(), changed: Condvar::new(), drawing: Mutex::new(drawing) }
     }
 
@@ -60,6 +62,15 @@ impl Screen {
         self.drawing().viewers.push(Arc::downgrade(viewer));
     }
 
+    /// Makes sure that what a viewer gets at once, because it has not seen it, is no older than a moment, even if nobody
+    /// has looked for long.
+    pub fn refresh(&self) {
+        let mut drawing = self.drawing();
+        if drawing.drawn.is_none_or(|drawn| drawn.elapsed() >= INTERVAL) {
+            self.draw(&mut drawing);
+        }
+    }
+
     /// A viewer waits for something new.
     pub fn want(&self) {
         self.demand().wanted = true;
@@ -73,25 +84,25 @@ impl Screen {
 
     /// The thread: until [`stop`](Self::stop).
     pub fn run(&self) {
-        let mut last = Instant::now() - INTERVAL;
+        let mut last: Option<Instant> = None;
         loop {
             let mut demand = self.demand();
             while !demand.wanted && !demand.stopped {
                 demand = self.changed.wait(demand).unwrap_or_else(PoisonError::into_inner);
             }
-            let early = INTERVAL.saturating_sub(last.elapsed());
+            let early = last.map_or(Duration::ZERO, |last| INTERVAL.saturating_sub(last.elapsed()));
             if !early.is_zero() && !demand.stopped {
                 demand = self.changed.wait_timeout(demand, early).unwrap_or_else(PoisonError::into_inner).0;
             }
             if demand.stopped {
                 return;
             }
-            if last.elapsed() < INTERVAL {
+            if last.is_some_and(|last| last.elapsed() < INTERVAL) {
                 continue;
             }
             demand.wanted = false;
             drop(demand);
-            last = Instant::now();
+            last = Some(Instant::now());
             let mut drawing = self.drawing();
             self.draw(&mut drawing);
             drawing.viewers.retain(|viewer| viewer.strong_count() > 0);
@@ -107,6 +118,7 @@ impl Screen {
     }
 
     fn draw(&self, drawing: &mut Drawing) {
+        drawing.drawn = Some(Instant::now());
         if !self.desktop.draw(&mut drawing.next) {
             return;
         }

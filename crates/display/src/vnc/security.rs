@@ -30,7 +30,7 @@ impl Password {
     }
 
     /// The answer that proves the password: the challenge under DES, whose key has the bits of each byte mirrored.
-    fn answer(&self, challenge: [u8; CHALLENGE]) -> [u8; CHALLENGE] {
+    pub(super) fn answer(&self, challenge: [u8; CHALLENGE]) -> [u8; CHALLENGE] {
         let cipher = Des::new(&Array(self.0.map(u8::reverse_bits)));
         let mut answer = challenge;
         let (blocks, _) = answer.as_chunks_mut::<8>();

@@ -171,6 +171,7 @@ fn read(stream: &Stream, viewer: &Viewer, screen: &Screen) -> Result<(), Error> 
                 viewer.changed.notify_all();
             }
             Message::UpdateRequest { incremental, rect } => {
+                screen.refresh();
                 let mut state = viewer.lock();
                 if !incremental {
                     state.damage.add_rect(&rect);

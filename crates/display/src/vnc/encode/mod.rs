@@ -18,12 +18,13 @@ use crate::Frame;
 pub enum Encoding {
     Raw = 0,
     Hextile = 5,
+    Zlib = 6,
     Tight = 7,
     Zrle = 16,
 }
 
 impl Encoding {
-    pub const ALL: [Encoding; 4] = [Encoding::Raw, Encoding::Hextile, Encoding::Tight, Encoding::Zrle];
+    pub const ALL: [Encoding; 5] = [Encoding::Raw, Encoding::Hextile, Encoding::Zlib, Encoding::Tight, Encoding::Zrle];
 
     /// Tight has a limit of 2048 pixels of width; the rest bounds what is encoded in one piece.
     const MAX_WIDTH: usize = 2048;
@@ -90,11 +91,12 @@ pub struct Encoder {
     level: u32,
     tight: tight::Tight,
     zrle: Option<zrle::Zrle>,
+    zlib: Option<Stream>,
 }
 
 impl Encoder {
     pub fn new() -> Self {
-        Encoder { pixels: Vec::new(), level: 3, tight: tight::Tight::default(), zrle: None }
+        Encoder { pixels: Vec::new(), level: 3, tight: tight::Tight::default(), zrle: None, zlib: None }
     }
 
     /// The level of compression for streams that have not begun.
@@ -115,9 +117,26 @@ impl Encoder {
         match encoding {
             Encoding::Raw => self.pixels.iter().for_each(|pixel| form.put(*pixel, out)),
             Encoding::Hextile => hextile::encode(&pixels, form, out),
+            // Raw, packed; four bytes of length before it.
+            Encoding::Zlib => {
+                let mut plain = Vec::with_capacity(self.pixels.len() * 4);
+                self.pixels.iter().for_each(|pixel| form.put(*pixel, &mut plain));
+                with_length(out, |out| self.zlib.get_or_insert_with(|| Stream::new(self.level)).write(&plain, out));
+            }
             Encoding::Tight => self.tight.encode(&pixels, self.level, form, out),
             Encoding::Zrle => self.zrle.get_or_insert_with(|| zrle::Zrle::new(self.level)).encode(&pixels, form, out),
         }
+    }
+}
+
+/// Appends what `write` writes, with four bytes of length before it.
+fn with_length(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    out.extend([0; 4]);
+    write(out);
+    let length = (out.len() - start - 4) as u32;
+    if let Some(place) = out.get_mut(start..start + 4) {
+        place.copy_from_slice(&length.to_be_bytes());
     }
 }
 

@@ -9,6 +9,7 @@ use crate::vnc::pixel::{OFFERED, PixelFormat};
 struct Decoder {
     streams: [Decompress; 4],
     zrle: Decompress,
+    zlib: Decompress,
 }
 
 fn inflate(stream: &mut Decompress, data: &[u8]) -> Vec<u8> {
@@ -41,13 +42,22 @@ fn bgrx(data: &mut &[u8]) -> u32 {
 
 impl Decoder {
     fn new() -> Self {
-        Decoder { streams: [(); 4].map(|()| Decompress::new(true)), zrle: Decompress::new(true) }
+        Decoder {
+            streams: [(); 4].map(|()| Decompress::new(true)),
+            zrle: Decompress::new(true),
+            zlib: Decompress::new(true),
+        }
     }
 
     fn decode(&mut self, encoding: Encoding, width: usize, height: usize, data: &mut &[u8]) -> Vec<u32> {
         match encoding {
             Encoding::Raw => (0..width * height).map(|_| bgrx(data)).collect(),
             Encoding::Hextile => hextile(width, height, data),
+            Encoding::Zlib => {
+                let length = u32::from_be_bytes(take(data, 4).try_into().unwrap()) as usize;
+                let plain = inflate(&mut self.zlib, take(data, length));
+                (0..width * height).map(|n| bgrx(&mut &plain[4 * n..])).collect()
+            }
             Encoding::Tight => self.tight(width, height, data),
             Encoding::Zrle => {
                 let length = u32::from_be_bytes(take(data, 4).try_into().unwrap()) as usize;

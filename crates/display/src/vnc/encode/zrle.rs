@@ -1,7 +1,7 @@
 //! ZRLE: tiles of 64 by 64 pixels, each in the shortest of several forms, all in one zlib stream.
 
 use super::palette::Palette;
-use super::{Pixels, Stream};
+use super::{Pixels, Stream, with_length};
 use crate::vnc::pixel::Converter;
 
 const TILE: usize = 64;
@@ -31,13 +31,7 @@ impl Zrle {
                 tile(&rows, form, &mut self.plain);
             }
         }
-        let length_at = out.len();
-        out.extend([0; 4]);
-        self.stream.write(&self.plain, out);
-        let length = (out.len() - length_at - 4) as u32;
-        if let Some(place) = out.get_mut(length_at..length_at + 4) {
-            place.copy_from_slice(&length.to_be_bytes());
-        }
+        with_length(out, |out| self.stream.write(&self.plain, out));
     }
 }
 
