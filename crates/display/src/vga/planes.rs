@@ -103,11 +103,14 @@ pub fn read(registers: &mut Registers, memory: &VideoMemory, address: usize) -> 
 pub fn write(registers: &Registers, memory: &VideoMemory, address: usize, value: u8) {
     let Some(offset) = in_window(registers, address) else { return };
     let place = place(registers, offset, registers.sequencer[MEMORY_MODE] & NOT_ODD_EVEN == 0);
-    let written = planes(place.planes & registers.sequencer[MAP_MASK]);
+    // In a linear mode, pixels are bytes and not planes: settings left over from other modes don't count.
+    let linear = registers.dispi.enabled() && registers.sequencer[MEMORY_MODE] & CHAIN_4 != 0;
+    let mask = if linear { 0xf } else { registers.sequencer[MAP_MASK] };
+    let written = planes(place.planes & mask);
     if written == 0 {
         return;
     }
-    let data = combine(registers, value);
+    let data = if linear { everywhere(value) } else { combine(registers, value) };
     let before = if written == u32::MAX { 0 } else { memory.load(place.dword) };
     memory.store(place.dword, before & !written | data & written);
 }

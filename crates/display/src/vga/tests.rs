@@ -376,6 +376,8 @@ fn linear_modes_have_pixels_of_many_forms() {
 fn banks_lead_to_all_of_a_linear_mode() {
     let bench = Bench::in_mode(&MODE_13);
     bench.set_dispi(&[(1, 640), (2, 480), (3, 8), (4, 0x01), (5, 3)]);
+    // Set and reset, left over from a planar mode.
+    bench.indexed(0x3ce, 1, 0x0f);
     bench.poke(0xa0000, &[0x55; 16]);
     let frame = bench.draw();
     let (x, y) = (0x3_0000 % 640, 0x3_0000 / 640);
