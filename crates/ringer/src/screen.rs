@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(parse_display("vnc=[::1]:5900"), vnc("[::1]:5900", None));
         let unix = DisplayArg::Vnc { address: Address::Unix("/a,b".into()), password: Some("/p".into()) };
         assert_eq!(parse_display("vnc=unix:/a,,b,password=/p"), Ok(unix));
-        for text in ["", "sdl", "vnc=", "vncx", "vnc=unix:", "vnc=99999", "vnc=1,x", "vnc=1,password=", "vnc=1.2.3:5"] {
+        for text in ["", "sdl", "vnc=", "vncx", "vnc=unix:", "vnc=99999", "vnc=1,x", "vnc=1,password="] {
             assert!(parse_display(text).is_err(), "{text}");
         }
     }
