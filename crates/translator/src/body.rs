@@ -194,7 +194,9 @@ impl Body {
         mut sensitive: impl FnMut() -> Option<u32>,
     ) -> bool {
         let mode = self.origin.mode;
-        for r in &self.relocations {
+        // At its own address a block may hold what it can't hold elsewhere: 32-bit code at the very end of its 4 GiB.
+        let same = from.rip == to.rip;
+        for r in self.relocations.iter().filter(|r| !(same && r.field.is_guest_address())) {
             let address = |rip: u64| wrap(mode, rip.wrapping_add_signed(r.delta.into()));
             let value = address(to.rip);
             let done = match r.field {
