@@ -33,7 +33,6 @@ pub fn select_engine(accel: Accel, ram: &Ram, config: translator::Config) -> Res
         }
         Accel::Auto => match hardware(ram, &config) {
             Ok(engine) => Ok(Selection { engine: Arc::new(engine), reason: "hardware virtualization".into() }),
-            Err(error @ kvm::Error::Model(_)) => Err(error.into()),
             Err(why) => translator(ram, config, format!("not KVM: {why}")),
         },
     }

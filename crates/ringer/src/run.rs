@@ -78,10 +78,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     // Before anything is made of the rest: what can't be booted is to be known first.
     let firmware = firmware::wanted(&args);
     let vga = screen::vga(args.vga, &args.display, firmware.is_some())?;
-    let plan = match firmware {
-        Some(firmware) => Plan::Firmware(firmware),
-        None => Plan::Kernel(boot_source(&args, disks.first(), vga.is_some())?),
-    };
+    // The engine first: what this host can't run needs no guest fetched.
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
         cpus: args.cpus,
@@ -91,6 +88,10 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         stats: args.stats,
     };
     let selection = select_engine(args.accel, &ram, translator)?;
+    let plan = match firmware {
+        Some(firmware) => Plan::Firmware(firmware),
+        None => Plan::Kernel(boot_source(&args, disks.first(), vga.is_some())?),
+    };
     let link = Arc::new(Link::default());
     let serial = args.serial.clone().unwrap_or(match args.console {
         Serial::Stdio => Serial::None,
