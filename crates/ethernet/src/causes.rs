@@ -83,14 +83,15 @@ impl Causes {
         self.icr & self.ims & !ASSERTED
     }
 
-    /// ICR as software reads it, which clears it; with `auto_mask` what IAM names is masked, too.
+    /// ICR as software reads it, which clears it if an interrupt was asserted for it (by messages: has been, though its causes may
+    /// be masked again by now) or nothing is enabled; with `auto_mask` what IAM names is masked, too.
     pub fn read(&mut self, messages: bool, auto_mask: bool) -> u32 {
         if self.model == Model::E1000 {
             return std::mem::take(&mut self.icr);
         }
-        let asserted = self.wanted() != 0;
+        let asserted = self.wanted() != 0 || messages && self.icr & self.told != 0;
         let value = self.icr | if asserted { ASSERTED } else { 0 };
-        if self.ims == 0 || !messages || asserted && auto_mask {
+        if self.ims == 0 || !messages || asserted {
             self.icr = 0;
         }
         if asserted && auto_mask {
