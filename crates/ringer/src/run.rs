@@ -75,10 +75,9 @@ pub enum Error {
 /// Boots a machine and waits for its end. Returns the exit status.
 pub fn run(args: RunArgs) -> Result<u8, Error> {
     let disks = disk::open(&args.disk)?;
-    // Before anything is made of the rest: what can't be booted is to be known first.
     let firmware = firmware::wanted(&args);
     let vga = screen::vga(args.vga, &args.display, firmware.is_some())?;
-    // The engine first: what this host can't run needs no guest fetched.
+    // The engine before the kernel: what this host can't run needs no guest fetched. Both before anything is made of the rest.
     let ram = Ram::new(args.memory)?;
     let translator = TranslatorConfig {
         cpus: args.cpus,
