@@ -1,12 +1,14 @@
 //! Interrupts of the local APIC, NMIs, priorities, shadows, HLT and the timer.
 
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use arch::msr;
 use arch::registers::rflags;
 use difftest::bare::*;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use memory::vm_memory::{Bytes, GuestAddress};
 
 const HANDLER: u64 = CODE + 0x1000;
 const COUNT: u64 = DIRECT + SCRATCH;
@@ -24,6 +26,11 @@ fn wrmsr(a: &mut CodeAssembler, register: u32, value: u64) -> Result<(), IcedErr
     a.mov(eax, value as u32)?;
     a.mov(edx, (value >> 32) as u32)?;
     a.wrmsr()
+}
+
+/// A counter in guest memory that the guest writes meanwhile.
+fn word(ram: &memory::Ram, at: u64) -> u64 {
+    ram.view().load(GuestAddress(at), Ordering::SeqCst).expect("an address in RAM")
 }
 
 /// Turns the x2APIC on.
@@ -221,6 +228,66 @@ fn an_msi_arrives_at_the_vector_and_processor_it_names() {
     });
     assert_eq!(taken(&mut m).0, 1);
     sender.join().expect("the sender");
+}
+
+#[test]
+fn each_message_of_a_source_arrives_also_after_it_has_changed() {
+    const TIMES: u64 = 12;
+    const LAST: u64 = COUNT + 64;
+    // Vectors 0x40, 0x41 and 0x40 again; the handlers count for all of them.
+    let mut m = guest(|a| {
+        enable(a)?;
+        a.mov(rbx, COUNT)?;
+        a.mov(qword_ptr(rbx + 128), 1)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.sti()?;
+        a.hlt()?;
+        a.cli()?;
+        a.cmp(qword_ptr(rbx), (2 * TIMES) as i32)?;
+        a.jb(again)?;
+        a.cmp(qword_ptr(rbx + 64), TIMES as i32)?;
+        a.jb(again)?;
+        a.int3()
+    });
+    let other = m.bare.kernel_code(HANDLER + 0x100, |a| {
+        a.push(rax)?;
+        a.push(rcx)?;
+        a.push(rdx)?;
+        a.mov(rdx, LAST)?;
+        a.inc(qword_ptr(rdx))?;
+        wrmsr(a, EOI, 0)?;
+        a.pop(rdx)?;
+        a.pop(rcx)?;
+        a.pop(rax)?;
+        a.iretq()
+    });
+    m.bare.gate(0x41, other, Gate::default());
+    let (interrupts, ram) = (m.engine.interrupts(), m.bare.ram.clone());
+    let sender = std::thread::spawn(move || {
+        let source = interrupts.message_source();
+        let counts = || [SCRATCH, SCRATCH + 64].map(|at| word(&ram, at));
+        let wait = |until: &dyn Fn() -> bool| {
+            let begin = Instant::now();
+            while !until() && begin.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        };
+        wait(&|| word(&ram, SCRATCH + 128) != 0);
+        for (vector, expected) in [(0x40u32, [TIMES, 0]), (0x41, [TIMES, TIMES]), (0x40, [2 * TIMES, TIMES])] {
+            for left in (0..TIMES).rev() {
+                match &source {
+                    Some(source) => source.send(0xfee0_0000, vector),
+                    None => interrupts.send_msi(0xfee0_0000, vector),
+                }
+                wait(&|| counts().iter().sum::<u64>() + left >= expected.iter().sum());
+            }
+        }
+        counts()
+    });
+    let end = m.run();
+    assert_eq!(sender.join().expect("the sender"), [2 * TIMES, TIMES]);
+    assert_eq!((end, m.frame().vector), (End::Exit, 3));
 }
 
 #[test]

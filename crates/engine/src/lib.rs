@@ -41,6 +41,18 @@ pub trait Interrupts: Send + Sync {
     fn set_pic_output(&self, asserted: bool);
     /// A non-maskable interrupt to one vCPU.
     fn send_nmi(&self, vcpu: u32);
+    /// Something that a source of messages, such as one vector of a device, keeps and sends them by instead of
+    /// [`Interrupts::send_msi`], if the engine knows a shorter way for what is sent again and again.
+    fn message_source(&self) -> Option<Box<dyn MessageSource>> {
+        None
+    }
+}
+
+/// The way to the vCPUs of one source of messages, which mostly sends the same one.
+pub trait MessageSource: Send + Sync {
+    /// As [`Interrupts::send_msi`]. What is sent is always this message: the source may change it, or be masked and not
+    /// call at all, without telling.
+    fn send(&self, address: u64, data: u32);
 }
 
 /// Registers of devices that are written only to say that there is work. An engine that has such a thing wakes the

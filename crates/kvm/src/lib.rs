@@ -4,7 +4,7 @@
 //! the guest's clocks; 8259, 8254 and I/O APIC stay with the machine (KVM's *split* irqchip). The data flow to follow:
 //!
 //! 1. [`system`] opens /dev/kvm and asks for every capability before it is used; [`vm`] is one machine's VM: the
-//!    vCPUs, the routes of level-triggered messages, and [`slots`], the memory map.
+//!    vCPUs, [`routes`] of interrupts, and [`slots`], the memory map.
 //! 2. [`vcpu`] is the loop around `KVM_RUN`: ports and memory-mapped accesses go to the bus, the 8259's interrupts come
 //!    in, failures are put in [`words`]. [`control`] gets a vCPU out of the guest from another thread.
 //! 3. [`state`] turns [`arch::CpuState`] into what the kernel keeps, and back; [`cpuid`] the machine's processor model.
@@ -19,7 +19,9 @@ mod doorbells;
 mod error;
 mod interrupts;
 mod probe;
+mod routes;
 mod slots;
+mod source;
 mod state;
 mod system;
 mod vcpu;

@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use memory::{MapObserver, Ram, Sections};
 
 use crate::control::Control;
-use crate::interrupts::LevelRoutes;
+use crate::routes::{self, Routes};
 use crate::slots::Slots;
 use crate::state::MsrSet;
 use crate::system::System;
@@ -33,11 +33,13 @@ pub struct Vm {
     pub has_xsave2: bool,
     /// Writes of any size at an address can raise an event.
     pub has_io_events: bool,
+    /// An event can send an interrupt message.
+    pub has_irqfd: bool,
     /// Where PKRU is in it.
     pub pkru_offset: Option<usize>,
     /// The level of the 8259's output.
     pub pic_asserted: AtomicBool,
-    pub routes: Mutex<LevelRoutes>,
+    routes: Mutex<Routes>,
     pub vcpus: RwLock<Vec<Arc<Control>>>,
     model: OnceLock<CpuModel>,
     pub msrs: OnceLock<MsrSet>,
@@ -56,7 +58,7 @@ impl Vm {
             let cap = kvm_enable_cap { cap, args: arguments, ..Default::default() };
             fd.enable_cap(&cap).map_err(Error::call(what))
         };
-        let routes = LevelRoutes::SLOTS as u64;
+        let routes = u64::from(routes::LEVEL);
         enable(KVM_CAP_SPLIT_IRQCHIP, [routes, 0, 0, 0], "keep local APICs without an I/O APIC")?;
         let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(KVM_CAP_X2APIC_API, [x2apic.into(), 0, 0, 0], "use x2APIC ids of 32 bits")?;
@@ -85,6 +87,7 @@ impl Vm {
             has_xsave2: xsave2 != 0,
             has_io_events: system.capability(KVM_CAP_IOEVENTFD) != 0
                 && system.capability(KVM_CAP_IOEVENTFD_ANY_LENGTH) != 0,
+            has_irqfd: system.capability(KVM_CAP_IRQFD) != 0,
             pkru_offset: host.pkru_offset(),
             host,
             pic_asserted: AtomicBool::new(false),
@@ -121,9 +124,13 @@ impl Vm {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A vCPU has ended a level-triggered interrupt.
     pub fn end_of_interrupt(&self, vector: u8) {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner).ended(vector);
+        self.routes().level_ended(vector);
     }
 
     /// The 8259's output goes to the bootstrap processor, which must come out of the guest to take its interrupt.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chipset::InterruptLine;
 use chipset::pci::msix::{Message, Msix};
+use engine::MessageSource;
 
 use crate::Signals;
 
@@ -28,21 +29,25 @@ pub struct Interrupter {
     pub status: AtomicU8,
     pub generation: AtomicU8,
     msix: Mutex<Msix>,
+    /// By vector, where the engine has such things.
+    sources: Vec<Option<Box<dyn MessageSource>>>,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
 }
 
 impl Interrupter {
     pub fn new(interrupts: Arc<dyn engine::Interrupts>, line: InterruptLine, queues: usize) -> Self {
+        // One for each queue, one for the configuration space.
+        let vectors = queues + 1;
         Interrupter {
+            sources: (0..vectors).map(|_| interrupts.message_source()).collect(),
             interrupts,
             line,
             line_disabled: AtomicBool::new(false),
             isr: AtomicU8::new(0),
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
-            // One for each queue, one for the configuration space.
-            msix: Mutex::new(Msix::new(queues + 1)),
+            msix: Mutex::new(Msix::new(vectors)),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
         }
@@ -116,10 +121,13 @@ impl Interrupter {
     fn interrupt(&self, queue: Option<u16>) {
         let mut msix = self.msix();
         if msix.enabled() {
-            let message = msix.raise(self.vector(queue));
+            let vector = self.vector(queue);
+            let message = msix.raise(vector);
             drop(msix);
-            if let Some(message) = message {
-                self.send(message);
+            match (message, self.sources.get(usize::from(vector))) {
+                (Some((address, data)), Some(Some(source))) => source.send(address, data),
+                (Some(message), _) => self.send(message),
+                (None, _) => {}
             }
             return;
         }
