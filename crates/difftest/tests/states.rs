@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arch::state::Activity;
 use arch::{CpuState, msr};
@@ -276,15 +276,29 @@ struct Processor {
     vcpu: Box<dyn Vcpu>,
 }
 
-/// Runs the program on these in turn, on each for a random while. Returns the registers at its end and how often it moved.
-fn run(bare: &Bare, bus: &Stops, start: &CpuState, on: &mut [&mut Processor], seed: u64) -> ([u64; 16], u32) {
-    bare.write(SCRATCH, &[0; 128]);
+/// How a run over several engines ended.
+struct Run {
+    gpr: [u64; 16],
+    moves: u32,
+    /// The most time that clocks may have stood still, because they were being moved.
+    moving: Duration,
+}
+
+/// Runs a program on these in turn, on each for a random while, the clocks with it.
+fn run(bare: &Bare, bus: &Stops, start: &CpuState, on: &mut [&mut Processor], seed: u64) -> Run {
+    bare.write(SCRATCH, &[0; 0x200]);
     bus.done.store(false, Ordering::SeqCst);
     *bus.vcpus.lock().unwrap() = on.iter().map(|processor| processor.vcpu.control()).collect();
     let mut rng = Rng::new(seed);
-    let (mut state, mut moves) = (start.clone(), 0);
+    let (mut state, mut moves, mut moving) = (start.clone(), 0, Duration::ZERO);
     loop {
         let at = moves as usize % on.len();
+        if moves > 0 {
+            let begin = Instant::now();
+            let clocks = on[(moves as usize - 1) % on.len()].engine.clocks().expect("clocks that can be read");
+            on[at].engine.set_clocks(&clocks).expect("clocks that can be set");
+            moving += begin.elapsed();
+        }
         let (stop, Processor { engine, vcpu }) = (on.len() > 1 && moves < 60, &mut *on[at]);
         vcpu.set_state(&state).unwrap_or_else(|e| panic!("{} after {moves} moves: {e}", engine.name()));
         let (pause, control) = (Duration::from_micros(100 + rng.below(3000)), vcpu.control());
@@ -300,10 +314,19 @@ fn run(bare: &Bare, bus: &Stops, start: &CpuState, on: &mut [&mut Processor], se
         assert_eq!(exit, Exit::Stopped, "{} after {moves} moves", engine.name());
         state = vcpu.state();
         if bus.done.load(Ordering::SeqCst) {
-            return (state.gpr, moves);
+            return Run { gpr: state.gpr, moves, moving };
         }
         moves += 1;
     }
+}
+
+/// A vCPU on each engine of this host. Made twice, there is something to move between on every host.
+fn processors(bare: &Bare, bus: &Arc<Stops>) -> Vec<Processor> {
+    let processor = |engine: Arc<dyn Engine>| {
+        let vcpu = engine.create_vcpu(0, bus.clone()).expect("a vCPU");
+        Processor { engine, vcpu }
+    };
+    engines::all(&bare.ram, 1).into_iter().map(processor).collect()
 }
 
 #[test]
@@ -311,26 +334,170 @@ fn a_processor_that_moves_in_mid_flight_goes_on_as_if_it_had_not() {
     let mut bare = Bare::new(4 << 20);
     let start = program(&mut bare, 20_000);
     let bus = Arc::new(Stops::default());
-    let make = || -> Vec<Processor> {
-        let engines = engines::all(&bare.ram, 1).into_iter();
-        let processor = |engine: Arc<dyn Engine>| {
-            let vcpu = engine.create_vcpu(0, bus.clone()).expect("a vCPU");
-            Processor { engine, vcpu }
-        };
-        engines.map(processor).collect()
-    };
-    // Two of each kind, so that there is something to move between on every host.
-    let (mut one, mut two) = (make(), make());
-    let alone: Vec<_> = one.iter_mut().map(|on| run(&bare, &bus, &start, &mut [on], 0).0).collect();
+    let (mut one, mut two) = (processors(&bare, &bus), processors(&bare, &bus));
+    let alone: Vec<_> = one.iter_mut().map(|on| run(&bare, &bus, &start, &mut [on], 0).gpr).collect();
     assert!(alone.iter().all(|registers| *registers == alone[0]), "{alone:x?}");
     let mut all = 0;
     for (seed, from) in (1..).zip(&mut one) {
         for to in &mut two {
-            let (registers, moves) = run(&bare, &bus, &start, &mut [from, to], seed);
+            let Run { gpr, moves, .. } = run(&bare, &bus, &start, &mut [from, to], seed);
             println!("{} to {} and back: {moves} moves", from.engine.name(), to.engine.name());
-            assert_eq!(registers, alone[0], "{} and {} after {moves} moves", from.engine.name(), to.engine.name());
+            assert_eq!(gpr, alone[0], "{} and {} after {moves} moves", from.engine.name(), to.engine.name());
             all += moves;
         }
     }
     assert!(all > 0);
+}
+
+/// Variables of [`timekeeper`]: the last reading of the counter and of the paravirtual clock, how often either went back,
+/// interrupts of the timer, how often one came too early, its deadline, the first readings, the counter's rate.
+const LAST_TSC: i32 = 0;
+const LAST_CLOCK: i32 = 8;
+const WENT_BACK: i32 = 16;
+const TICKS: i32 = 24;
+const EARLY: i32 = 32;
+const DEADLINE: i32 = 40;
+const FIRST_TSC: i32 = 48;
+const FIRST_CLOCK: i32 = 56;
+const KHZ: i32 = 64;
+/// The clock's structure in guest memory.
+const CLOCK: u64 = SCRATCH + 0x100;
+/// What the guest moves its counter by.
+const ADJUSTED: u32 = 0x1234;
+const TIMES: u32 = 40_000;
+const TIMES_PER_TICK: u32 = 256;
+
+/// RAX = the counter; clobbers RDX.
+fn counter(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.rdtsc()?;
+    a.shl(rdx, 32)?;
+    a.or(rax, rdx)
+}
+
+/// Counts RAX at [`WENT_BACK`] if it is less than what is at `last`, and puts it there.
+fn compare(a: &mut CodeAssembler, last: i32) -> Result<(), IcedError> {
+    let mut fine = a.create_label();
+    a.cmp(rax, qword_ptr(rbp + last))?;
+    a.jae(fine)?;
+    a.inc(qword_ptr(rbp + WENT_BACK))?;
+    a.set_label(&mut fine)?;
+    a.mov(qword_ptr(rbp + last), rax)
+}
+
+/// RAX = the paravirtual clock when the counter reads RAX; clobbers RCX and RDX.
+fn paravirtual(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut left, mut shifted) = (a.create_label(), a.create_label());
+    let place = (CLOCK - SCRATCH) as i32;
+    a.sub(rax, qword_ptr(rbp + place + 8))?;
+    a.movsx(ecx, byte_ptr(rbp + place + 28))?;
+    a.test(ecx, ecx)?;
+    a.jns(left)?;
+    a.neg(ecx)?;
+    a.shr(rax, cl)?;
+    a.jmp(shifted)?;
+    a.set_label(&mut left)?;
+    a.shl(rax, cl)?;
+    a.set_label(&mut shifted)?;
+    a.mov(ecx, dword_ptr(rbp + place + 24))?;
+    a.mul(rcx)?;
+    a.shrd(rax, rdx, 32)?;
+    a.add(rax, qword_ptr(rbp + place + 16))
+}
+
+/// Reads its clocks, and sleeps now and then until the timer's deadline.
+fn timekeeper(bare: &mut Bare) -> CpuState {
+    let handler = bare.kernel_code(HANDLER, |a| {
+        a.push(rax)?;
+        a.push(rcx)?;
+        a.push(rdx)?;
+        let mut late = a.create_label();
+        counter(a)?;
+        a.cmp(rax, qword_ptr(rbp + DEADLINE))?;
+        a.jae(late)?;
+        a.inc(qword_ptr(rbp + EARLY))?;
+        a.set_label(&mut late)?;
+        a.inc(qword_ptr(rbp + TICKS))?;
+        wrmsr(a, 0x80b, 0)?;
+        a.pop(rdx)?;
+        a.pop(rcx)?;
+        a.pop(rax)?;
+        a.iretq()
+    });
+    bare.gate(0x41, handler, Gate::default());
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rbp, DATA)?;
+        wrmsr(a, msr::APIC_BASE, 0xfee0_0d00)?;
+        wrmsr(a, 0x80f, 0x1ff)?;
+        wrmsr(a, 0x832, 0x4_0041)?; // TSC deadline
+        a.mov(eax, 0x4000_0010)?;
+        a.cpuid()?;
+        a.mov(qword_ptr(rbp + KHZ), rax)?;
+        a.mov(ecx, msr::TSC_ADJUST)?;
+        a.xor(eax, eax)?;
+        a.mov(edx, ADJUSTED)?;
+        a.wrmsr()?;
+        wrmsr(a, msr::KVM_SYSTEM_TIME_NEW, CLOCK as u32 | 1)?;
+        counter(a)?;
+        a.mov(qword_ptr(rbp + FIRST_TSC), rax)?;
+        paravirtual(a)?;
+        a.mov(qword_ptr(rbp + FIRST_CLOCK), rax)?;
+        a.mov(r15d, TIMES)?;
+        let (mut top, mut none, mut asleep) = (a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut top)?;
+        counter(a)?;
+        compare(a, LAST_TSC)?;
+        paravirtual(a)?;
+        compare(a, LAST_CLOCK)?;
+        a.test(r15d, TIMES_PER_TICK - 1)?;
+        a.jnz(none)?;
+        a.mov(rbx, qword_ptr(rbp + TICKS))?;
+        counter(a)?;
+        a.add(rax, 300_000)?;
+        a.mov(qword_ptr(rbp + DEADLINE), rax)?;
+        a.mov(rdx, rax)?;
+        a.shr(rdx, 32)?;
+        a.mov(ecx, msr::TSC_DEADLINE)?;
+        a.wrmsr()?;
+        a.set_label(&mut asleep)?;
+        a.sti()?;
+        a.hlt()?;
+        a.cli()?;
+        a.cmp(rbx, qword_ptr(rbp + TICKS))?;
+        a.je(asleep)?;
+        a.set_label(&mut none)?;
+        a.dec(r15d)?;
+        a.jnz(top)?;
+        a.mov(ecx, msr::TSC_ADJUST)?;
+        a.rdmsr()?;
+        a.int3()
+    });
+    bare.kernel_state(rip)
+}
+
+#[test]
+fn clocks_and_timers_go_on_when_a_processor_moves() {
+    let mut bare = Bare::new(4 << 20);
+    let start = timekeeper(&mut bare);
+    let bus = Arc::new(Stops::default());
+    let (mut one, mut two) = (processors(&bare, &bus), processors(&bare, &bus));
+    for (seed, from) in (1..).zip(&mut one) {
+        for to in &mut two {
+            let name = format!("{} to {}", from.engine.name(), to.engine.name());
+            let begin = Instant::now();
+            let run = run(&bare, &bus, &start, &mut [from, to], seed);
+            let most = begin.elapsed();
+            println!("{name} and back: {} moves in {most:?}, of which {:?} for the clocks", run.moves, run.moving);
+            let at = |offset: i32| bare.read_u64(SCRATCH + offset as u64);
+            assert_eq!(at(WENT_BACK), 0, "{name}: clocks went back");
+            assert_eq!(at(EARLY), 0, "{name}: the timer came before its deadline");
+            assert_eq!(at(TICKS), u64::from(TIMES / TIMES_PER_TICK), "{name}: interrupts of the timer");
+            assert_eq!((run.gpr[2] as u32, run.gpr[0] as u32), (ADJUSTED, 0), "{name}: IA32_TSC_ADJUST");
+            // Both clocks have gone on by the same time, and no further than the host's.
+            let ns = at(LAST_CLOCK) - at(FIRST_CLOCK);
+            assert!(u128::from(ns) <= most.as_nanos() * 1001 / 1000, "{name}: {ns} ns in {most:?}");
+            let khz = (at(LAST_TSC) - at(FIRST_TSC)) * 1_000_000 / ns;
+            let nominal = at(KHZ);
+            assert!(khz.abs_diff(nominal) <= nominal / 500, "{name}: {khz} kHz by the clock, {nominal} by CPUID");
+        }
+    }
 }

@@ -105,6 +105,21 @@ pub trait Engine: Send + Sync {
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
     }
+    /// What the machine's clocks read now.
+    fn clocks(&self) -> Result<Clocks, Error>;
+    /// Lets them go on from what they read elsewhere. To be called while no vCPU runs, and before [`Vcpu::set_state`] of
+    /// all of them, which brings what a vCPU has computed from them into line.
+    fn set_clocks(&self, clocks: &Clocks) -> Result<(), Error>;
+}
+
+/// What the clocks read that all vCPUs of a machine share, at one moment. They are no part of [`CpuState`], because they
+/// go on: two vCPUs whose states are taken one after the other still agree about the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clocks {
+    /// The time-stamp counter of a vCPU whose IA32_TSC_ADJUST is 0. What else a vCPU counts is its own, and in its state.
+    pub tsc: u64,
+    /// The paravirtual clock (Linux `Documentation/virt/kvm/x86/msr.rst`, MSR_KVM_SYSTEM_TIME_NEW), in nanoseconds.
+    pub paravirtual: u64,
 }
 
 /// Why an engine or a vCPU could not be made or set up.

@@ -13,6 +13,7 @@
 //! `unsafe` is used for the system calls that take addresses and for the page that kernel and vCPU share.
 
 mod calls;
+mod clocks;
 mod control;
 mod cpuid;
 mod doorbells;
@@ -88,6 +89,14 @@ impl engine::Engine for Kvm {
 
     fn interrupts(&self) -> Arc<dyn engine::Interrupts> {
         Arc::new(interrupts::Messages(self.vm.clone()))
+    }
+
+    fn clocks(&self) -> Result<engine::Clocks, engine::Error> {
+        Ok(self.vm.clocks.read(&self.vm.fd)?)
+    }
+
+    fn set_clocks(&self, clocks: &engine::Clocks) -> Result<(), engine::Error> {
+        Ok(self.vm.clocks.set(&self.vm.fd, clocks)?)
     }
 
     fn doorbells(&self) -> Option<Arc<dyn engine::Doorbells>> {

@@ -24,7 +24,6 @@ pub struct Vcpu {
     bus: Arc<dyn Bus>,
     control: Arc<Control>,
     xsave_size: usize,
-    tsc_offset: Option<u64>,
     /// The 8259's vector that was given to the kernel, and where the vCPU was then: it has not been taken as long as
     /// the vCPU is there still.
     queued: Option<Queued>,
@@ -49,12 +48,12 @@ impl Vcpu {
         let xsave_size = model.xsave_size() as usize;
         fd.set_cpuid2(&cpuid).map_err(Error::call(format!("make vCPU {id} a processor of this model")))?;
         vm.msrs.get_or_init(|| MsrSet::of_new_vcpu(&fd));
-        let tsc_offset = calls::tsc_offset(&fd).ok();
+        vm.clocks.vcpu_made(&fd);
         let immediate_exit = &raw mut fd.get_kvm_run().immediate_exit;
         let control = Arc::new(Control::new(immediate_exit));
         vm.add_vcpu(control.clone());
         let broken = std::cell::RefCell::default();
-        let mut vcpu = Vcpu { id, fd, vm, bus, control, xsave_size, tsc_offset, queued: None, broken };
+        let mut vcpu = Vcpu { id, fd, vm, bus, control, xsave_size, queued: None, broken };
         let activity = if id == 0 { arch::state::Activity::Running } else { arch::state::Activity::WaitForSipi };
         vcpu.replace_state(&CpuState { activity, ..CpuState::reset() })?;
         Ok(vcpu)
@@ -73,7 +72,7 @@ impl Vcpu {
 
     fn context<'a>(&'a self, msrs: &'a MsrSet) -> Context<'a> {
         let (fd, vm, id) = (&self.fd, &*self.vm, self.id);
-        Context { fd, vm, id, msrs, xsave_size: self.xsave_size, tsc_offset: self.tsc_offset }
+        Context { fd, vm, id, msrs, xsave_size: self.xsave_size, tsc_offset: vm.clocks.tsc_offset() }
     }
 
     /// What [`Vm::msrs`] has been since the first vCPU.

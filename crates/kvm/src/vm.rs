@@ -9,6 +9,7 @@ use kvm_bindings::*;
 use kvm_ioctls::VmFd;
 use memory::{MapObserver, Ram, Sections};
 
+use crate::clocks::Clocks;
 use crate::control::Control;
 use crate::routes::{self, Routes};
 use crate::slots::Slots;
@@ -40,6 +41,7 @@ pub struct Vm {
     /// The level of the 8259's output.
     pub pic_asserted: AtomicBool,
     routes: Mutex<Routes>,
+    pub clocks: Clocks,
     pub vcpus: RwLock<Vec<Arc<Control>>>,
     model: OnceLock<CpuModel>,
     pub msrs: OnceLock<MsrSet>,
@@ -92,6 +94,7 @@ impl Vm {
             host,
             pic_asserted: AtomicBool::new(false),
             routes: Mutex::default(),
+            clocks: Clocks::new(system.capability(KVM_CAP_ADJUST_CLOCK) != 0),
             vcpus: RwLock::default(),
             model: OnceLock::new(),
             msrs: OnceLock::new(),

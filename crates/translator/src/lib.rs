@@ -122,4 +122,13 @@ impl engine::Engine for Translator {
     fn interrupts(&self) -> Arc<dyn engine::Interrupts> {
         Arc::new(interrupts::InterruptLines(self.machine.clone()))
     }
+
+    fn clocks(&self) -> Result<engine::Clocks, engine::Error> {
+        Ok(self.machine.time.clocks())
+    }
+
+    fn set_clocks(&self, clocks: &engine::Clocks) -> Result<(), engine::Error> {
+        self.machine.time.set_clocks(clocks);
+        Ok(())
+    }
 }

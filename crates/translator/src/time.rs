@@ -8,6 +8,9 @@
 //! `Documentation/virt/kvm/x86/msr.rst`, MSR_KVM_SYSTEM_TIME_NEW).
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use engine::Clocks;
 
 use crate::host;
 
@@ -18,6 +21,8 @@ pub struct Time {
     host: host::HostTsc,
     /// Added to the host's counter.
     offset: AtomicU64,
+    /// Two readings that belong together: from here the paravirtual clock follows the counter.
+    epoch: Mutex<Clocks>,
     /// 2^32 * 10^9 / hz
     ns_per_tick: u64,
 }
@@ -36,7 +41,8 @@ impl Time {
 
     fn with_host(host: host::HostTsc) -> Self {
         let ns_per_tick = ((u128::from(NS) << 32) / u128::from(host.hz)) as u64;
-        let time = Time { host, offset: AtomicU64::new(0), ns_per_tick };
+        let start = Clocks { tsc: 0, paravirtual: 0 };
+        let time = Time { host, offset: AtomicU64::new(0), epoch: Mutex::new(start), ns_per_tick };
         time.set_tsc(0);
         time
     }
@@ -68,7 +74,23 @@ impl Time {
         self.host_ticks().wrapping_add(self.offset.load(Ordering::Relaxed))
     }
 
-    /// Makes the counter read `value` now (a restored machine continues where it was).
+    fn epoch(&self) -> Clocks {
+        *self.epoch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the machine's clocks read now.
+    pub fn clocks(&self) -> Clocks {
+        let tsc = self.tsc();
+        Clocks { tsc, paravirtual: self.kvm_clock(0).reading(tsc) }
+    }
+
+    /// Lets them go on from there (a restored machine continues where it was).
+    pub fn set_clocks(&self, clocks: &Clocks) {
+        *self.epoch.lock().unwrap_or_else(PoisonError::into_inner) = *clocks;
+        self.set_tsc(clocks.tsc);
+    }
+
+    /// Makes the counter read `value` now.
     pub fn set_tsc(&self, value: u64) {
         self.offset.store(value.wrapping_sub(self.host_ticks()), Ordering::Relaxed);
     }
@@ -102,25 +124,35 @@ impl Time {
             if shift < 0 { (ns << shift.unsigned_abs()) / hz } else { (ns >> shift) / hz }
         };
         let shift = (-31..=31).find(|&s| mul(s) <= u128::from(u32::MAX)).unwrap_or(31);
-        KvmClock { tsc_timestamp: tsc_adjust, mul: mul(shift).min(u128::from(u32::MAX)) as u32, shift }
+        let mul = mul(shift).min(u128::from(u32::MAX)) as u32;
+        let epoch = self.epoch();
+        KvmClock { tsc_timestamp: epoch.tsc.wrapping_add(tsc_adjust), system_time: epoch.paravirtual, mul, shift }
     }
 
-    /// The wall clock, in nanoseconds since 1970, when the guest's counter read 0.
+    /// The wall clock, in nanoseconds since 1970, when the paravirtual one read 0.
     pub fn boot_wall_ns(&self) -> u64 {
-        host::realtime_ns().saturating_sub(self.ticks_to_ns(self.tsc()))
+        host::realtime_ns().saturating_sub(self.clocks().paravirtual)
     }
 }
 
 /// How the guest turns its counter into nanoseconds since the machine was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvmClock {
-    /// What the vCPU's counter read when the clock read 0.
+    /// What the vCPU's counter read when the clock read `system_time` nanoseconds.
     pub tsc_timestamp: u64,
+    pub system_time: u64,
     pub mul: u32,
     pub shift: i8,
 }
 
 impl KvmClock {
+    /// The clock when the vCPU's counter reads `tsc`, as guests compute it.
+    fn reading(&self, tsc: u64) -> u64 {
+        let ticks = u128::from(tsc.wrapping_sub(self.tsc_timestamp));
+        let shifted = if self.shift < 0 { ticks >> self.shift.unsigned_abs() } else { ticks << self.shift };
+        self.system_time.wrapping_add(((shifted * u128::from(self.mul)) >> 32) as u64)
+    }
+
     /// The structure `pvclock_vcpu_time_info` without its version.
     pub fn encode(&self, paused: bool) -> [u8; 28] {
         /// All vCPUs' counters agree, so that readings on different vCPUs may be compared.
@@ -129,7 +161,7 @@ impl KvmClock {
         let mut out = [0; 28];
         let (timestamp, mul) = (self.tsc_timestamp.to_le_bytes(), self.mul.to_le_bytes());
         out[4..12].copy_from_slice(&timestamp);
-        // 12..20: system_time, the reading at `tsc_timestamp`: 0
+        out[12..20].copy_from_slice(&self.system_time.to_le_bytes());
         out[20..24].copy_from_slice(&mul);
         out[24] = self.shift as u8;
         out[25] = TSC_STABLE | if paused { GUEST_STOPPED } else { 0 };
@@ -160,9 +192,7 @@ mod tests {
     fn a_guest_computes_nanoseconds_from_the_clock_structure() {
         for hz in [100_000_000, 999_999_000, 1_000_000_000, 2_000_000_000, 2_599_998_000, 5_700_000_000] {
             let clock = at(hz).kvm_clock(7);
-            let ticks = u128::from(hz) * 3600;
-            let shifted = if clock.shift < 0 { ticks >> -clock.shift } else { ticks << clock.shift };
-            let ns = (shifted * u128::from(clock.mul)) >> 32;
+            let ns = clock.reading(hz * 3600 + 7);
             assert!(ns.abs_diff(3_600_000_000_000) < 10_000, "{hz}: {ns}");
             assert_eq!(clock.tsc_timestamp, 7);
         }
@@ -181,9 +211,14 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_counter_goes_on_from_its_value() {
+    fn restored_clocks_go_on_from_their_values() {
         let time = at(1_000_000_000);
-        time.set_tsc(1 << 50);
-        assert!((1 << 50..(1 << 50) + 1_000_000_000).contains(&time.tsc()));
+        for clocks in [Clocks { tsc: 1 << 50, paravirtual: 7 }, Clocks { tsc: 5, paravirtual: 1 << 60 }] {
+            time.set_clocks(&clocks);
+            let is = time.clocks();
+            let (ticks, ns) = (is.tsc - clocks.tsc, is.paravirtual - clocks.paravirtual);
+            assert!(ticks < 1_000_000_000, "{ticks}");
+            assert!(ticks.abs_diff(ns) <= 1, "{ticks} ticks are {ns} ns");
+        }
     }
 }

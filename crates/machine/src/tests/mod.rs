@@ -90,6 +90,14 @@ impl Engine for FakeEngine {
     fn interrupts(&self) -> Arc<dyn Interrupts> {
         Arc::new(NoInterrupts)
     }
+
+    fn clocks(&self) -> Result<engine::Clocks, engine::Error> {
+        Ok(engine::Clocks { tsc: 0, paravirtual: 0 })
+    }
+
+    fn set_clocks(&self, _: &engine::Clocks) -> Result<(), engine::Error> {
+        Ok(())
+    }
 }
 
 /// A machine whose processors execute `program`.
