@@ -384,10 +384,14 @@ fn compare(a: &mut CodeAssembler, last: i32) -> Result<(), IcedError> {
     a.mov(qword_ptr(rbp + last), rax)
 }
 
-/// RAX = the paravirtual clock when the counter reads RAX; clobbers RCX and RDX.
-fn paravirtual(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut left, mut shifted) = (a.create_label(), a.create_label());
+/// RDI = the counter, RAX = the paravirtual clock at the same moment; clobbers RCX, RDX and RSI.
+fn clocks(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut again, mut left, mut shifted) = (a.create_label(), a.create_label(), a.create_label());
     let place = (CLOCK - SCRATCH) as i32;
+    a.set_label(&mut again)?;
+    a.mov(esi, dword_ptr(rbp + place))?;
+    counter(a)?;
+    a.mov(rdi, rax)?;
     a.sub(rax, qword_ptr(rbp + place + 8))?;
     a.movsx(ecx, byte_ptr(rbp + place + 28))?;
     a.test(ecx, ecx)?;
@@ -401,7 +405,10 @@ fn paravirtual(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(ecx, dword_ptr(rbp + place + 24))?;
     a.mul(rcx)?;
     a.shrd(rax, rdx, 32)?;
-    a.add(rax, qword_ptr(rbp + place + 16))
+    a.add(rax, qword_ptr(rbp + place + 16))?;
+    // The structure may have been written anew meanwhile.
+    a.cmp(esi, dword_ptr(rbp + place))?;
+    a.jne(again)
 }
 
 /// Reads its clocks, and sleeps now and then until the timer's deadline.
@@ -437,17 +444,17 @@ fn timekeeper(bare: &mut Bare) -> CpuState {
         a.mov(edx, ADJUSTED)?;
         a.wrmsr()?;
         wrmsr(a, msr::KVM_SYSTEM_TIME_NEW, CLOCK as u32 | 1)?;
-        counter(a)?;
-        a.mov(qword_ptr(rbp + FIRST_TSC), rax)?;
-        paravirtual(a)?;
+        clocks(a)?;
+        a.mov(qword_ptr(rbp + FIRST_TSC), rdi)?;
         a.mov(qword_ptr(rbp + FIRST_CLOCK), rax)?;
         a.mov(r15d, TIMES)?;
         let (mut top, mut none, mut asleep) = (a.create_label(), a.create_label(), a.create_label());
         a.set_label(&mut top)?;
-        counter(a)?;
-        compare(a, LAST_TSC)?;
-        paravirtual(a)?;
+        a.nop()?;
+        clocks(a)?;
         compare(a, LAST_CLOCK)?;
+        a.mov(rax, rdi)?;
+        compare(a, LAST_TSC)?;
         a.test(r15d, TIMES_PER_TICK - 1)?;
         a.jnz(none)?;
         a.mov(rbx, qword_ptr(rbp + TICKS))?;
@@ -487,6 +494,21 @@ fn clocks_and_timers_go_on_when_a_processor_moves() {
             let run = run(&bare, &bus, &start, &mut [from, to], seed);
             let most = begin.elapsed();
             println!("{name} and back: {} moves in {most:?}, of which {:?} for the clocks", run.moves, run.moving);
+            println!(
+                "{name}: {} {} {} {}",
+                bare.read_u64(SCRATCH + 0x108),
+                bare.read_u64(SCRATCH + 0x110),
+                bare.read_u64(SCRATCH + 0x118) as u32,
+                bare.read_u64(SCRATCH + 0x11c) as u8 as i8
+            );
+            println!(
+                "tsc {} {} clock {} {} khz {}",
+                bare.read_u64(SCRATCH + FIRST_TSC as u64),
+                bare.read_u64(SCRATCH + LAST_TSC as u64),
+                bare.read_u64(SCRATCH + FIRST_CLOCK as u64),
+                bare.read_u64(SCRATCH + LAST_CLOCK as u64),
+                bare.read_u64(SCRATCH + KHZ as u64)
+            );
             let at = |offset: i32| bare.read_u64(SCRATCH + offset as u64);
             assert_eq!(at(WENT_BACK), 0, "{name}: clocks went back");
             assert_eq!(at(EARLY), 0, "{name}: the timer came before its deadline");
