@@ -450,7 +450,7 @@ fn timekeeper(bare: &mut Bare) -> CpuState {
         a.mov(r15d, TIMES)?;
         let (mut top, mut none, mut asleep) = (a.create_label(), a.create_label(), a.create_label());
         a.set_label(&mut top)?;
-        a.nop()?;
+        a.nop()?; // one label an instruction
         clocks(a)?;
         compare(a, LAST_CLOCK)?;
         a.mov(rax, rdi)?;
@@ -494,21 +494,6 @@ fn clocks_and_timers_go_on_when_a_processor_moves() {
             let run = run(&bare, &bus, &start, &mut [from, to], seed);
             let most = begin.elapsed();
             println!("{name} and back: {} moves in {most:?}, of which {:?} for the clocks", run.moves, run.moving);
-            println!(
-                "{name}: {} {} {} {}",
-                bare.read_u64(SCRATCH + 0x108),
-                bare.read_u64(SCRATCH + 0x110),
-                bare.read_u64(SCRATCH + 0x118) as u32,
-                bare.read_u64(SCRATCH + 0x11c) as u8 as i8
-            );
-            println!(
-                "tsc {} {} clock {} {} khz {}",
-                bare.read_u64(SCRATCH + FIRST_TSC as u64),
-                bare.read_u64(SCRATCH + LAST_TSC as u64),
-                bare.read_u64(SCRATCH + FIRST_CLOCK as u64),
-                bare.read_u64(SCRATCH + LAST_CLOCK as u64),
-                bare.read_u64(SCRATCH + KHZ as u64)
-            );
             let at = |offset: i32| bare.read_u64(SCRATCH + offset as u64);
             assert_eq!(at(WENT_BACK), 0, "{name}: clocks went back");
             assert_eq!(at(EARLY), 0, "{name}: the timer came before its deadline");

@@ -100,6 +100,7 @@ pub const EXCEPTIONS: &[Exception] = &[
             "interrupts::a_loop_without_calls_or_exits_is_interrupted",
             "interrupts::a_self_ipi_waits_for_sti_and_for_the_instruction_after_it",
             "interrupts::an_msi_arrives_at_the_vector_and_processor_it_names",
+            "interrupts::each_message_of_a_source_arrives_also_after_it_has_changed",
             "interrupts::higher_vectors_go_first_and_interrupt_lower_ones",
             "interrupts::hlt_sleeps_until_the_tsc_deadline",
             "interrupts::interrupts_that_are_masked_by_the_task_priority_wait",
