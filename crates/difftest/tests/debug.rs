@@ -121,6 +121,28 @@ fn an_instruction_breakpoint_is_a_fault_and_rf_lets_it_pass() {
 }
 
 #[test]
+fn an_instruction_breakpoint_behind_a_load_of_ss_does_not_hit() {
+    let (log, m) = logged(|a| {
+        a.mov(rax, K + 21)?; // 10 bytes
+        a.mov(dr0, rax)?; // 3
+        a.mov(eax, 1)?; // 5
+        a.mov(dr7, rax)?; // 3
+        a.inc(ebx)?; // at 21: hits
+        a.mov(rax, K + 46)?; // at 23, 10 bytes
+        a.mov(dr0, rax)?; // 3
+        a.mov(eax, i32::from(KERNEL_DATA))?; // 5
+        a.mov(ss, eax)?; // at 41
+        a.nop()?;
+        a.nop()?;
+        a.nop()?;
+        a.nop()?;
+        a.int3()
+    });
+    assert_eq!(m.state().gpr[arch::registers::gpr::RBX], 1);
+    assert_eq!(log.iter().map(|l| l.0).collect::<Vec<_>>(), [K + 21, K + 46], "{log:x?}");
+}
+
+#[test]
 fn data_breakpoints_trap_after_the_access() {
     for (kind, expected) in [(1u32, vec![1u64]), (3, vec![0, 1])] {
         let (log, _) = logged(|a| {

@@ -347,3 +347,68 @@ fn the_saved_flags_of_an_interrupt_are_those_of_the_interrupted_code() {
     assert_eq!(frame.rflags, rflags::FIXED | rflags::IF | rflags::CF | rflags::ZF | rflags::PF);
     assert_eq!(m.state().rflags & rflags::IF, 0);
 }
+
+#[test]
+fn a_popf_that_enables_interrupts_takes_a_pending_one_before_the_next_instruction() {
+    let mut m = guest(|a| {
+        enable(a)?;
+        wrmsr(a, SELF_IPI, 0x40)?;
+        a.mov(rbx, COUNT)?;
+        a.push((rflags::FIXED | rflags::IF) as i32)?;
+        a.popfq()?;
+        a.mov(rdi, qword_ptr(rbx))?;
+        a.int3()
+    });
+    let (count, _) = taken(&mut m);
+    assert_eq!((count, m.state().gpr[arch::registers::gpr::RDI]), (1, 1));
+}
+
+#[test]
+fn flags_that_are_pushed_and_popped_come_back_and_leave_the_others() {
+    let system = rflags::DF | rflags::NT | rflags::IOPL | rflags::ID | rflags::IF;
+    let all = rflags::FIXED | rflags::ARITHMETIC | system;
+    let mut m = guest(|a| {
+        a.mov(rbx, COUNT + 64)?;
+        for (i, image) in [all, rflags::FIXED, all & !rflags::CF, rflags::FIXED | rflags::OF].into_iter().enumerate() {
+            a.push(image as i32)?;
+            a.popfq()?;
+            a.mov(rcx, qword_ptr(rbx))?; // a check of the software TLB
+            a.pushfq()?;
+            a.cli()?;
+            a.pop(qword_ptr(rbx + 8 * i as i32))?;
+        }
+        a.push(rflags::FIXED as i32)?;
+        a.popfq()?;
+        a.int3()
+    });
+    taken(&mut m);
+    let seen: Vec<u64> = (0..4).map(|i| m.bare.read_u64(SCRATCH + 64 + 8 * i)).collect();
+    assert_eq!(seen, [all, rflags::FIXED, all & !rflags::CF, rflags::FIXED | rflags::OF]);
+}
+
+#[test]
+fn a_halt_in_the_shadow_of_sti_is_ended_by_the_interrupt_that_was_pending() {
+    let mut m = guest(|a| {
+        enable(a)?;
+        wrmsr(a, SELF_IPI, 0x40)?;
+        a.sti()?;
+        a.hlt()?;
+        a.int3()
+    });
+    let (count, rip) = taken(&mut m);
+    assert_eq!((count, m.bare.read_u64(CODE + rip - K) & 0xff), (1, 0xcc), "the handler returned behind the HLT");
+}
+
+#[test]
+fn the_trap_flag_that_popf_sets_traps_after_the_next_instruction() {
+    let mut m = guest(|a| {
+        a.xor(eax, eax)?;
+        a.push((rflags::FIXED | rflags::TF) as i32)?;
+        a.popfq()?;
+        a.inc(eax)?;
+        a.inc(eax)?;
+        a.int3()
+    });
+    assert_eq!(m.run(), End::Exit);
+    assert_eq!((m.frame().vector, m.state().gpr[arch::registers::gpr::RAX]), (1, 1));
+}

@@ -17,6 +17,7 @@ use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
+use crate::semantics::Exec;
 
 /// Size, direction and context of an access, in one word for emitted code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -330,7 +331,8 @@ fn stop(cpu: &mut Vcpu, stop: Stop) -> Accessed {
 
 /// Executes a branch or a stack instruction.
 fn run_whole(cpu: &mut Vcpu, insn: &Instruction) -> Accessed {
-    match crate::semantics::stack::exec(cpu, insn) {
+    let exec = crate::codegen::classify::sensitive(insn).map_or(crate::semantics::stack::exec as Exec, |s| s.exec);
+    match exec(cpu, insn) {
         Ok(()) => Accessed::leave(Left::Event),
         Err(s) => stop(cpu, s),
     }

@@ -81,6 +81,8 @@ pub struct Hot {
     pub group_spans: [u64; crate::codegen::groups::SLOTS],
     /// One of them, which emitted code holds in r11, across the slow path.
     pub held: u64,
+    /// The address of the word of requests from others.
+    pub requests: u64,
     /// How many more detours to careful code emitted code takes before it lets Rust see one.
     pub detours: i32,
     pub split: Split,
@@ -126,8 +128,9 @@ unsafe extern "C" {
 }
 
 impl Hot {
-    /// `xsave_mask`: the state components that guests can use on this host.
-    pub fn new(xsave_mask: u64) -> Self {
+    /// `xsave_mask`: the state components that guests can use on this host; `requests`: those to this vCPU, which must outlive
+    /// its code.
+    pub fn new(xsave_mask: u64, requests: &std::sync::atomic::AtomicU32) -> Self {
         let address = |f: unsafe extern "C" fn()| f as usize as u64;
         Hot {
             return_address: 0,
@@ -156,6 +159,7 @@ impl Hot {
             tsc_offset: 0,
             group_spans: [0; crate::codegen::groups::SLOTS],
             held: 0,
+            requests: requests.as_ptr() as u64,
             detours: 0,
             split: Split::default(),
             xmm: [0; 16],

@@ -420,7 +420,11 @@ impl Vcpu {
                 Ok(Next::Block)
             }
             Left::Event => Ok(Next::Events),
-            Left::Careful => Ok(Next::Block),
+            Left::Careful => {
+                // The same instruction again. It may stand in the shadow of an STI that was emitted inline.
+                self.interrupt_shadow = self.rflags & rflags::IF != 0;
+                Ok(Next::Block)
+            }
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
@@ -486,9 +490,10 @@ impl Vcpu {
         }
     }
 
-    /// Instruction breakpoints, before an instruction runs by itself (Intel SDM 3B 17.3.1.1).
+    /// Instruction breakpoints, before an instruction runs by itself (Intel SDM 3B 17.3.1.1); on the one behind MOV SS or POP
+    /// SS they count for nothing (3A 6.8.3).
     fn begin_single_step(&mut self) -> Result<(), Stop> {
-        if self.dr7 & 0xff == 0 || self.rflags & rflags::RF != 0 {
+        if self.dr7 & 0xff == 0 || self.rflags & rflags::RF != 0 || self.debug_shadow {
             return Ok(());
         }
         let at = self.linear_rip();

@@ -52,7 +52,7 @@ impl Vcpu {
             rflags: reset.rflags,
             segments: reset.segments,
             fp_loaded: 0,
-            hot: Hot::new(xstate::layout().native),
+            hot: Hot::new(xstate::layout().native, &shared.requests),
             xsave: XsaveArea::default(),
             ldtr: reset.ldtr,
             tr: reset.tr,

@@ -15,6 +15,7 @@ pub const RCX: Reg = Reg(1);
 pub const RDX: Reg = Reg(2);
 pub const RSP: Reg = Reg(4);
 pub const RBP: Reg = Reg(5);
+pub const RSI: Reg = Reg(6);
 pub const RDI: Reg = Reg(7);
 /// Holds the guest's rsp.
 pub const GUEST_RSP: Reg = Reg(15);
@@ -251,6 +252,40 @@ impl Asm {
         self.op_mem(false, 0x89, from, to);
     }
 
+    /// The low 1, 2, 4 or 8 bytes of a register to memory.
+    pub fn store_low(&mut self, size: usize, to: Mem, from: Reg) {
+        match size {
+            1 => self.op_mem(false, 0x88, from, to),
+            2 => self.store16(to, from),
+            4 => self.store32(to, from),
+            _ => self.store(to, from),
+        }
+    }
+
+    /// 1, 2, 4 or 8 bytes to a register, as MOV does: 4 clear the upper half, fewer leave the rest alone. One byte only to
+    /// AL, CL, DL, BL, or a register beyond the first eight.
+    pub fn load_low(&mut self, size: usize, to: Reg, from: Mem) {
+        match size {
+            1 => self.op_mem(false, 0x8a, to, from),
+            2 => {
+                self.byte(0x66);
+                self.load32(to, from);
+            }
+            4 => self.load32(to, from),
+            _ => self.load(to, from),
+        }
+    }
+
+    /// REP MOVS or REP STOS by elements of 1, 2, 4 or 8 bytes.
+    pub fn repeat_string(&mut self, size: usize, moves: bool) {
+        let opcode = (if moves { 0xa4 } else { 0xaa }) | u8::from(size != 1);
+        match size {
+            2 => self.bytes(&[0x66, 0xf3, opcode]),
+            8 => self.bytes(&[0xf3, 0x48, opcode]),
+            _ => self.bytes(&[0xf3, opcode]),
+        }
+    }
+
     /// Stores a sign-extended 32-bit constant as 64 bits.
     pub fn store_imm(&mut self, to: Mem, value: i32) {
         self.rex(true, 0, to);
@@ -370,7 +405,10 @@ impl Asm {
         self.op_reg(true, (op as u8) << 3 | 3, to.0, from);
     }
 
-    /// `and dword [mem], imm32`
+    pub fn alu32(&mut self, op: Alu, to: Reg, from: Reg) {
+        self.op_reg(false, (op as u8) << 3 | 3, to.0, from);
+    }
+
     /// `sub dword [mem], 1`
     pub fn count_down(&mut self, mem: Mem) {
         self.rex(false, 5, mem);
@@ -379,6 +417,7 @@ impl Asm {
         self.byte(1);
     }
 
+    /// `and dword [mem], imm32`
     pub fn and_mem32_imm(&mut self, mem: Mem, value: i32) {
         self.rex(false, 0, mem);
         self.byte(0x81);
@@ -388,6 +427,14 @@ impl Asm {
 
     pub fn rdtsc(&mut self) {
         self.bytes(&[0x0f, 0x31]);
+    }
+
+    /// `or dword [mem], imm32`
+    pub fn or_mem32_imm(&mut self, mem: Mem, value: i32) {
+        self.rex(false, 0, mem);
+        self.byte(0x81);
+        self.modrm(1, mem, 4);
+        self.imm32(value);
     }
 
     /// `shl reg, 32`
@@ -429,6 +476,12 @@ impl Asm {
         self.rex(false, 0, mem);
         self.byte(0xf7);
         self.modrm(0, mem, 4);
+        self.imm32(value);
+    }
+
+    /// `test reg, imm32`, 32 bits
+    pub fn test_imm32(&mut self, reg: Reg, value: i32) {
+        self.op_reg(false, 0xf7, 0, reg);
         self.imm32(value);
     }
 

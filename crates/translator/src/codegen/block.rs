@@ -136,6 +136,14 @@ enum Behind {
         /// Host offset after the instruction.
         end: u16,
     },
+    /// An instruction that Rust code executes where emitted code doesn't suffice.
+    Sensitive {
+        entry: Label,
+        item: usize,
+        parked: bool,
+        /// Where the block goes on; if nowhere, the instruction ends it.
+        back: Option<Label>,
+    },
     /// A branch's target that is not linked directly.
     Goto { entry: Label, target: u64, item: usize },
 }
@@ -179,7 +187,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     let Workspace { points, sites, links, relocations, sensitive, spare } = std::mem::take(workspace);
     let Spare { asm, mut items, behind, pending } = spare;
     let lookahead = decode(code, start, mode, setting.inline_tsc, &mut items)?;
-    if setting.sharing != Sharing::Off && mode.long() && !mode.checks_alignment() {
+    if setting.sharing != Sharing::Off && mode.flat() && !mode.checks_alignment() {
         plan_groups(&mut items, mode, setting.sharing);
     }
     let mut b = Builder {
@@ -340,6 +348,20 @@ impl Builder<'_> {
         self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u8, parked, end: 0 });
     }
 
+    /// A label whose code, behind the body, has Rust execute the current instruction, of which nothing is done yet; `back`:
+    /// where the block goes on then. The flags are there as they are now.
+    pub fn sensitive_stub(&mut self, back: Option<Label>) -> Label {
+        let entry = self.asm.label();
+        let parked = self.flags == FlagState::Parked;
+        self.behind.push(Behind::Sensitive { entry, item: self.current, parked, back });
+        entry
+    }
+
+    /// Whether another instruction of the block surely follows the current one.
+    pub fn goes_on(&self) -> bool {
+        self.current + 1 < self.items.len() && self.asm.position() + MAX_HOST_BYTES / 2 < MAX_HOST_BYTES
+    }
+
     /// Calls the `resolve` thunk; the access kind is in S1.
     pub fn resolve(&mut self) {
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.resolve)));
@@ -363,8 +385,9 @@ impl Builder<'_> {
                 self.stack_instruction(insn);
                 false
             }
-            Kind::System => {
-                self.system_instruction(insn);
+            Kind::System => self.system_instruction(insn),
+            Kind::String => {
+                self.string_instruction(insn);
                 false
             }
             Kind::Native => {
@@ -527,6 +550,21 @@ impl Builder<'_> {
                             parked,
                             detour: true,
                         });
+                    }
+                }
+                Behind::Sensitive { entry, item, parked, back } => {
+                    self.asm.bind(entry);
+                    self.current = item;
+                    if parked {
+                        unpark_flags(&mut self.asm);
+                    }
+                    let insn = self.items[item].insn;
+                    if let Some(s) = super::classify::sensitive(&insn) {
+                        self.sensitive(&insn, s.exec, back.is_none());
+                    }
+                    // What was parked is so still.
+                    if let Some(back) = back {
+                        self.asm.jmp(back);
                     }
                 }
                 Behind::Goto { entry, target, item } => {

@@ -23,6 +23,8 @@ pub enum Kind {
     Stack,
     /// A privileged instruction, emitted inline.
     System,
+    /// MOVS, STOS or LODS, emitted inline.
+    String,
     Skip,
     Native,
 }
@@ -50,6 +52,9 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     }
     if super::system::emits(insn, mode, inline_tsc) {
         return Kind::System;
+    }
+    if super::strings::emits(insn, mode) {
+        return Kind::String;
     }
     if let Some(s) = sensitive(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);
@@ -170,7 +175,7 @@ pub fn is_stack(insn: &Instruction) -> bool {
 
 /// Instructions whose slow path executes the whole of them in Rust.
 pub fn runs_whole_in_rust(insn: &Instruction) -> bool {
-    is_stack(insn) || is_near_branch(insn)
+    is_stack(insn) || is_near_branch(insn) || super::system::is_flags_on_stack(insn)
 }
 
 /// Hints that do nothing a guest can see.

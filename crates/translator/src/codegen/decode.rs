@@ -7,7 +7,9 @@ use super::classify::{Kind, access_operand, classify, operand_size, raise_genera
 use super::groups::{self, Access, Form, Member, Sharing, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
+use super::system;
 use crate::mode::{CodeSegment, Mode};
+use crate::semantics::stack::operand_size as operand_size_of_stack;
 
 /// Guest instructions in one block at most.
 pub const MAX_INSTRUCTIONS: usize = 40;
@@ -114,6 +116,10 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             // Where a conditional branch leads every flag may be needed.
             Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
             Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
+            // An event that Rust finds then or meanwhile shows all of them.
+            Kind::System if system::is_push(&insn) || insn.mnemonic() == Mnemonic::Sti => Effect::LOOKS,
+            Kind::String if insn.has_rep_prefix() || insn.has_repne_prefix() => Effect::LOOKS,
+            Kind::System if system::is_pop(&insn) => Effect { reads: Flags::NONE, kills: Flags::ALL, touches: false },
             _ => Effect::of(&insn),
         };
         items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false });
@@ -121,7 +127,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         if insn.is_jcc_short_or_near()
             && insn.near_branch_target() == start
             && matches!(kind, Kind::Branch)
-            && mode.long()
+            && mode.flat()
             && offset + insn.len() <= page
             && turns < MAX_TURNS
             && items.len() + body <= MAX_UNROLLED
@@ -205,13 +211,23 @@ pub fn plan_groups(items: &mut [Item], mode: Mode, sharing: Sharing) {
 }
 
 pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
-    let word = mode.bits() as i64 / 8;
+    let word = match kind {
+        Kind::Stack => i64::from(insn.stack_pointer_increment()).abs(),
+        Kind::Branch => operand_size_of_stack(insn) as i64,
+        _ => i64::from(mode.bits()) / 8,
+    };
     let push = Access { form: Form::STACK, displacement: -word, size: word, write: true };
     let pop = Access { form: Form::STACK, displacement: 0, size: word, write: false };
     match kind {
         Kind::Skip => Step::Plain(None),
-        Kind::System if insn.mnemonic() != Mnemonic::Swapgs => Step::Plain(None),
-        Kind::Sensitive(..) | Kind::System => Step::Barrier,
+        Kind::System => match insn.mnemonic() {
+            Mnemonic::Swapgs => Step::Barrier,
+            _ if system::is_push(insn) => Step::Stack { access: Some(push), moves: -word },
+            _ if system::is_pop(insn) => Step::Stack { access: Some(pop), moves: word },
+            _ => Step::Plain(None),
+        },
+        Kind::String => Step::Plain(None),
+        Kind::Sensitive(..) => Step::Barrier,
         Kind::Native => Step::Plain(based_access(insn)),
         Kind::Stack => match insn.mnemonic() {
             Mnemonic::Pop => Step::Stack { access: Some(pop), moves: word },
@@ -238,7 +254,7 @@ pub fn based_access(insn: &Instruction) -> Option<Access> {
         );
     (!masked).then(|| Access {
         form,
-        displacement: insn.memory_displacement64() as i64,
+        displacement: groups::distance(insn, insn.memory_displacement64()),
         size: operand_size(insn) as i64,
         write: writes(insn, operand),
     })

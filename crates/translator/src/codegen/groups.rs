@@ -10,7 +10,9 @@
 //! A group never makes an access happen that the guest doesn't make: its check walks the page tables for what the
 //! first access does, and a write that comes later finds the page writable and dirty already, or the code runs carefully.
 
-use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{
+    Code, CodeSize, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
 
 /// The widest span that shares a check, in bytes. Wider ones cross pages too often.
 const MAX_SPAN: i64 = 1024;
@@ -45,17 +47,25 @@ impl Form {
     /// What stack instructions access.
     pub const STACK: Form = Form { base: Some(RSP_NUMBER), index: None, segment: Register::None };
 
-    /// The form of an instruction's memory operand, if it has 64-bit addressing.
+    /// The form of an instruction's memory operand, if it has the addressing of flat 64- or 32-bit code.
     pub fn of(insn: &Instruction) -> Option<Form> {
+        let narrow = is_narrow(insn);
         let (base, index) = (insn.memory_base(), insn.memory_index());
-        let number = |r: Register| r.is_gpr64().then(|| r.number() as u8);
-        let known = |r: Register| r == Register::None || r.is_gpr64();
-        let relative = base == Register::RIP;
-        let addressed = base.is_gpr64() || index.is_gpr64();
-        if !(relative || addressed && known(base) && known(index)) {
+        let whole = |r: Register| if narrow { r.is_gpr32() } else { r.is_gpr64() };
+        let number = |r: Register| whole(r).then(|| r.number() as u8);
+        let known = |r: Register| r == Register::None || whole(r);
+        let constant = if narrow {
+            base == Register::None && index == Register::None && insn.memory_displ_size() == 4 && !is_moffs(insn)
+        } else {
+            base == Register::RIP
+        };
+        let addressed = whole(base) || whole(index);
+        if !(constant || addressed && known(base) && known(index)) {
             return None;
         }
         let segment = match insn.memory_segment() {
+            // The one has base and limit, the other can't be written.
+            Register::FS | Register::GS | Register::CS if narrow => return None,
             s @ (Register::FS | Register::GS) => s,
             _ => Register::None,
         };
@@ -219,10 +229,34 @@ fn members(groups: &[Group], count: usize) -> Vec<Option<Member>> {
     plan
 }
 
-/// `ADD/SUB r, imm`, `INC/DEC r` and `LEA r, [r + imm]`: a 64-bit register moves by a known distance.
+/// The code is 32-bit code, whose addresses are modulo 4 GiB.
+pub fn is_narrow(insn: &Instruction) -> bool {
+    insn.code_size() == CodeSize::Code32
+}
+
+/// MOV between the accumulator and a constant address: it has no ModRM byte.
+fn is_moffs(insn: &Instruction) -> bool {
+    matches!(
+        insn.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+    )
+}
+
+/// A displacement or an immediate as the distance that it is.
+pub fn distance(insn: &Instruction, value: u64) -> i64 {
+    if is_narrow(insn) { (value as i32).into() } else { value as i64 }
+}
+
+/// `ADD/SUB r, imm`, `INC/DEC r` and `LEA r, [r + imm]`: a whole register moves by a known distance.
 fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
     let register = insn.op0_register();
-    if insn.op_count() == 0 || insn.op0_kind() != OpKind::Register || !register.is_gpr64() {
+    let whole = if is_narrow(insn) { register.is_gpr32() } else { register.is_gpr64() };
+    if insn.op_count() == 0 || insn.op0_kind() != OpKind::Register || !whole {
         return None;
     }
     let distance = match insn.mnemonic() {
@@ -231,7 +265,7 @@ fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
         Mnemonic::Inc => 1,
         Mnemonic::Dec => -1,
         Mnemonic::Lea if insn.memory_base() == register && insn.memory_index() == Register::None => {
-            insn.memory_displacement64() as i64
+            distance(insn, insn.memory_displacement64())
         }
         _ => return None,
     };
@@ -239,7 +273,9 @@ fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
 }
 
 fn immediate(insn: &Instruction) -> Option<i64> {
-    matches!(insn.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64).then(|| insn.immediate(1) as i64)
+    use OpKind::{Immediate8to32, Immediate8to64, Immediate32, Immediate32to64};
+    matches!(insn.op1_kind(), Immediate8to64 | Immediate32to64 | Immediate8to32 | Immediate32)
+        .then(|| distance(insn, insn.immediate(1)))
 }
 
 fn close(groups: &mut [Group], register: Register) {
@@ -285,6 +321,35 @@ mod tests {
         let check = first.check.unwrap();
         assert_eq!((check.displacement, check.span, check.write), (8, 16, true));
         assert_eq!((first.distance, second.distance, second.check.is_none()), (0, 8, true));
+    }
+
+    /// The same for 32-bit code.
+    fn planned_narrow(code: &[u8]) -> Vec<Option<Member>> {
+        let steps: Vec<_> = Decoder::with_ip(32, code, 0x1000, DecoderOptions::NONE)
+            .iter()
+            .map(|insn| (insn, Step::Plain(based_access(&insn))))
+            .collect();
+        plan(&steps, Sharing::All)
+    }
+
+    #[test]
+    fn accesses_of_32_bit_code_share_checks() {
+        // mov eax, [edi-4]; add edi, 8; mov ecx, [edi-8]
+        let plan = planned_narrow(&[0x8b, 0x47, 0xfc, 0x83, 0xc7, 0x08, 0x8b, 0x4f, 0xf8]);
+        let check = plan[0].unwrap().check.unwrap();
+        assert_eq!((check.displacement, check.span, check.write), (-4, 8, false));
+        assert_eq!(plan[2].unwrap().distance, 4);
+        // mov ecx, [0xc0001000]; mov [0xc0001008], ecx
+        let plan = planned_narrow(&[0x8b, 0x0d, 0, 0x10, 0, 0xc0, 0x89, 0x0d, 8, 0x10, 0, 0xc0]);
+        let check = plan[0].unwrap().check.unwrap();
+        assert_eq!((check.displacement as u32, check.span, check.write), (0xc000_1000, 12, true));
+    }
+
+    #[test]
+    fn segments_with_bases_and_writes_to_code_segments_share_nothing_in_32_bit_code() {
+        // mov eax, fs:[ebx]; mov eax, fs:[ebx+4]; mov cs:[esi], eax; mov cs:[esi+4], eax
+        let plan = planned_narrow(&[0x64, 0x8b, 0x03, 0x64, 0x8b, 0x43, 4, 0x2e, 0x89, 0x06, 0x2e, 0x89, 0x46, 4]);
+        assert!(plan.iter().all(Option::is_none));
     }
 
     #[test]

@@ -42,6 +42,9 @@ impl Effect {
     /// An instruction that Rust code executes sees and may change all flags.
     pub const SENSITIVE: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: true };
 
+    /// All flags are seen, none is changed.
+    pub const LOOKS: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: false };
+
     pub fn of(insn: &Instruction) -> Effect {
         let (reads, modified) = (Flags::from_bits(insn.rflags_read()), Flags::from_bits(insn.rflags_modified()));
         let kills = if conditional(insn) { Flags::NONE } else { modified };

@@ -18,4 +18,5 @@ mod liveness;
 mod operand;
 pub mod reencode;
 mod stack;
+mod strings;
 mod system;

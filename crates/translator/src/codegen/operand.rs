@@ -39,7 +39,7 @@ fn kept(slot: usize) -> Mem {
     Mem::Base(RSP, context_offset!(hot.group_spans) + slot as i32 * 8)
 }
 
-const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
+pub const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
 
 pub fn park_flags(asm: &mut Asm) {
     asm.store(context(0), RAX);
@@ -74,13 +74,23 @@ impl Builder<'_> {
         let base = form.base.map(|n| self.register_in(n, S0));
         let index = form.index.map(|(n, scale)| (self.register_in(n, S1), scale));
         match (base, index) {
-            (Some(base), None) => self.asm.lea(S0, Mem::Base(base, disp)),
-            (Some(base), Some((index, scale))) => self.asm.lea(S0, Mem::Index(base, index, scale, disp)),
-            (None, Some((index, scale))) => self.asm.lea(S0, Mem::Scaled(index, scale, disp)),
+            (Some(base), None) => self.lea_address(S0, Mem::Base(base, disp)),
+            (Some(base), Some((index, scale))) => self.lea_address(S0, Mem::Index(base, index, scale, disp)),
+            (None, Some((index, scale))) => self.lea_address(S0, Mem::Scaled(index, scale, disp)),
             // Relative to RIP.
-            (None, None) => self.asm.mov_address(S0, displacement as u64),
+            (None, None) if self.mode.long() => self.asm.mov_address(S0, displacement as u64),
+            (None, None) => self.asm.mov_imm(S0, displacement as u32 as u64),
         }
         self.add_segment_base(form.segment);
+    }
+
+    /// LEA with a result of the mode's address size.
+    pub fn lea_address(&mut self, to: Reg, mem: Mem) {
+        if self.mode.long() {
+            self.asm.lea(to, mem);
+        } else {
+            self.asm.lea32(to, mem);
+        }
     }
 
     /// The host register that has guest register `n`: its home, or `scratch` after a load.
@@ -188,7 +198,7 @@ impl Builder<'_> {
     /// Emits the comparison of the address in S0 with its TLB entry, and the jump to `slow` if they differ or the access
     /// leaves the page. A hit leaves the host address in S0, a miss the address XOR the tag that is returned, with S1 as
     /// its index.
-    fn look_up(&mut self, kind: AccessKind, slow: Label) -> Mem {
+    pub fn look_up(&mut self, kind: AccessKind, slow: Label) -> Mem {
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
         let tag = entry(if kind.write() { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) });
         let asm = &mut self.asm;
@@ -214,7 +224,13 @@ impl Builder<'_> {
                 if member.check.is_none() {
                     self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
                 }
-                Operand::Stack(insn.memory_displacement64() as i32)
+                let displacement = insn.memory_displacement64() as i32;
+                if self.mode.long() {
+                    Operand::Stack(displacement)
+                } else {
+                    self.on_stack_page(displacement);
+                    Operand::Host
+                }
             }
             Keep::Slot(slot) => {
                 if self.held != Some(slot) {
@@ -224,6 +240,13 @@ impl Builder<'_> {
                 Operand::At(S2, member.distance)
             }
         }
+    }
+
+    /// In 32-bit code: from the stack page's addend in S0 to the host address of `[guest esp + displacement]`, which is modulo
+    /// 4 GiB like the one that was checked. Leaves the flags alone.
+    fn on_stack_page(&mut self, displacement: i32) {
+        self.asm.lea32(S1, Mem::Base(GUEST_RSP, displacement));
+        self.asm.lea(S0, Mem::Index(S0, S1, 1, 0));
     }
 
     /// Emits the check of a group. Afterwards the stack page's addend is in S0, or the span's host address in S2.
@@ -305,7 +328,11 @@ impl Builder<'_> {
                 None => self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend))),
             }
             self.note_flags();
-            return Mem::Index(S0, GUEST_RSP, 1, displacement);
+            if self.mode.long() {
+                return Mem::Index(S0, GUEST_RSP, 1, displacement);
+            }
+            self.on_stack_page(displacement);
+            return Mem::Base(S0, 0);
         }
         self.free_flags();
         let slot = Mem::Base(GUEST_RSP, displacement);

@@ -1,32 +1,75 @@
-//! Privileged instructions that kernels execute all day, emitted inline where nothing can go wrong: at level 0 in 64-bit
-//! code. Elsewhere `semantics` has them.
+//! Privileged instructions that kernels and firmware execute all day, and PUSHF, emitted inline as far as nothing can go
+//! wrong. Elsewhere, and where emitted code finds that more is to be done, `semantics` has them.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::asm::{Alu, Mem, RAX, RDX, RSP, S0, S1};
+use super::asm::{Alu, Mem, RAX, RDX, RSP, S0, S1, cc};
 use super::block::Builder;
+use super::operand::{FlagState, SAVED_AX, park_flags};
 use crate::entry::context_offset;
 use crate::mode::Mode;
+use crate::shared::request;
 use arch::registers::rflags;
 
 const GS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 5 * size_of::<arch::Segment>() as i32);
 const KERNEL_GS_BASE: Mem =
     Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
+const RFLAGS: Mem = Mem::Base(RSP, context_offset!(rflags));
+/// See [`Builder::push_flags`].
+const LENT: Mem = Mem::Base(RSP, context_offset!(hot.lent));
+
+/// How far a pending interrupt's bit is below IF.
+const INTERRUPT_TO_IF: u8 = 8;
+const _: () = assert!((request::INTERRUPT as u64) << INTERRUPT_TO_IF == rflags::IF);
 
 /// Whether the inline emission covers the instruction in this mode.
 pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
-    mode.long()
-        && mode.cpl() == 0
-        && !mode.is_single()
-        && match insn.mnemonic() {
-            Mnemonic::Swapgs | Mnemonic::Cli => true,
-            Mnemonic::Rdtsc => inline_tsc,
-            _ => false,
-        }
+    if mode.is_single() || mode.checks_alignment() {
+        return false;
+    }
+    // At level 0 no virtual-8086 mode and no IOPL is in the way.
+    let privileged = mode.cpl() == 0;
+    match insn.mnemonic() {
+        Mnemonic::Swapgs => privileged && mode.long(),
+        Mnemonic::Cli | Mnemonic::Sti => privileged,
+        Mnemonic::Rdtsc => privileged && inline_tsc,
+        // Virtual-8086 code has 16 bits.
+        _ if is_push(insn) => (privileged || mode.bits() != 16) && has_own_size(insn, mode),
+        _ => is_pop(insn) && privileged && has_own_size(insn, mode),
+    }
+}
+
+/// The operand size is that of the mode: others are rare.
+fn has_own_size(insn: &Instruction, mode: Mode) -> bool {
+    8 * image_size(insn) == mode.bits() as usize
+}
+
+/// PUSHF in all sizes.
+pub fn is_push(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq)
+}
+
+/// POPF in all sizes.
+pub fn is_pop(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq)
+}
+
+pub fn is_flags_on_stack(insn: &Instruction) -> bool {
+    is_push(insn) || is_pop(insn)
+}
+
+/// In bytes.
+fn image_size(insn: &Instruction) -> usize {
+    match insn.code() {
+        Code::Pushfw | Code::Popfw => 2,
+        Code::Pushfd | Code::Popfd => 4,
+        _ => 8,
+    }
 }
 
 impl Builder<'_> {
-    pub fn system_instruction(&mut self, insn: &Instruction) {
+    /// Emits the instruction; true if it ended the block.
+    pub fn system_instruction(&mut self, insn: &Instruction) -> bool {
         match insn.mnemonic() {
             Mnemonic::Swapgs => {
                 self.asm.load(S0, GS_BASE);
@@ -36,20 +79,107 @@ impl Builder<'_> {
             }
             Mnemonic::Cli => {
                 self.free_flags();
-                self.asm.and_mem32_imm(Mem::Base(RSP, context_offset!(rflags)), !rflags::IF as i32);
+                self.asm.and_mem32_imm(RFLAGS, !rflags::IF as i32);
             }
-            _ => {
-                self.free_flags();
-                self.asm.rdtsc();
-                self.asm.shift_high(RDX);
-                self.asm.alu(Alu::Add, RAX, RDX);
-                self.asm.alu_mem(Alu::Add, RAX, Mem::Base(RSP, context_offset!(hot.tsc_offset)));
-                let adjust = context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, tsc_adjust) as i32;
-                self.asm.alu_mem(Alu::Add, RAX, Mem::Base(RSP, adjust));
-                self.asm.mov(RDX, RAX);
-                self.asm.shift_low(RDX);
-                self.asm.mov32(RAX, RAX);
-            }
+            Mnemonic::Sti => return self.set_interrupt_flag(insn),
+            Mnemonic::Rdtsc => self.read_tsc(),
+            _ if is_push(insn) => self.push_flags(image_size(insn)),
+            _ => self.pop_flags(image_size(insn)),
         }
+        false
+    }
+
+    fn read_tsc(&mut self) {
+        self.free_flags();
+        self.asm.rdtsc();
+        self.asm.shift_high(RDX);
+        self.asm.alu(Alu::Add, RAX, RDX);
+        self.asm.alu_mem(Alu::Add, RAX, Mem::Base(RSP, context_offset!(hot.tsc_offset)));
+        let adjust = context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, tsc_adjust) as i32;
+        self.asm.alu_mem(Alu::Add, RAX, Mem::Base(RSP, adjust));
+        self.asm.mov(RDX, RAX);
+        self.asm.shift_low(RDX);
+        self.asm.mov32(RAX, RAX);
+    }
+
+    /// STI. Where an interrupt is pending already, Rust sees to it that the next instruction runs first. One that comes later
+    /// is noticed only at a branch, which then is that instruction or comes after it: so it must be in the same block.
+    fn set_interrupt_flag(&mut self, insn: &Instruction) -> bool {
+        self.free_flags();
+        if !self.goes_on() {
+            self.need_flags();
+            self.sensitive(insn, crate::semantics::flags::sti, true);
+            return true;
+        }
+        let slow = self.sensitive_stub(None);
+        self.asm.load(S0, Mem::Base(RSP, context_offset!(hot.requests)));
+        self.asm.test_mem32_imm(Mem::Base(S0, 0), (request::INTERRUPT | request::NMI) as i32);
+        self.asm.jcc(cc::NE, slow);
+        self.asm.or_mem32_imm(RFLAGS, rflags::IF as i32);
+        false
+    }
+
+    /// PUSHF: the arithmetic flags from where they are parked, the others from the context.
+    fn push_flags(&mut self, size: usize) {
+        if self.flags == FlagState::Host {
+            park_flags(&mut self.asm);
+            self.flags = FlagState::Parked;
+        }
+        let asm = &mut self.asm;
+        asm.load32(S1, SAVED_AX);
+        asm.mov32(S0, S1);
+        asm.alu_imm32(Alu::And, S0, 1);
+        asm.shl32(S0, 11);
+        asm.shr32(S1, 8);
+        asm.alu_imm32(Alu::And, S1, (rflags::ARITHMETIC & 0xff) as i32);
+        asm.alu(Alu::Add, S1, S0);
+        asm.load32(S0, RFLAGS);
+        asm.alu_imm32(Alu::And, S0, !(rflags::ARITHMETIC | rflags::RF | rflags::VM) as i32);
+        asm.alu(Alu::Add, S1, S0);
+        asm.store(LENT, S1);
+        let slot = self.stack_slot(-(size as i32), size, true);
+        self.asm.load(S1, LENT);
+        self.store_sized(size, slot, S1);
+        self.move_stack(-(size as i32));
+    }
+
+    /// POPF at level 0. TF, a change of AC, and IF with an interrupt pending are Rust's.
+    fn pop_flags(&mut self, size: usize) {
+        let slot = self.stack_slot(0, size, false);
+        self.load_sized(size, S1, slot);
+        let slow = self.sensitive_stub(None);
+        let asm = &mut self.asm;
+        // An interrupt that is pending, where IF will be.
+        asm.load(S0, Mem::Base(RSP, context_offset!(hot.requests)));
+        asm.load32(S0, Mem::Base(S0, 0));
+        asm.shl32(S0, INTERRUPT_TO_IF);
+        asm.alu32(Alu::And, S0, S1);
+        asm.alu_imm32(Alu::And, S0, rflags::IF as i32);
+        asm.jcc(cc::NE, slow);
+        let (mut settable, mut cleared) = (rflags::DF | rflags::NT | rflags::IF | rflags::IOPL, rflags::RF);
+        let mut changes_more = rflags::TF;
+        if size > 2 {
+            settable |= rflags::ID;
+            cleared |= rflags::VIP | rflags::VIF;
+            changes_more |= rflags::AC;
+        }
+        asm.mov32(S0, S1);
+        asm.alu_mem32(Alu::Xor, S0, RFLAGS);
+        asm.test_imm32(S0, changes_more as i32);
+        asm.jcc(cc::NE, slow);
+        asm.alu_imm32(Alu::And, S0, settable as i32);
+        asm.alu_mem32(Alu::Xor, S0, RFLAGS);
+        asm.alu_imm32(Alu::And, S0, !cleared as i32);
+        asm.store32(RFLAGS, S0);
+        // The arithmetic ones, as `flags_to_ax` has them.
+        asm.mov32(S0, S1);
+        asm.shr32(S0, 11);
+        asm.alu_imm32(Alu::And, S0, 1);
+        asm.alu_imm32(Alu::And, S1, (rflags::ARITHMETIC & 0xff) as i32);
+        asm.shl32(S1, 8);
+        asm.alu(Alu::Add, S1, S0);
+        asm.store32(SAVED_AX, S1);
+        self.flags = FlagState::Parked;
+        self.move_stack(size as i32);
     }
 }

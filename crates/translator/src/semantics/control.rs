@@ -93,7 +93,8 @@ impl Vcpu {
             let active = paging && self.msrs.efer & efer::LME != 0;
             self.msrs.efer = self.msrs.efer & !efer::LMA | if active { efer::LMA } else { 0 };
         }
-        if changed & (cr0::PG | cr0::PE | cr0::WP) != 0 {
+        // PE alone changes nothing about addresses: paging is off before and after. Firmware goes to and fro all the time.
+        if changed & (cr0::PG | cr0::WP) != 0 {
             self.mmu_changed();
         }
         Ok(())

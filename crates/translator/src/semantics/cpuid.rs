@@ -37,7 +37,12 @@ impl Vcpu {
             xcr0: self.xcr0,
             xss: self.msrs.xss,
         };
-        self.machine.cpuid.leaf(leaf, subleaf, &state)
+        let mut answer = self.machine.cpuid.leaf(leaf, subleaf, &state);
+        // IA32_MISC_ENABLE can hide NX (Intel SDM 4, table 2-2).
+        if leaf == 0x8000_0001 && self.msrs.misc_enable & super::msr::NO_EXECUTE_DISABLED != 0 {
+            answer.edx &= !(1 << 20);
+        }
+        answer
     }
 }
 

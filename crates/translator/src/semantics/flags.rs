@@ -82,7 +82,7 @@ fn cli(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
     }
 }
 
-fn sti(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+pub fn sti(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
     match cpu.interrupt_flag()? {
         InterruptFlag::Real => {
             // Only the STI that changes IF holds interrupts off for one more instruction.

@@ -23,8 +23,12 @@ const FEATURE_CONTROL_LOCKED: u64 = 1;
 const MICROCODE_REVISION: u64 = 1 << 32;
 /// MISC_ENABLE: branch trace and precise sampling are not available: always set.
 const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
-/// Fast strings, thermal monitor, performance monitoring, prefetchers, SpeedStep lock, CPUID limit, xTPR, NX disable.
-const MISC_ENABLE_WRITABLE: u64 = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 9 | 1 << 16 | 1 << 20 | 1 << 22 | 1 << 23;
+/// MISC_ENABLE: no-execute is neither shown by CPUID nor can it be turned on.
+pub const NO_EXECUTE_DISABLED: u64 = 1 << 34;
+/// Fast strings, thermal monitor, performance monitoring, prefetchers, SpeedStep, MONITOR (which there is not), SpeedStep lock,
+/// CPUID limit, xTPR, NX disable.
+const MISC_ENABLE_WRITABLE: u64 =
+    1 << 0 | 1 << 3 | 1 << 7 | 1 << 9 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 22 | 1 << 23 | NO_EXECUTE_DISABLED;
 const DEBUGCTL: u32 = 0x1d9;
 
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
@@ -168,7 +172,7 @@ impl Vcpu {
             // Microcode updates start with a zero here; there are none.
             msr::BIOS_SIGN_ID => {}
             msr::MISC_ENABLE => {
-                within(value & !MISC_ENABLE_FIXED & !(1 << 34), MISC_ENABLE_WRITABLE)?;
+                within(value & !MISC_ENABLE_FIXED, MISC_ENABLE_WRITABLE)?;
                 self.msrs.misc_enable = value & MISC_ENABLE_WRITABLE;
             }
             msr::MCG_STATUS => self.msrs.mcg_status = within(value, MCG_STATUS_MASK)?,
@@ -193,7 +197,8 @@ impl Vcpu {
 
     /// IA32_EFER: LMA is the processor's own, LME can't change while paging is on (Intel SDM 3A 2.2.1).
     fn write_efer(&mut self, value: u64) -> Result<(), Exception> {
-        within(value, self.machine.cpuid.efer_mask() | efer::LMA)?;
+        let no_execute = if self.msrs.misc_enable & NO_EXECUTE_DISABLED != 0 { efer::NXE } else { 0 };
+        within(value, (self.machine.cpuid.efer_mask() | efer::LMA) & !no_execute)?;
         let changed = value ^ self.msrs.efer;
         if changed & efer::LME != 0 && self.cr0 & cr0::PG != 0 {
             return Err(fault());

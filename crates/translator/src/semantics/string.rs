@@ -28,7 +28,7 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     Movs,
     Cmps,
     Stos,
@@ -53,7 +53,7 @@ impl Kind {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Repeat {
+pub enum Repeat {
     Once,
     Count,
     WhileEqual,
@@ -61,20 +61,20 @@ enum Repeat {
 }
 
 /// A string instruction, taken apart.
-struct Form {
-    kind: Kind,
+pub struct Form {
+    pub kind: Kind,
     /// Bytes in an element: 1, 2, 4 or 8.
-    size: usize,
+    pub size: usize,
     /// What an address register can hold.
-    mask: u64,
+    pub mask: u64,
     /// Of the operand at rSI.
-    segment: SegmentRegister,
-    repeat: Repeat,
+    pub segment: SegmentRegister,
+    pub repeat: Repeat,
 }
 
 impl Form {
     #[inline(always)]
-    fn of(insn: &Instruction) -> Option<Form> {
+    pub fn of(insn: &Instruction) -> Option<Form> {
         use Mnemonic::*;
         let (kind, size) = match insn.mnemonic() {
             Movsb => (Kind::Movs, 1),

@@ -170,6 +170,20 @@ fn an_amd_kernel_finds_what_it_reads_without_asking() {
 }
 
 #[test]
+fn misc_enable_can_hide_no_execute() {
+    let mut cpu = kernel_vcpu();
+    let shown = |cpu: &crate::Vcpu| cpu.cpuid(0x8000_0001, 0).edx >> 20 & 1;
+    assert_eq!(shown(&cpu), 1);
+    cpu.write_msr(msr::MISC_ENABLE, 1 << 34 | 1 << 18 | 1).unwrap();
+    assert_eq!(cpu.read_msr(msr::MISC_ENABLE), Ok(1 << 34 | 1 << 18 | 1 << 12 | 1 << 11 | 1));
+    assert_eq!(shown(&cpu), 0);
+    let efer = cpu.read_msr(msr::EFER).unwrap();
+    bad(&mut cpu, msr::EFER, efer | arch::registers::efer::NXE);
+    cpu.write_msr(msr::MISC_ENABLE, 1).unwrap();
+    assert_eq!(shown(&cpu), 1);
+}
+
+#[test]
 fn saved_msrs_restore_to_the_same() {
     let mut cpu = kernel_vcpu();
     for (index, value) in [

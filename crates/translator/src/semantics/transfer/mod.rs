@@ -143,7 +143,8 @@ fn drop_privileged_segments(cpu: &mut Vcpu) {
         let segment = &mut cpu.segments[register as usize];
         let conforming = segment.kind() & 0xc == 0xc;
         if segment.present() && segment.dpl() < cpl && !conforming {
-            *segment = Segment::default();
+            // Only the selector and the right to use it go: in 64-bit code FS and GS keep their bases.
+            *segment = Segment { base: segment.base, ..Segment::default() };
         }
     }
 }

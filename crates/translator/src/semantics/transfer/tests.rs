@@ -50,6 +50,7 @@ fn iret_to_user_restores_rsp() {
     cpu.nmi_blocked = true;
     cpu.segments[SegmentRegister::Ds as usize] = Segment::flat_data(KERNEL_SS, 0);
     cpu.segments[SegmentRegister::Es as usize] = Segment::flat_data(USER_SS, 3);
+    cpu.segments[SegmentRegister::Gs as usize] = Segment { base: 0x1234_5678_9000, ..Segment::flat_data(KERNEL_SS, 0) };
     let flags = rflags::IF | rflags::CF | rflags::AC | rflags::ID | rflags::RF | rflags::IOPL;
     put(&mut cpu, &[USER + 5, USER_CS.into(), flags, USER + 0x123, USER_SS.into()]);
     execute(&mut cpu, IRETQ).unwrap();
@@ -59,6 +60,9 @@ fn iret_to_user_restores_rsp() {
     assert!(!cpu.nmi_blocked && cpu.code64());
     assert_eq!(*cpu.seg(SegmentRegister::Ds), Segment::default());
     assert_eq!(cpu.seg(SegmentRegister::Es).selector, USER_SS);
+    // 64-bit code can go on using the base.
+    let gs = cpu.seg(SegmentRegister::Gs);
+    assert_eq!((gs.selector, gs.present(), gs.base), (0, false, 0x1234_5678_9000));
 }
 
 #[test]
