@@ -19,6 +19,9 @@ thread_local! {
     static NET: RefCell<UserNet> = RefCell::new({
         let mut config = UserConfig::new([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
         config.restrict = true;
+        // Its own source: a small directory with files.
+        config.tftp = Some(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz_targets").into());
+        config.boot_file = Some("frames.rs".into());
         UserNet::new(config).expect("sockets can be watched")
     });
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use chipset::pci::msix::ENTRY_SIZE;
-use chipset::pci::{BarKind, BarWindow, ConfigSpace, Endpoint, Identity, PciFunction};
+use chipset::pci::{BarKind, BarWindow, ConfigSpace, Endpoint, Identity, OptionRom, PciFunction, ROM_BAR};
 use chipset::{Device, InterruptLine};
 use memory::View;
 use net::{Backend, Mac};
@@ -33,14 +33,17 @@ pub struct NetworkCard {
     registers: Arc<Registers>,
     ports: (usize, Arc<Ports>),
     table: Arc<Table>,
+    rom: Option<Arc<OptionRom>>,
     _worker: Worker,
 }
 
 impl NetworkCard {
-    /// A card that is attached to `backend`. It interrupts by `line`, or by messages through `interrupts`.
+    /// A card that is attached to `backend`. It interrupts by `line`, or by messages through `interrupts`. `rom`: by which
+    /// firmware boots from it; empty: none.
     pub fn new(
         model: Model,
         mac: Mac,
+        rom: &[u8],
         backend: Box<dyn Backend>,
         memory: &View,
         interrupts: Arc<dyn engine::Interrupts>,
@@ -75,6 +78,7 @@ impl NetworkCard {
             }
         };
         config.add_bar(ports, BarKind::Io, ports_size)?;
+        let rom = OptionRom::add(rom, &mut config)?;
         let host = |what| move |source| Error::Host { what, source };
         let kick = Event::new().map_err(host("event"))?;
         let endpoint = Endpoint::new(config, 0, model == Model::E1000e, line, interrupts.clone())?;
@@ -88,6 +92,7 @@ impl NetworkCard {
             registers: Arc::new(Registers(card.clone())),
             ports: (ports, Arc::new(Ports { card: card.clone(), address: Mutex::new(0) })),
             table: Arc::new(Table(card.clone())),
+            rom,
             card,
             _worker: worker,
         }))
@@ -120,6 +125,7 @@ impl PciFunction for NetworkCard {
             REGISTERS => Some(self.registers.clone()),
             index if index == self.ports.0 => Some(self.ports.1.clone()),
             TABLE => Some(self.table.clone()),
+            ROM_BAR => self.rom.clone().map(|rom| rom as Arc<dyn Device>),
             FLASH_E1000E => Some(Arc::new(NoFlash)),
             _ => None,
         }

@@ -117,7 +117,7 @@ impl Bench {
         let wire = Arc::new(Wire { sent: Mutex::default(), waiting: Mutex::default(), event: Event::new().unwrap() });
         let line = chipset.connect_pci(SLOT, 0);
         let end = Box::new(End(wire.clone()));
-        let card = NetworkCard::new(model, MAC, end, ram.view(), recorder.clone(), line).unwrap();
+        let card = NetworkCard::new(model, MAC, &[], end, ram.view(), recorder.clone(), line).unwrap();
         chipset.insert_pci(SLOT, 0, card.clone()).unwrap();
         let bench = Bench { chipset, ram, recorder, wire, card };
         bench.config(0x10, BASE as u32);

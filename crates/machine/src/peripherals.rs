@@ -21,6 +21,8 @@ const SOUTH_BRIDGE: u8 = 0x1f;
 pub struct Card {
     pub model: ethernet::Model,
     pub mac: net::Mac,
+    /// The option ROM by which firmware boots from it; empty: none.
+    pub rom: Vec<u8>,
     pub backend: Box<dyn net::Backend>,
 }
 
@@ -81,8 +83,8 @@ impl Peripherals {
         }
         for (number, card) in (first_free..).zip(self.cards) {
             let line = chipset.connect_pci(number, 0);
-            let Card { model, mac, backend } = card;
-            let card = NetworkCard::new(model, mac, backend, memory, engine.interrupts(), line)?;
+            let Card { model, mac, rom, backend } = card;
+            let card = NetworkCard::new(model, mac, &rom, backend, memory, engine.interrupts(), line)?;
             chipset.insert_pci(number, 0, card.clone())?;
             functions.push(card);
         }

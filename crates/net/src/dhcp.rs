@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use smoltcp::wire::DhcpPacket;
 
-use crate::packet::{BROADCAST, Mac, Route, UDP};
+use crate::packet::{BROADCAST, Mac, Route};
 use crate::{plan, udp};
 
 pub const SERVER_PORT: u16 = 67;
@@ -12,6 +12,7 @@ const CLIENT_PORT: u16 = 68;
 
 /// RFC 2131, 2: the fixed part, and what its options begin with.
 const FIXED_LENGTH: usize = 236;
+const FILE: std::ops::Range<usize> = 108..236;
 const MAGIC: [u8; 4] = [99, 130, 83, 99];
 /// A reply is at least as long as BOOTP's (RFC 1542, 2.1).
 const LEAST_LENGTH: usize = 300;
@@ -36,17 +37,20 @@ mod option {
     pub const MESSAGE_TYPE: u8 = 53;
     pub const SERVER: u8 = 54;
     pub const CLIENT_ID: u8 = 61;
+    pub const BOOT_FILE: u8 = 67;
     pub const END: u8 = 255;
 }
 
 /// What the server tells beside addresses that are always the same.
-pub struct Facts {
+pub struct Facts<'a> {
     pub mtu: u16,
     pub resolvers: usize,
+    /// What firmware is to boot.
+    pub boot_file: Option<&'a str>,
 }
 
 /// The frame that answers a request, the payload of a datagram to port 67.
-pub fn answer(request: &[u8], facts: &Facts) -> Option<Vec<u8>> {
+pub fn answer(request: &[u8], facts: &Facts<'_>) -> Option<Vec<u8>> {
     let packet = DhcpPacket::new_checked(request).ok()?;
     // Only clients on this link, which is Ethernet (hardware type 1, RFC 2131, 2).
     if *request.first_chunk::<3>()? != [1, 1, 6] || request.get(FIXED_LENGTH..)?.first_chunk()? != &MAGIC {
@@ -85,7 +89,7 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    fn reply(&self, kind: u8, facts: &Facts) -> Option<Vec<u8>> {
+    fn reply(&self, kind: u8, facts: &Facts<'_>) -> Option<Vec<u8>> {
         let mut message = vec![0; FIXED_LENGTH];
         // op, htype, hlen, hops; xid; flags of the request.
         message[..4].copy_from_slice(&[2, 1, 6, 0]);
@@ -106,6 +110,13 @@ impl Client<'_> {
             let servers: Vec<u8> = (0..facts.resolvers).flat_map(|index| plan::resolver4(index).octets()).collect();
             put(&mut message, option::NAME_SERVER, &servers);
             put(&mut message, option::MTU, &facts.mtu.to_be_bytes());
+            if let Some(name) = facts.boot_file {
+                // The field ends with a zero; what is longer only the option holds (RFC 2132, 9.5).
+                if name.len() < FILE.len() {
+                    message[FILE.start..FILE.start + name.len()].copy_from_slice(name.as_bytes());
+                }
+                put(&mut message, option::BOOT_FILE, name.as_bytes());
+            }
             // Who only asks for facts has an address of its own (RFC 2131, 4.3.5).
             if kind == OFFER || self.address.is_unspecified() || self.address == plan::GUEST4 {
                 message[16..20].copy_from_slice(&plan::GUEST4.octets());
@@ -121,11 +132,7 @@ impl Client<'_> {
         let destination = if unicast { self.address } else { Ipv4Addr::BROADCAST };
         let guest = if unicast { self.mac } else { BROADCAST };
         let route = Route { guest, source: plan::GATEWAY4.into(), destination: destination.into() };
-        let datagram = udp::datagram(route, SERVER_PORT, CLIENT_PORT, &message);
-        let mut frame = Vec::new();
-        route.write(&mut frame, UDP, datagram.len());
-        frame.extend_from_slice(&datagram);
-        Some(frame)
+        Some(udp::frame(route, SERVER_PORT, CLIENT_PORT, &message))
     }
 }
 
@@ -141,7 +148,7 @@ mod tests {
     use super::*;
     use crate::packet::{Ethernet, Ip};
 
-    const FACTS: Facts = Facts { mtu: 1500, resolvers: 2 };
+    const FACTS: Facts = Facts { mtu: 1500, resolvers: 2, boot_file: None };
 
     fn request(kind: u8, options: &[(u8, &[u8])]) -> Vec<u8> {
         let mut message = vec![0; FIXED_LENGTH];
@@ -185,6 +192,18 @@ mod tests {
         }
         let ack = answer(&request(REQUEST, &[(option::REQUESTED_ADDRESS, &[10, 0, 2, 15])]), &FACTS).unwrap();
         assert!(options(&ack).1.contains(&(option::MESSAGE_TYPE, vec![ACK])));
+    }
+
+    #[test]
+    fn firmware_learns_what_to_boot_and_from_where() {
+        for (name, in_field) in [("pxelinux.0".to_owned(), true), ("x".repeat(127), true), ("x".repeat(255), false)] {
+            let facts = Facts { boot_file: Some(&name), ..FACTS };
+            let (message, found) = options(&answer(&request(DISCOVER, &[]), &facts).unwrap());
+            assert_eq!(message[20..24], [10, 0, 2, 2]);
+            assert_eq!(message[FILE].starts_with(name.as_bytes()), in_field);
+            assert_eq!(message[FILE.end - 1], 0);
+            assert!(found.contains(&(option::BOOT_FILE, name.into_bytes())));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A card (crate `virtio`) knows a [`Backend`]: frames go in by [`Backend::send`] and come out by [`Backend::receive`].
 //! There are two:
 //! - [`UserNet`] is a whole small network inside this process that needs no privilege: a gateway that answers ARP,
-//!   neighbour discovery, DHCP and pings, and turns the guest's connections into connections of ordinary sockets.
+//!   neighbour discovery, DHCP, TFTP and pings, and turns the guest's connections into connections of ordinary sockets.
 //! - [`Tap`] is a network interface of the host.
 //!
 //! The data flow to follow is [`UserNet::send`] → `packet` → `tcp` | `udp` | `icmp` → a socket, and from a socket by
@@ -48,6 +48,7 @@ mod poller;
 mod resolver;
 mod tap;
 mod tcp;
+mod tftp;
 mod udp;
 mod user;
 
@@ -68,6 +69,8 @@ pub enum Error {
     Forward { forward: Forward, source: std::io::Error },
     #[error("can't attach to the tap interface {name:?}: {source}{}", tap_hint(source))]
     Tap { name: String, source: std::io::Error },
+    #[error("can't serve the directory {} by TFTP: {source}", path.display())]
+    Tftp { path: std::path::PathBuf, source: std::io::Error },
     #[error("can't watch sockets: {0}")]
     Poller(std::io::Error),
 }

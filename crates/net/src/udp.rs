@@ -83,6 +83,15 @@ pub fn datagram(route: Route, source: u16, destination: u16, payload: &[u8]) -> 
     datagram
 }
 
+/// A frame with a whole datagram, which is no longer than the link takes.
+pub fn frame(route: Route, source: u16, destination: u16, payload: &[u8]) -> Vec<u8> {
+    let datagram = datagram(route, source, destination, payload);
+    let mut frame = Vec::new();
+    route.write(&mut frame, UDP, datagram.len());
+    frame.extend_from_slice(&datagram);
+    frame
+}
+
 fn write_header(buffer: &mut Vec<u8>, source: u16, destination: u16, payload: usize) {
     buffer.extend_from_slice(&source.to_be_bytes());
     buffer.extend_from_slice(&destination.to_be_bytes());

@@ -19,6 +19,7 @@ use crate::plan::{self, Place};
 use crate::poller::{self, Poller, Source};
 use crate::resolver::Resolvers;
 use crate::tcp::Tcp;
+use crate::tftp::Tftp;
 use crate::udp::{Datagram, Side, Udp};
 use crate::{Backend, Error, Forward, Header, Offloads, Protocol, Sink, dhcp};
 
@@ -40,6 +41,11 @@ pub struct UserConfig {
     pub mtu: u16,
     /// The card's hardware address.
     pub mac: Mac,
+    /// The directory whose files the gateway serves by TFTP.
+    pub tftp: Option<PathBuf>,
+    /// What DHCP tells firmware to boot: a file of the gateway's TFTP server, or what else a boot loader understands. At
+    /// most 255 bytes.
+    pub boot_file: Option<String>,
     /// Where the host's name servers are listed.
     pub resolv_conf: PathBuf,
 }
@@ -47,7 +53,15 @@ pub struct UserConfig {
 impl UserConfig {
     /// The usual one for a card.
     pub fn new(mac: Mac) -> Self {
-        UserConfig { forwards: Vec::new(), restrict: false, mtu: 1500, mac, resolv_conf: "/etc/resolv.conf".into() }
+        UserConfig {
+            forwards: Vec::new(),
+            restrict: false,
+            mtu: 1500,
+            mac,
+            tftp: None,
+            boot_file: None,
+            resolv_conf: "/etc/resolv.conf".into(),
+        }
     }
 }
 
@@ -63,6 +77,8 @@ pub struct UserNet {
     reassembly: Reassembly,
     tcp: Tcp,
     udp: Udp,
+    tftp: Option<Tftp>,
+    boot_file: Option<String>,
     pings: Pings,
     housekeeping: Instant,
     /// There was more for the guest than one call of `receive` is to hand over.
@@ -83,6 +99,7 @@ impl UserNet {
                 Protocol::Udp => udp.listen(forward, &poller)?,
             }
         }
+        let tftp = config.tftp.map(Tftp::new).transpose()?;
         Ok(UserNet {
             restrict: config.restrict,
             mtu: config.mtu.max(1280),
@@ -94,6 +111,8 @@ impl UserNet {
             reassembly: Reassembly::default(),
             tcp,
             udp,
+            tftp,
+            boot_file: config.boot_file,
             pings: Pings::default(),
             housekeeping: now,
             unfinished: false,
@@ -165,6 +184,12 @@ impl UserNet {
             (packet::TCP, _) => self.tcp.input(ip, complete, from, real, &self.poller, &mut self.outbox),
             (packet::UDP, _) => {
                 let Some(datagram) = Datagram::parse(ip, complete) else { return Ok(()) };
+                let side = Side { offloads: self.offloads, mtu: self.mtu.into(), now };
+                if let (Place::Gateway, Some(tftp)) = (place, &mut self.tftp)
+                    && tftp.input(&datagram, from, side, &mut self.outbox)
+                {
+                    return Ok(());
+                }
                 self.udp.send(&datagram, from, || real(datagram.destination), &self.poller, now)
             }
             (packet::ICMP4, IpAddr::V4(_)) | (packet::ICMP6, IpAddr::V6(_)) => {
@@ -193,7 +218,8 @@ impl UserNet {
         if datagram.destination.port() != dhcp::SERVER_PORT {
             return false;
         }
-        let facts = dhcp::Facts { mtu: self.mtu, resolvers: self.resolvers.servers().len() };
+        let boot_file = self.boot_file.as_deref();
+        let facts = dhcp::Facts { mtu: self.mtu, resolvers: self.resolvers.servers().len(), boot_file };
         if let Some(answer) = dhcp::answer(datagram.payload, &facts) {
             self.outbox.push(answer);
         }
@@ -227,6 +253,7 @@ impl UserNet {
         self.housekeeping = now + HOUSEKEEPING;
         self.udp.expire(now);
         self.pings.expire(now);
+        self.tftp.iter_mut().for_each(|tftp| tftp.expire(now));
         let neighbours = &self.neighbours;
         self.tcp.accept_all(&self.poller, |address| neighbours.find(address));
         if self.advertisement.is_none_or(|due| due <= now) {
@@ -332,6 +359,7 @@ impl Backend for UserNet {
         self.tcp.clear();
         self.udp.clear();
         self.pings.clear();
+        self.tftp.iter_mut().for_each(Tftp::clear);
         self.advertisement = None;
     }
 }

@@ -119,7 +119,7 @@ pub struct RunArgs {
     /// Memory that the guest is asked to do without, if it can; what it does not use, the host gets back anyway
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub balloon: u64,
-    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on], tap[,name=T], both with [,model=virtio|e1000|e1000e][,mac=M], or none; repeatable [default: user]
+    /// A network card: user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,tftp=DIR][,bootfile=NAME], tap[,name=T], both with [,model=virtio|e1000|e1000e][,mac=M][,rom=FILE|none], or none; repeatable [default: user]
     #[arg(long, value_name = "NET", value_parser = net::parse)]
     pub net: Vec<NetArg>,
     /// A floppy drive with a disk image in it: IMG[,ro], or none for an empty drive; twice for two

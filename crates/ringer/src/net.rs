@@ -1,5 +1,8 @@
 //! `--net`: what may be typed, and the card that comes of it.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use ::net::{Backend, Forward, Mac, Tap, UserConfig, UserNet};
@@ -13,7 +16,18 @@ pub struct NetArg {
     /// `None`: paravirtual.
     model: Option<CardModel>,
     mac: Option<Mac>,
+    rom: Rom,
     to: Attachment,
+}
+
+/// The option ROM by which firmware boots from a card.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Rom {
+    /// The one that is installed for the model, if there is one.
+    #[default]
+    Installed,
+    File(PathBuf),
+    Nothing,
 }
 
 /// What a card is attached to.
@@ -22,6 +36,8 @@ enum Attachment {
     User {
         forwards: Vec<Forward>,
         restrict: bool,
+        tftp: Option<PathBuf>,
+        boot_file: Option<String>,
     },
     Tap {
         name: String,
@@ -32,17 +48,22 @@ enum Attachment {
 
 impl Default for Attachment {
     fn default() -> Self {
-        Attachment::User { forwards: Vec::new(), restrict: false }
+        Attachment::User { forwards: Vec::new(), restrict: false, tftp: None, boot_file: None }
     }
 }
 
-const ALLOWED: &str = "allowed are user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on], tap[,name=INTERFACE] and none, \
-                       each but the last with [,model=virtio|e1000|e1000e][,mac=M]";
+const ALLOWED: &str = "allowed are user[,hostfwd=tcp:127.0.0.1:2222-:22][,restrict=on][,tftp=DIR][,bootfile=NAME], \
+                       tap[,name=INTERFACE] and none, each but the last with \
+                       [,model=virtio|e1000|e1000e][,mac=M][,rom=FILE|none]";
 
 /// Addresses of cards that none was given for: locally administered ones that people know from QEMU.
 const FIRST_MAC: Mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
-/// Parses `user[,hostfwd=...][,restrict=on]` or `tap[,name=...]`, both with `[,model=...][,mac=...]`, or `none`.
+/// What an option of DHCP holds (RFC 2132, 2).
+const LONGEST_BOOT_FILE: usize = 255;
+
+/// Parses `user[,hostfwd=...][,restrict=on][,tftp=...][,bootfile=...]` or `tap[,name=...]`, both with `[,model=...][,mac=...][,rom=...]`, or
+/// `none`.
 pub fn parse(text: &str) -> Result<NetArg, String> {
     let mut settings = text.split(',');
     let kind = settings.next().unwrap_or_default();
@@ -61,6 +82,14 @@ pub fn parse(text: &str) -> Result<NetArg, String> {
             (_, "model", "virtio") if is_card => arg.model = None,
             (_, "model", "e1000") if is_card => arg.model = Some(CardModel::E1000),
             (_, "model", "e1000e") if is_card => arg.model = Some(CardModel::E1000e),
+            (_, "rom", "none") if is_card => arg.rom = Rom::Nothing,
+            (_, "rom", file) if is_card && !file.is_empty() => arg.rom = Rom::File(file.into()),
+            (Attachment::User { tftp, .. }, "tftp", directory) if !directory.is_empty() => {
+                *tftp = Some(directory.into());
+            }
+            (Attachment::User { boot_file, .. }, "bootfile", name) if (1..=LONGEST_BOOT_FILE).contains(&name.len()) => {
+                *boot_file = Some(name.into());
+            }
             (Attachment::User { forwards, .. }, "hostfwd", value) => forwards.push(value.parse()?),
             (Attachment::User { restrict, .. }, "restrict", "on") => *restrict = true,
             (Attachment::User { restrict, .. }, "restrict", "off") => *restrict = false,
@@ -79,12 +108,62 @@ fn parse_mac(text: &str) -> Result<Mac, String> {
         .ok_or_else(|| format!("\"{text}\" is not the hardware address of a card, such as 52:54:00:12:34:56"))
 }
 
+/// Why there are no cards.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("--net: {0}")]
+    Backend(#[from] ::net::Error),
+    #[error("--net rom={}: {source}", path.display())]
+    Rom { path: PathBuf, source: io::Error },
+    #[error("--net rom={}: it is no option ROM, which begins with 55 AA and has at most 16 MiB", path.display())]
+    NotRom { path: PathBuf },
+}
+
+/// Where distributions put iPXE's option ROMs, by their name for the card: for a BIOS and EFI, else for a BIOS alone.
+const ROMS: [(&str, &str); 4] = [
+    ("/usr/lib/ipxe/qemu/efi-", ".rom"),
+    ("/usr/share/qemu/efi-", ".rom"),
+    ("/usr/lib/ipxe/qemu/pxe-", ".rom"),
+    ("/usr/share/qemu/pxe-", ".rom"),
+];
+const LARGEST_ROM: u64 = 16 << 20;
+
+impl NetArg {
+    /// What firmware finds on the card.
+    fn option_rom(&self) -> Result<Vec<u8>, Error> {
+        let path = match &self.rom {
+            Rom::Nothing => return Ok(Vec::new()),
+            Rom::File(path) => path.clone(),
+            Rom::Installed => {
+                let model = match self.model {
+                    None => "virtio",
+                    Some(CardModel::E1000) => "e1000",
+                    Some(CardModel::E1000e) => "e1000e",
+                };
+                let paths = ROMS.iter().map(|(before, after)| PathBuf::from(format!("{before}{model}{after}")));
+                match paths.into_iter().find(|path| path.exists()) {
+                    Some(path) => path,
+                    None => return Ok(Vec::new()),
+                }
+            }
+        };
+        let read = || {
+            let mut rom = Vec::new();
+            File::open(&path)?.take(LARGEST_ROM + 1).read_to_end(&mut rom)?;
+            Ok(rom)
+        };
+        let rom = read().map_err(|source| Error::Rom { path: path.clone(), source })?;
+        let right = rom.starts_with(&[0x55, 0xaa]) && rom.len() as u64 <= LARGEST_ROM;
+        if right { Ok(rom) } else { Err(Error::NotRom { path }) }
+    }
+}
+
 /// Paravirtual cards, and those of real makes.
 pub type Cards = (Vec<Arc<dyn VirtioDevice>>, Vec<Card>);
 
 /// Makes the cards; a paravirtual one on a tap interface with a pair of queues for each processor. Nothing asked for is
-/// one paravirtual card on the user network.
-pub fn devices(args: &[NetArg], cpus: u32) -> Result<Cards, ::net::Error> {
+/// one paravirtual card on the user network. `firmware`: there is some that may boot from them.
+pub fn devices(args: &[NetArg], cpus: u32, firmware: bool) -> Result<Cards, Error> {
     let usual = [NetArg::default()];
     let args = if args.is_empty() { &usual } else { args };
     let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
@@ -102,15 +181,22 @@ pub fn devices(args: &[NetArg], cpus: u32) -> Result<Cards, ::net::Error> {
                 tracing::info!("a network card is attached to the tap interface {name}");
                 (taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect(), None)
             }
-            Attachment::User { forwards, restrict } => {
-                let config = UserConfig { forwards: forwards.clone(), restrict: *restrict, ..UserConfig::new(mac) };
+            Attachment::User { forwards, restrict, tftp, boot_file } => {
+                let config = UserConfig {
+                    forwards: forwards.clone(),
+                    restrict: *restrict,
+                    tftp: tftp.clone(),
+                    boot_file: boot_file.clone(),
+                    ..UserConfig::new(mac)
+                };
                 let mtu = config.mtu;
                 (vec![Box::new(UserNet::new(config)?)], Some(mtu))
             }
         };
+        let rom = if firmware { arg.option_rom()? } else { Vec::new() };
         match arg.model {
-            None => devices.push(Arc::new(Net::new(mac, mtu, backends))),
-            Some(model) => cards.extend(backends.pop().map(|backend| Card { model, mac, backend })),
+            None => devices.push(Arc::new(Net::new(mac, mtu, backends).with_option_rom(rom))),
+            Some(model) => cards.extend(backends.pop().map(|backend| Card { model, mac, rom, backend })),
         }
     }
     Ok((devices, cards))
@@ -123,10 +209,27 @@ mod tests {
     #[test]
     fn user_networks_have_settings() {
         let arg = parse("user,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53,restrict=on,mac=52:54:00:aa:bb:cc").unwrap();
-        let Attachment::User { forwards, restrict } = arg.to else { panic!() };
+        let Attachment::User { forwards, restrict, .. } = arg.to else { panic!() };
         assert_eq!((arg.mac, forwards.len(), restrict), (Some([0x52, 0x54, 0, 0xaa, 0xbb, 0xcc]), 2, true));
         assert_eq!(parse("none").unwrap().to, Attachment::Nothing);
         assert_eq!(parse("tap,model=e1000e").unwrap().model, Some(CardModel::E1000e));
+    }
+
+    #[test]
+    fn cards_boot_by_the_rom_that_is_named_or_none() {
+        let arg = parse("user,tftp=/srv/tftp,bootfile=http://10.0.2.2:8000/boot.ipxe,rom=none").unwrap();
+        assert!(arg.option_rom().unwrap().is_empty());
+        let Attachment::User { tftp, boot_file, .. } = arg.to else { panic!() };
+        assert_eq!((tftp, boot_file), (Some("/srv/tftp".into()), Some("http://10.0.2.2:8000/boot.ipxe".into())));
+        assert!(parse(&format!("user,bootfile={}", "x".repeat(256))).is_err());
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("card.rom");
+        let rom = || parse(&format!("tap,rom={}", file.display())).unwrap().option_rom();
+        assert!(rom().unwrap_err().to_string().contains("card.rom"));
+        std::fs::write(&file, [0xaa, 0x55]).unwrap();
+        assert!(rom().unwrap_err().to_string().contains("no option ROM"));
+        std::fs::write(&file, [0x55, 0xaa, 4]).unwrap();
+        assert_eq!(rom().unwrap(), [0x55, 0xaa, 4]);
     }
 
     #[test]
@@ -139,6 +242,11 @@ mod tests {
             "user,restrict=maybe",
             "none,mac=1",
             "none,model=e1000",
+            "none,rom=none",
+            "user,rom=",
+            "user,tftp=",
+            "user,bootfile=",
+            "tap,tftp=/srv",
             "user,model=ne2000",
             "user,mac=1:2:3:4:5:6",
             "user,mac=ff:ff:ff:ff:ff:ff",

@@ -40,8 +40,8 @@ pub enum Error {
     Disk(#[from] block::Error),
     #[error("{0}")]
     NoPlace(#[from] disk::Full),
-    #[error("--net: {0}")]
-    Net(#[from] ::net::Error),
+    #[error(transparent)]
+    Net(#[from] net::Error),
     #[error(transparent)]
     Guest(#[from] guest::Error),
     #[error("{flag} file:{}: {source}", path.display())]
@@ -87,6 +87,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         stats: args.stats,
     };
     let selection = select_engine(args.accel, &ram, translator)?;
+    let has_firmware = firmware.is_some();
     let plan = match firmware {
         Some(firmware) => Plan::Firmware(firmware),
         None => Plan::Kernel(boot_source(&args, disks.first(), vga.is_some())?),
@@ -143,7 +144,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
-    let (paravirtual, cards) = net::devices(&args.net, args.cpus)?;
+    let (paravirtual, cards) = net::devices(&args.net, args.cpus, has_firmware)?;
     for device in paravirtual {
         devices.push(device);
         boot_order.push((Kind::Network, boot_path::network(devices.len())));

@@ -44,6 +44,10 @@ pub trait VirtioDevice: Send + Sync {
     fn queue_sizes(&self) -> &[u16];
     /// The device's own features: bits 0 to 23 and 50 up. The transport adds what belongs to rings and transport.
     fn features(&self) -> u64;
+    /// The option ROM by which firmware uses the device; empty: none.
+    fn option_rom(&self) -> &[u8] {
+        &[]
+    }
     /// Reads the configuration space. What lies beyond its end reads as zeros.
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Writes the configuration space; most devices have nothing to be written there.

@@ -6,12 +6,14 @@ mod endpoint;
 mod host_bridge;
 mod lpc_bridge;
 pub mod msix;
+mod rom;
 
 pub use bus::{ConfigPorts, Ecam, PciBus, PciFunction};
 pub use config::{BarKind, BarWindow, CONFIG_SIZE, ConfigSpace, Identity, ROM_BAR};
 pub use endpoint::Endpoint;
 pub use host_bridge::HostBridge;
 pub use lpc_bridge::LpcBridge;
+pub use rom::OptionRom;
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ::memory::Window;
 use chipset::Device;
-use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, PciFunction, ROM_BAR};
+use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, OptionRom, PciFunction, ROM_BAR};
 
 use super::edid::edid;
 use super::registers::FIRST_PORT;
@@ -29,7 +29,7 @@ const REGISTERS_SIZE: u64 = 0x1000;
 pub struct VgaFunction {
     config: Mutex<ConfigSpace>,
     vga: Arc<Vga>,
-    rom: Arc<Rom>,
+    rom: Option<Arc<OptionRom>>,
     /// Where processors reach video memory without asking.
     framebuffer: Window,
 }
@@ -39,13 +39,9 @@ impl VgaFunction {
         let mut config = ConfigSpace::new(IDENTITY);
         config.add_bar(FRAMEBUFFER_BAR, BarKind::Memory32Prefetchable, memory::SIZE)?;
         config.add_bar(REGISTERS_BAR, BarKind::Memory32, REGISTERS_SIZE)?;
-        let mut image = rom.to_vec();
-        if !rom.is_empty() {
-            image.resize(rom.len().next_power_of_two().max(0x800), 0);
-            config.add_rom(image.len() as u64)?;
-        }
+        let rom = OptionRom::add(rom, &mut config)?;
         let framebuffer = vga.memory.window()?;
-        Ok(Arc::new(VgaFunction { config: Mutex::new(config), vga, rom: Arc::new(Rom(image)), framebuffer }))
+        Ok(Arc::new(VgaFunction { config: Mutex::new(config), vga, rom, framebuffer }))
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -81,7 +77,7 @@ impl PciFunction for VgaFunction {
         match index {
             FRAMEBUFFER_BAR => Some(Arc::new(Framebuffer(self.vga.clone()))),
             REGISTERS_BAR => Some(Arc::new(RegisterWindow(self.vga.clone()))),
-            ROM_BAR => Some(self.rom.clone()),
+            ROM_BAR => self.rom.clone().map(|rom| rom as Arc<dyn Device>),
             _ => None,
         }
     }
@@ -174,24 +170,6 @@ impl Device for RegisterWindow {
             _ => {}
         }
     }
-
-    fn reset(&self) {}
-}
-
-/// The option ROM, with zeros up to a power of two.
-struct Rom(Vec<u8>);
-
-impl Device for Rom {
-    fn width(&self) -> usize {
-        64
-    }
-
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        data.iter_mut().zip(self.0.iter().skip(offset as usize)).for_each(|(to, from)| *to = *from);
-    }
-
-    fn write(&self, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {}
 }

@@ -61,6 +61,8 @@ fn seeds(port: u16) -> Vec<Vec<u8>> {
         tcp(0x04),
         from_guest("10.0.2.15:5000", &format!("10.0.2.2:{port}"), b"payload"),
         from_guest("10.0.2.15:68", "10.0.2.2:67", &dhcp),
+        from_guest("10.0.2.15:2000", "10.0.2.2:69", b"\0\x01lib.rs\0octet\0blksize\x001432\0windowsize\x0064\0"),
+        from_guest("10.0.2.15:2000", "10.0.2.2:49152", &[0, 4, 0, 0]),
         from_guest("[fd52:696e:6765:72::15]:5000", &format!("[fd52:696e:6765:72::2]:{port}"), b"payload"),
         ethernet(0x0806, &arp),
         ethernet(0x86dd, &neighbour),
@@ -71,7 +73,7 @@ fn seeds(port: u16) -> Vec<Vec<u8>> {
 fn no_frame_of_the_guest_does_harm() {
     let server = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = server.local_addr().unwrap().port();
-    let mut guest = Guest::new(|_| {});
+    let mut guest = Guest::new(|config| config.tftp = Some(concat!(env!("CARGO_MANIFEST_DIR"), "/src").into()));
     let seeds = seeds(port);
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     for round in 0..200_000 {

@@ -3,4 +3,5 @@
 mod guest;
 mod hostile;
 mod tcp;
+mod tftp;
 mod udp;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::guest::{GUEST6, Guest, MAC};
 use crate::fragments::Reassembly;
-use crate::packet::{Ethernet, Ip, Route, UDP};
+use crate::packet::{Ethernet, Ip, Route};
 use crate::plan::GATEWAY_MAC;
 use crate::{Forward, udp};
 
@@ -13,16 +13,13 @@ use crate::{Forward, udp};
 pub fn from_guest(source: &str, destination: &str, payload: &[u8]) -> Vec<u8> {
     let (source, destination): (SocketAddr, SocketAddr) = (source.parse().unwrap(), destination.parse().unwrap());
     let route = Route { guest: GATEWAY_MAC, source: source.ip(), destination: destination.ip() };
-    let datagram = udp::datagram(route, source.port(), destination.port(), payload);
-    let mut frame = Vec::new();
-    route.write(&mut frame, UDP, datagram.len());
-    frame.extend_from_slice(&datagram);
+    let mut frame = udp::frame(route, source.port(), destination.port(), payload);
     frame[6..12].copy_from_slice(&MAC);
     frame
 }
 
 /// Source and payload of the datagram for the guest in a frame.
-fn read(frame: &[u8]) -> (SocketAddr, Vec<u8>) {
+pub fn read(frame: &[u8]) -> (SocketAddr, Vec<u8>) {
     let ethernet = Ethernet::parse(frame).unwrap();
     assert_eq!(ethernet.destination, MAC);
     let ip = Ip::parse4(ethernet.payload).or_else(|| Ip::parse6(ethernet.payload)).unwrap();

@@ -58,6 +58,7 @@ pub struct Net {
     offloads: Offloads,
     mtu: Option<u16>,
     queue_sizes: Vec<u16>,
+    option_rom: Vec<u8>,
     workers: Mutex<Vec<Worker>>,
 }
 
@@ -97,8 +98,14 @@ impl Net {
             offloads: offloads.unwrap_or_default(),
             mtu,
             queue_sizes,
+            option_rom: Vec::new(),
             workers: Mutex::default(),
         }
+    }
+
+    /// The same with a ROM by which firmware boots from it.
+    pub fn with_option_rom(self, option_rom: Vec<u8>) -> Self {
+        Net { option_rom, ..self }
     }
 
     /// The configuration space (5.1.4) up to `mtu`.
@@ -144,6 +151,10 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
+    fn option_rom(&self) -> &[u8] {
+        &self.option_rom
+    }
+
     fn device_type(&self) -> DeviceType {
         DeviceType::Net
     }

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chipset::pci::msix::ENTRY_SIZE;
-use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, PciFunction};
+use chipset::pci::{BarKind, BarWindow, ConfigSpace, Identity, OptionRom, PciFunction, ROM_BAR};
 use chipset::{Device, InterruptLine};
 use engine::Doorbells;
 use memory::View;
@@ -67,6 +67,7 @@ pub struct VirtioPci {
     config: Mutex<ConfigSpace>,
     places: Places,
     window: Arc<Window>,
+    rom: Option<Arc<OptionRom>>,
 }
 
 impl VirtioPci {
@@ -85,12 +86,13 @@ impl VirtioPci {
         let host = |source| Error::Host { device: kind.name(), what: "can't make an event", source };
         let kicks: Result<Vec<_>, _> = (0..queues).map(|_| Event::new().map(Arc::new)).collect();
         let kicks = kicks.map_err(host)?;
-        let (config, places) = config_space(kind, queues)?;
+        let (mut config, places) = config_space(kind, queues)?;
+        let rom = OptionRom::add(device.option_rom(), &mut config)?;
         let interrupter = Arc::new(Interrupter::new(interrupts, line, queues));
         let memory = Arc::new(memory.clone());
         let common = Mutex::new(Common::new(device.clone(), memory, interrupter.clone(), kicks.clone()));
         let window = Arc::new(Window { common, device, interrupter, kicks, bells: Mutex::default() });
-        Ok(Arc::new(VirtioPci { config: Mutex::new(config), places, window }))
+        Ok(Arc::new(VirtioPci { config: Mutex::new(config), places, window, rom }))
     }
 
     /// From now on notifications by the driver go through `doorbells`. To be called before the function is on a bus.
@@ -218,7 +220,10 @@ impl PciFunction for VirtioPci {
     }
 
     fn bar(&self, index: usize) -> Option<Arc<dyn Device>> {
-        (index == usize::from(BAR)).then(|| self.window.clone() as Arc<dyn Device>)
+        match index {
+            ROM_BAR => self.rom.clone().map(|rom| rom as Arc<dyn Device>),
+            index => (index == usize::from(BAR)).then(|| self.window.clone() as Arc<dyn Device>),
+        }
     }
 
     fn reset(&self) {
