@@ -111,7 +111,7 @@ pub struct Bounce {
     /// Where the block goes on.
     resume: u64,
     next_rip: u64,
-    block: crate::cache::BlockId,
+    block: Option<crate::cache::BlockId>,
 }
 
 impl Default for Bounce {
@@ -126,7 +126,7 @@ impl Default for Bounce {
             mask: u64::MAX,
             resume: 0,
             next_rip: 0,
-            block: crate::cache::BlockId::default(),
+            block: None,
         }
     }
 }
@@ -534,7 +534,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     bounce.mask = bytes;
     bounce.resume = site.end;
     bounce.next_rip = site.insn.next_ip();
-    bounce.block = site.block;
+    bounce.block = Some(site.block);
     cpu.engine.bounce_at = buffer_at;
     Accessed { host, left: 0 }
 }
@@ -593,7 +593,7 @@ pub(crate) extern "C" fn access_bounced(cpu: &mut Vcpu) -> i32 {
         }
     }
     let bounce = &cpu.engine.bounce;
-    if cpu.pending_debug != 0 || !cpu.engine.cache.is_live(bounce.block) || cpu.mode_is_single() {
+    if cpu.pending_debug != 0 || !bounce.block.is_some_and(|id| cpu.engine.cache.is_live(id)) || cpu.mode_is_single() {
         cpu.rip = bounce.next_rip;
         return Left::Event as i32;
     }
@@ -633,11 +633,10 @@ impl Vcpu {
     pub fn site_at(&self, address: u64) -> Option<SiteInfo> {
         let (id, offset) = self.engine.cache.find_by_host(address)?;
         let (block, body) = self.engine.cache.block(id)?;
-        let site = body.sites[body.sites.binary_search_by_key(&offset, |s| s.return_offset).ok()?];
-        let point = body.points.get(site.point as usize)?;
+        let (point, end, parked) = body.record.site(offset)?;
         let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
-        let end = self.engine.cache.host_address(block.start(), site.end);
-        Some(SiteInfo { block: id, insn, bytes, parked: site.parked, end })
+        let end = self.engine.cache.host_address(block.start(), end);
+        Some(SiteInfo { block: id, insn, bytes, parked, end })
     }
 }
 

@@ -12,6 +12,7 @@ use memory::PAGE_SIZE;
 
 use crate::code_memory::{jump_index, jump_key};
 use crate::mode::{CodeSegment, Mode};
+use crate::record::Record;
 
 /// Where code comes from, whatever address it is mapped at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,7 +35,7 @@ impl Origin {
 }
 
 /// Where a guest instruction's host code begins.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Point {
     pub host_offset: u16,
     pub guest_offset: u16,
@@ -43,19 +44,17 @@ pub struct Point {
 }
 
 /// A slow-path call of a memory access.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
     /// Where the call returns to.
     pub return_offset: u16,
-    /// Where the instruction's host code ends.
-    pub end: u16,
     /// Index of the instruction's [`Point`].
     pub point: u8,
     pub parked: bool,
 }
 
 /// A direct branch to a guest address in the same page.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
     /// The stub that leaves to the dispatcher, and where its call returns to.
     pub stub_offset: u16,
@@ -86,6 +85,9 @@ pub enum Field {
 }
 
 impl Field {
+    pub const ALL: [Field; 6] =
+        [Field::Address32, Field::AddressSigned, Field::Address64, Field::JumpIndex, Field::HostWord, Field::Sensitive];
+
     /// The field depends on the guest address of the code, not only on where the host's copy is.
     pub fn is_guest_address(self) -> bool {
         !matches!(self, Field::HostWord | Field::Sensitive)
@@ -93,7 +95,7 @@ impl Field {
 }
 
 /// A field that moving code changes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relocation {
     pub offset: u16,
     pub field: Field,
@@ -110,49 +112,25 @@ pub struct Position {
 }
 
 /// See the [module](self).
-#[derive(Debug)]
-pub struct Body {
+#[derive(Clone, Copy, Debug)]
+pub struct Body<'a> {
     pub origin: Origin,
     /// The frame of the bytes beyond the first page, if there are any.
     pub second_page: Option<u64>,
-    pub bytes: Box<[u8]>,
     /// Of the host code.
     pub length: u16,
     /// Where to enter with the flags parked.
     pub parked_entry: u16,
-    /// Bytes of the page that were only looked at, to see which flags are needed where a branch leads.
-    pub lookahead: Range<u16>,
-    pub points: Box<[Point]>,
-    pub sites: Box<[Site]>,
-    pub links: Box<[Link]>,
-    pub relocations: Box<[Relocation]>,
     /// The code can stand at other guest addresses.
     pub movable: bool,
+    pub record: Record<'a>,
 }
 
-impl Body {
-    /// The body of nothing.
-    pub fn none() -> Self {
-        let origin = Origin { address: 0, mode: Mode::default(), segment: CodeSegment::FLAT };
-        Body {
-            origin,
-            second_page: None,
-            bytes: Box::default(),
-            length: 0,
-            parked_entry: 0,
-            lookahead: 0..0,
-            points: Box::default(),
-            sites: Box::default(),
-            links: Box::default(),
-            relocations: Box::default(),
-            movable: false,
-        }
-    }
-
+impl Body<'_> {
     /// The instruction at an offset, with its bytes, in code at `rip`.
     pub fn decode(&self, rip: u64, guest_offset: u16) -> Option<(Instruction, [u8; 15])> {
         let offset = guest_offset as usize;
-        let rest = self.bytes.get(offset..)?;
+        let rest = self.record.bytes.get(offset..)?;
         let insn = crate::access::decode(rest, self.origin.mode.bits(), rip.wrapping_add(offset as u64));
         let mut bytes = [0; 15];
         let length = insn.len().min(rest.len());
@@ -164,24 +142,18 @@ impl Body {
     pub fn overlaps(&self, frame: u64, bytes: &Range<usize>) -> bool {
         let overlap = |span: Range<usize>| span.start < bytes.end && bytes.start < span.end;
         let start = (self.origin.address % PAGE_SIZE) as usize;
-        let end = start + self.bytes.len();
+        let end = start + self.record.bytes.len();
         let size = PAGE_SIZE as usize;
         if frame == self.origin.frame() {
-            overlap(start..end.min(size)) || overlap(self.lookahead.start.into()..self.lookahead.end.into())
+            overlap(start..end.min(size)) || overlap(self.record.lookahead())
         } else {
             overlap(0..end.saturating_sub(size))
         }
     }
 
     /// The guest address that a link leads to from code at `rip`.
-    pub fn target(&self, rip: u64, link: usize) -> Option<u64> {
-        let target = rip.wrapping_add_signed(self.links.get(link)?.target.into());
-        Some(wrap(self.origin.mode, target))
-    }
-
-    /// The index of the link whose stub's call returns to an offset.
-    pub fn link_at(&self, return_offset: u16) -> Option<usize> {
-        self.links.iter().position(|l| l.return_offset == return_offset)
+    pub fn target(&self, rip: u64, link: Link) -> u64 {
+        wrap(self.origin.mode, rip.wrapping_add_signed(link.target.into()))
     }
 
     /// Moves `code` to another position. `sensitive` gives the numbers of its sensitive instructions in order. False if it
@@ -196,7 +168,7 @@ impl Body {
         let mode = self.origin.mode;
         // At its own address a block may hold what it can't hold elsewhere: 32-bit code at the very end of its 4 GiB.
         let same = from.rip == to.rip;
-        for r in self.relocations.iter().filter(|r| !(same && r.field.is_guest_address())) {
+        for r in self.record.relocations().filter(|r| !(same && r.field.is_guest_address())) {
             let address = |rip: u64| wrap(mode, rip.wrapping_add_signed(r.delta.into()));
             let value = address(to.rip);
             let done = match r.field {

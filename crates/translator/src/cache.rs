@@ -7,20 +7,25 @@
 //!
 //! Code memory is a ring of regions: when the last one is full, the first one's blocks are dropped to make room, so that
 //! nothing is ever stopped for long. A block that was dropped may still be running, until the dispatcher has control again:
-//! only then its memory is free ([`Cache::reap`]).
+//! only then its memory is free ([`Cache::reap`]). A region keeps what is known of its blocks, too: no block has memory of
+//! its own.
 
+use std::hash::BuildHasher;
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
 
+use hashbrown::HashTable;
 use iced_x86::Instruction;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use crate::body::{Body, Origin, Position};
+use crate::body::{Body, Link, Origin, Position};
 use crate::code_memory::{CODE_START, CodeMemory};
 use crate::codegen::block::{MAX_BLOCK_BYTES, SensitiveInsn, Translated};
 use crate::jumps::Jumps;
 use crate::mode::CodeSegment;
 use crate::perf_map::PerfMap;
+use crate::record::{Record, Writer};
 use crate::snippets::{SNIPPET_BYTES, Snippets};
 
 /// The most and the least bytes of a region.
@@ -34,9 +39,19 @@ const MAX_COPIES: usize = 4;
 /// Blocks copied along with the one wanted, because the original leads to them.
 const MAX_CHAIN: usize = 64;
 
-/// A block's number in its cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct BlockId(u32);
+/// A block's number in its cache, counted from one: so that an optional one takes no more room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockId(NonZeroU32);
+
+impl BlockId {
+    fn nth(index: usize) -> Option<Self> {
+        u32::try_from(index + 1).ok().and_then(NonZeroU32::new).map(BlockId)
+    }
+
+    fn index(self) -> usize {
+        self.0.get() as usize - 1
+    }
+}
 
 /// One of a block's links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,10 +70,12 @@ struct LinkState {
 /// Host code for a run of guest instructions at one guest address.
 pub struct Block {
     pub rip: u64,
-    body: Arc<Body>,
+    origin: Origin,
     /// In code memory.
     start: u32,
-    links: Box<[LinkState]>,
+    /// Where its record and its links begin among those of its region.
+    record: u32,
+    links: u32,
     /// The first link of other blocks (or its own) that leads here.
     incoming: Option<LinkId>,
     /// Another block of the same origin.
@@ -67,6 +84,12 @@ pub struct Block {
     sensitive: Option<u32>,
     /// When the dispatcher last looked for it.
     used: u32,
+    /// Of the host code.
+    length: u16,
+    parked_entry: u16,
+    link_count: u16,
+    movable: bool,
+    two_pages: bool,
     live: bool,
 }
 
@@ -79,6 +102,17 @@ impl Block {
     fn position(&self) -> Position {
         Position { rip: self.rip, host: self.start as usize }
     }
+
+    fn links(&self) -> Range<usize> {
+        self.links as usize..self.links as usize + usize::from(self.link_count)
+    }
+}
+
+/// A block to be added: what of it does not depend on where it stands.
+#[derive(Clone, Copy)]
+struct New<'a> {
+    body: Body<'a>,
+    links: u16,
 }
 
 /// A sensitive instruction of a block.
@@ -93,6 +127,15 @@ struct Region {
     range: Range<usize>,
     /// In the order of their code.
     blocks: Vec<BlockId>,
+    /// The blocks' [records](Record) and links, in the same order.
+    records: Vec<u8>,
+    links: Vec<LinkState>,
+}
+
+impl Region {
+    fn new(range: Range<usize>) -> Self {
+        Region { range, blocks: Vec::new(), records: Vec::new(), links: Vec::new() }
+    }
 }
 
 /// One vCPU's blocks.
@@ -107,17 +150,18 @@ pub struct Cache {
     /// Dropped since the dispatcher last had control.
     dead: Vec<BlockId>,
     /// The first block of each origin; others follow by [`Block::alias`].
-    by_origin: FxHashMap<Origin, BlockId>,
+    by_origin: HashTable<BlockId>,
+    /// The frames of the bytes beyond the first page of those blocks that have such bytes.
+    second_pages: FxHashMap<BlockId, u64>,
     /// By frame.
     by_page: FxHashMap<u64, Vec<BlockId>>,
     sensitive: Vec<SensitiveEntry>,
     free_sensitive: Option<u32>,
     pub jumps: Jumps,
     pub snippets: Snippets,
-    /// What blocks that are gone have for a body.
-    no_body: Arc<Body>,
     clock: u32,
-    scratch: Vec<u8>,
+    scratch: (Vec<u8>, Vec<u8>),
+    writer: Writer,
     pub stats: Stats,
     /// Where `perf` looks for the names of emitted code, if asked for.
     perf_map: Option<PerfMap>,
@@ -141,9 +185,8 @@ impl Cache {
         let start = CODE_START + SNIPPET_BYTES;
         let room = memory.size().saturating_sub(start);
         let size = (room / REGIONS).clamp(MIN_REGION, MAX_REGION) & !0xfff;
-        let mut regions: Vec<Region> = (0..room / size)
-            .map(|i| Region { range: start + i * size..start + (i + 1) * size, blocks: Vec::new() })
-            .collect();
+        let mut regions: Vec<Region> =
+            (0..room / size).map(|i| Region::new(start + i * size..start + (i + 1) * size)).collect();
         if let Some(last) = regions.last_mut() {
             last.range.end = memory.size();
         }
@@ -157,13 +200,14 @@ impl Cache {
             blocks: Vec::new(),
             free: Vec::new(),
             dead: Vec::new(),
-            by_origin: FxHashMap::default(),
+            by_origin: HashTable::new(),
+            second_pages: FxHashMap::default(),
             by_page: FxHashMap::default(),
             sensitive: Vec::new(),
             free_sensitive: None,
-            no_body: Arc::new(Body::none()),
             clock: 0,
-            scratch: Vec::new(),
+            scratch: Default::default(),
+            writer: Writer::default(),
             stats: Stats::default(),
             perf_map,
         }
@@ -174,8 +218,8 @@ impl Cache {
         let used = |(i, r): (usize, &Region)| match r.blocks.last() {
             Some(_) if i == self.region => self.next - r.range.start,
             Some(last) => {
-                let (block, body) = self.parts(*last);
-                block.start() + body.length as usize - r.range.start
+                let block = self.at(*last);
+                block.start() + block.length as usize - r.range.start
             }
             None => 0,
         };
@@ -193,56 +237,96 @@ impl Cache {
         (CODE_START..self.memory.size()).contains(&offset).then_some(offset)
     }
 
-    pub fn block(&self, id: BlockId) -> Option<(&Block, &Body)> {
-        self.blocks.get(id.0 as usize).map(|b| (b, &*b.body))
+    pub fn block(&self, id: BlockId) -> Option<(&Block, Body<'_>)> {
+        self.blocks.get(id.index()).map(|b| (b, self.body(id)))
     }
 
-    fn parts(&self, id: BlockId) -> (&Block, &Body) {
-        let block = &self.blocks[id.0 as usize];
-        (block, &block.body)
+    fn at(&self, id: BlockId) -> &Block {
+        &self.blocks[id.index()]
+    }
+
+    fn at_mut(&mut self, id: BlockId) -> &mut Block {
+        &mut self.blocks[id.index()]
+    }
+
+    fn body(&self, id: BlockId) -> Body<'_> {
+        let block = self.at(id);
+        let records = &self.regions[self.region_of(block.start())].records;
+        Body {
+            origin: block.origin,
+            second_page: self.second_page(id),
+            length: block.length,
+            parked_entry: block.parked_entry,
+            movable: block.movable,
+            // Of a block that is gone nothing may be left.
+            record: Record::read(records.get(block.record as usize..).unwrap_or_default()),
+        }
+    }
+
+    /// The frame that a block's bytes beyond its first page are in.
+    pub fn second_page(&self, id: BlockId) -> Option<u64> {
+        if self.at(id).two_pages { self.second_pages.get(&id).copied() } else { None }
+    }
+
+    /// The number of the region that holds an offset.
+    fn region_of(&self, offset: usize) -> usize {
+        let first = &self.regions[0].range;
+        (offset.saturating_sub(first.start) / first.len()).min(self.regions.len() - 1)
+    }
+
+    fn link_state(&mut self, link: LinkId) -> &mut LinkState {
+        let block = self.at(link.block);
+        let (start, index) = (block.start(), block.links().start + usize::from(link.index));
+        let region = self.region_of(start);
+        &mut self.regions[region].links[index]
+    }
+
+    /// One of a block's links, as translation made it.
+    fn link_of(&self, link: LinkId) -> Option<Link> {
+        self.body(link.block).record.links().nth(link.index.into())
     }
 
     pub fn is_live(&self, id: BlockId) -> bool {
-        self.blocks.get(id.0 as usize).is_some_and(|b| b.live)
+        self.blocks.get(id.index()).is_some_and(|b| b.live)
     }
 
     /// The host address to enter a block at.
     pub fn entry(&self, id: BlockId) -> u64 {
-        self.host_address(self.parts(id).0.start(), 0)
+        self.host_address(self.at(id).start(), 0)
     }
 
     /// Blocks of a origin, at whatever address.
     fn at_origin(&self, origin: Origin) -> impl Iterator<Item = BlockId> + '_ {
-        let first = self.by_origin.get(&origin).copied();
-        std::iter::successors(first, |id| self.parts(*id).0.alias)
+        let first = self.by_origin.find(hash(origin), |id| self.at(*id).origin == origin).copied();
+        std::iter::successors(first, |id| self.at(*id).alias)
     }
 
     /// The block of a origin at a guest address; that it depends on a second page is for the caller to check.
     pub fn find(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
-        let id = self.at_origin(origin).find(|id| self.parts(*id).0.rip == rip)?;
+        let id = self.at_origin(origin).find(|id| self.at(*id).rip == rip)?;
         self.clock = self.clock.wrapping_add(1);
-        self.blocks[id.0 as usize].used = self.clock;
+        self.at_mut(id).used = self.clock;
         Some(id)
     }
 
     /// A block of the origin whose code can be copied to another address.
     pub fn find_original(&self, origin: Origin) -> Option<BlockId> {
-        self.at_origin(origin).find(|id| self.parts(*id).1.movable)
+        self.at_origin(origin).find(|id| self.at(*id).movable)
     }
 
     /// The block that holds a host address, and the address's offset in its code.
     pub fn find_by_host(&self, address: u64) -> Option<(BlockId, u16)> {
         let offset = self.offset_of(address)?;
-        let first = self.regions.first()?.range.start;
-        let size = self.regions.first()?.range.len();
-        let index = (offset.checked_sub(first)? / size).min(self.regions.len() - 1);
-        let blocks = &self.regions[index].blocks;
-        let after = blocks.partition_point(|&id| self.parts(id).0.start() <= offset);
+        if offset < self.regions.first()?.range.start {
+            return None;
+        }
+        let blocks = &self.regions[self.region_of(offset)].blocks;
+        let after = blocks.partition_point(|&id| self.at(id).start() <= offset);
         let id = *blocks.get(after.checked_sub(1)?)?;
-        let (block, body) = self.parts(id);
+        let block = self.at(id);
         let offset = offset - block.start();
         // A call's return address may be the first byte after the block.
-        (offset <= body.length as usize).then_some((id, offset as u16))
+        (offset <= block.length as usize).then_some((id, offset as u16))
     }
 
     /// Whether a block of so many bytes can be made without dropping others. The return address of a call at its very end
@@ -255,6 +339,11 @@ impl Cache {
     pub fn make_room(&mut self, length: usize) -> bool {
         if self.has_room(length) {
             return true;
+        }
+        if let Some(full) = self.regions.get_mut(self.region) {
+            full.blocks.shrink_to_fit();
+            full.records.shrink_to_fit();
+            full.links.shrink_to_fit();
         }
         self.region = (self.region + 1) % self.regions.len().max(1);
         let Some(region) = self.regions.get_mut(self.region) else { return false };
@@ -270,6 +359,7 @@ impl Cache {
         }
         self.reap();
         self.free.extend(blocks);
+        self.regions[self.region] = Region::new(range.clone());
         self.snippets.forget(self.memory.host_address(range.start)..self.memory.host_address(range.end));
         self.has_room(length)
     }
@@ -277,11 +367,12 @@ impl Cache {
     /// Frees what dropped blocks held. No emitted code may be running.
     pub fn reap(&mut self) {
         while let Some(id) = self.dead.pop() {
-            let block = &mut self.blocks[id.0 as usize];
-            block.links = Box::default();
-            block.body = self.no_body.clone();
+            let block = self.at_mut(id);
             let mut chain = block.sensitive.take();
-            let start = block.start();
+            let (start, record, links) = (block.start(), block.record, block.links());
+            if block.two_pages {
+                self.second_pages.remove(&id);
+            }
             while let Some(index) = chain {
                 let entry = &mut self.sensitive[index as usize];
                 chain = entry.next.take();
@@ -292,6 +383,8 @@ impl Cache {
                 && region.blocks.last() == Some(&id)
             {
                 region.blocks.pop();
+                region.records.truncate(record as usize);
+                region.links.truncate(links.start);
                 self.next = start;
                 self.free.push(id);
                 let range = start..region.range.end;
@@ -309,22 +402,21 @@ impl Cache {
         bytes: &[u8],
         t: &mut Translated,
     ) -> Option<BlockId> {
+        let mut writer = std::mem::take(&mut self.writer);
         let body = Body {
             origin,
             second_page,
-            bytes: bytes.into(),
             length: t.code.len() as u16,
             parked_entry: t.parked_entry as u16,
-            lookahead: t.lookahead.start as u16..t.lookahead.end as u16,
-            points: t.points.as_slice().into(),
-            sites: t.sites.as_slice().into(),
-            links: t.links.as_slice().into(),
-            relocations: t.relocations.as_slice().into(),
             movable: t.movable && second_page.is_none() && origin.segment == CodeSegment::FLAT,
+            record: Record::read(writer.pack(bytes, t)),
         };
         self.stats.blocks += 1;
-        self.stats.guest_instructions += body.points.len() as u64;
-        self.put(Arc::new(body), &mut t.code, Position { rip, host: 0 }, rip, &t.sensitive)
+        self.stats.guest_instructions += t.points.len() as u64;
+        let new = New { body, links: t.links.len() as u16 };
+        let id = self.put(new, &mut t.code, Position { rip, host: 0 }, rip, &t.sensitive);
+        self.writer = writer;
+        id
     }
 
     /// A copy of a block for the guest address `rip`, if it can stand there; with it copies of blocks that it leads to. There
@@ -337,13 +429,13 @@ impl Cache {
         let mut copied = 1;
         while let Some((copy, targets)) = chain.pop() {
             for (index, target) in targets {
-                let (block, body) = self.parts(copy);
-                let Some(rip) = body.target(block.rip, index as usize) else { continue };
-                let origin = self.parts(target).1.origin;
-                let same = self.at_origin(origin).find(|id| self.parts(*id).0.rip == rip);
+                let Some(at) = self.link_of(LinkId { block: copy, index }) else { continue };
+                let rip = self.body(copy).target(self.at(copy).rip, at);
+                let origin = self.at(target).origin;
+                let same = self.at_origin(origin).find(|id| self.at(*id).rip == rip);
                 let to = same.or_else(|| {
-                    let (_, body) = self.parts(target);
-                    if copied == MAX_CHAIN || !body.movable || !self.has_room(body.length as usize) {
+                    let block = self.at(target);
+                    if copied == MAX_CHAIN || !block.movable || !self.has_room(block.length as usize) {
                         return None;
                     }
                     let further = self.link_targets(target);
@@ -362,15 +454,30 @@ impl Cache {
 
     /// Where a block's links lead, by their index.
     fn link_targets(&self, id: BlockId) -> Vec<(u16, BlockId)> {
-        let links = self.parts(id).0.links.iter().enumerate();
+        let block = self.at(id);
+        let links = self.regions[self.region_of(block.start())].links[block.links()].iter().enumerate();
         links.filter_map(|(i, l)| Some((i as u16, l.to?))).collect()
     }
 
     fn copy_one(&mut self, original: BlockId, rip: u64) -> Option<BlockId> {
-        let (block, body) = self.parts(original);
-        let from = block.position();
-        let origin = body.origin;
-        let body = block.body.clone();
+        let (mut code, mut packed) = std::mem::take(&mut self.scratch);
+        let made = self.copy_by_way_of(&mut code, &mut packed, original, rip);
+        self.scratch = (code, packed);
+        made
+    }
+
+    /// The same, with memory for the code and the record.
+    fn copy_by_way_of(
+        &mut self,
+        code: &mut Vec<u8>,
+        packed: &mut Vec<u8>,
+        original: BlockId,
+        rip: u64,
+    ) -> Option<BlockId> {
+        let (block, body) = self.block(original)?;
+        packed.clear();
+        packed.extend_from_slice(body.record.packed);
+        let (from, links) = (block.position(), block.link_count);
         let mut sensitive = Vec::new();
         let mut chain = block.sensitive;
         while let Some(index) = chain {
@@ -380,29 +487,31 @@ impl Cache {
             sensitive.push(SensitiveInsn { insn, ..entry.insn });
             chain = entry.next;
         }
-        let mut code = std::mem::take(&mut self.scratch);
         code.resize(body.length as usize, 0);
-        self.memory.read(from.host, &mut code);
+        self.memory.read(from.host, code);
         // Links lead to their stubs at first.
-        for link in &body.links {
+        for link in body.record.links() {
             let rel = i32::from(link.stub_offset) - (i32::from(link.patch_offset) + 4);
             if let Some(field) = code.get_mut(link.patch_offset as usize..).and_then(|c| c.first_chunk_mut()) {
                 *field = rel.to_le_bytes();
             }
         }
-        let copies = self.at_origin(origin).filter(|id| Arc::ptr_eq(&self.parts(*id).0.body, &body));
+        let same = |id: BlockId| self.at(id).length == body.length && self.body(id).record.packed == body.record.packed;
+        let copies = self.at_origin(body.origin).filter(|id| same(*id));
         let (count, oldest) = copies.fold((0, None), |(n, oldest): (usize, Option<BlockId>), id| {
-            let age = |id: BlockId| self.clock.wrapping_sub(self.parts(id).0.used);
+            let age = |id: BlockId| self.clock.wrapping_sub(self.at(id).used);
             (n + 1, if oldest.is_some_and(|o| age(o) >= age(id)) { oldest } else { Some(id) })
         });
         let made = match oldest {
-            Some(id) if count >= MAX_COPIES => self.move_block(id, &mut code, from, rip, &sensitive),
-            _ => self.put(body, &mut code, from, rip, &sensitive),
+            Some(id) if count >= MAX_COPIES => self.move_block(id, code, from, rip, &sensitive),
+            _ => {
+                let body = Body { record: Record::read(packed), ..body };
+                self.put(New { body, links }, code, from, rip, &sensitive)
+            }
         };
         if made.is_some() {
             self.stats.copied += 1;
         }
-        self.scratch = code;
         made
     }
 
@@ -415,8 +524,8 @@ impl Cache {
         rip: u64,
         sensitive: &[SensitiveInsn],
     ) -> Option<BlockId> {
-        let (block, body) = self.parts(id);
-        let (body, origin, old) = (block.body.clone(), body.origin, block.position());
+        let (block, body) = self.block(id)?;
+        let (origin, old) = (body.origin, block.position());
         let mut indices = Vec::new();
         let mut chain = block.sensitive;
         while let Some(index) = chain {
@@ -435,8 +544,9 @@ impl Cache {
         self.memory.write(old.host, code);
         self.name(old.host, code.len(), rip);
         self.clock = self.clock.wrapping_add(1);
-        let block = &mut self.blocks[id.0 as usize];
-        (block.rip, block.used) = (rip, self.clock);
+        let used = self.clock;
+        let block = self.at_mut(id);
+        (block.rip, block.used) = (rip, used);
         self.stats.moved += 1;
         Some(id)
     }
@@ -444,7 +554,7 @@ impl Cache {
     /// Puts `code`, as it has to be at `from`, behind what there is, as a block at `rip`.
     fn put(
         &mut self,
-        body: Arc<Body>,
+        New { body, links }: New,
         code: &mut [u8],
         from: Position,
         rip: u64,
@@ -470,34 +580,64 @@ impl Cache {
         self.next = (start + code.len() + 1).next_multiple_of(16);
         self.name(start, code.len(), rip);
         self.clock = self.clock.wrapping_add(1);
-        let (origin, second_page) = (body.origin, body.second_page);
+        let origin = body.origin;
+        let alias = self.at_origin(origin).next();
+        let region = &mut self.regions[self.region];
         let block = Block {
             rip,
+            origin,
             start: start as u32,
-            links: vec![LinkState::default(); body.links.len()].into(),
-            body,
+            record: region.records.len() as u32,
+            links: region.links.len() as u32,
             incoming: None,
-            alias: self.by_origin.get(&origin).copied(),
+            alias,
             sensitive: indices.first().copied(),
             used: self.clock,
+            length: body.length,
+            parked_entry: body.parked_entry,
+            link_count: links,
+            movable: body.movable,
+            two_pages: body.second_page.is_some(),
             live: true,
         };
+        region.records.extend_from_slice(body.record.packed);
+        region.links.resize(region.links.len() + usize::from(links), LinkState::default());
         let id = match self.free.pop() {
             Some(id) => {
-                self.blocks[id.0 as usize] = block;
+                *self.at_mut(id) = block;
                 id
             }
             None => {
+                let id = BlockId::nth(self.blocks.len())?;
                 self.blocks.push(block);
-                BlockId(self.blocks.len() as u32 - 1)
+                id
             }
         };
         self.regions[self.region].blocks.push(id);
-        self.by_origin.insert(origin, id);
-        for page in std::iter::once(origin.frame()).chain(second_page) {
+        self.lead_origin(origin, Some(id));
+        if let Some(page) = body.second_page {
+            self.second_pages.insert(id, page);
+        }
+        for page in std::iter::once(origin.frame()).chain(body.second_page) {
             self.by_page.entry(page).or_default().push(id);
         }
         Some(id)
+    }
+
+    /// Sets or forgets the first block of an origin.
+    fn lead_origin(&mut self, origin: Origin, first: Option<BlockId>) {
+        let blocks = &self.blocks;
+        let of = |id: &BlockId| blocks[id.index()].origin;
+        match (self.by_origin.find_entry(hash(origin), |id| of(id) == origin), first) {
+            (Ok(mut entry), Some(id)) => *entry.get_mut() = id,
+            (Ok(entry), None) => {
+                entry.remove();
+            }
+            (Err(absent), Some(id)) => {
+                absent.into_table().insert_unique(hash(origin), id, |id| hash(of(id)));
+            }
+            (Err(_), None) => {}
+        }
     }
 
     fn name(&mut self, start: usize, length: usize, rip: u64) {
@@ -534,37 +674,37 @@ impl Cache {
     /// The link whose stub's call returns to a host address, with its target and whether it leaves with the flags parked.
     pub fn find_link(&self, return_address: u64) -> Option<(LinkId, u64, bool)> {
         let (id, offset) = self.find_by_host(return_address)?;
-        let (block, body) = self.parts(id);
-        let index = body.link_at(offset)?;
-        let target = body.target(block.rip, index)?;
-        Some((LinkId { block: id, index: index as u16 }, target, body.links[index].parked))
+        let (block, body) = self.block(id)?;
+        let (index, link) = body.record.links().enumerate().find(|(_, l)| l.return_offset == offset)?;
+        Some((LinkId { block: id, index: index as u16 }, body.target(block.rip, link), link.parked))
     }
 
     /// Lets a link lead to `to`, if that is still where it goes.
     pub fn link(&mut self, link: LinkId, to: BlockId) {
-        let Some((source, source_body)) = self.block(link.block) else { return };
-        let (target, target_body) = self.parts(to);
-        let (from, origin) = (source_body.origin, target_body.origin);
-        let Some(state) = source.links.get(link.index as usize) else { return };
-        let at = source_body.links[link.index as usize];
+        let Some(at) = self.link_of(link) else { return };
+        let (source, target) = (self.at(link.block), self.at(to));
+        let (from, origin) = (source.origin, target.origin);
         let mode = if at.detour { from.mode.careful() } else { from.mode };
         // A block across two pages depends on a mapping that a link would not check. What comes after a detour's place may
         // also be the handler of an interrupt.
         if !source.live
             || !target.live
-            || state.to.is_some()
-            || source_body.target(source.rip, link.index as usize) != Some(target.rip)
+            || self.body(link.block).target(source.rip, at) != target.rip
             || (from.frame(), mode, from.segment) != (origin.frame(), origin.mode, origin.segment)
-            || target_body.second_page.is_some()
+            || target.two_pages
         {
             return;
         }
-        let entry = if at.parked { target_body.parked_entry } else { 0 };
+        let entry = if at.parked { target.parked_entry } else { 0 };
         let (patch, entry) = (source.start() + at.patch_offset as usize, target.start() + entry as usize);
         let next = target.incoming;
+        let state = self.link_state(link);
+        if state.to.is_some() {
+            return;
+        }
+        *state = LinkState { to: Some(to), next };
         self.patch(patch, entry);
-        self.blocks[link.block.0 as usize].links[link.index as usize] = LinkState { to: Some(to), next };
-        self.blocks[to.0 as usize].incoming = Some(link);
+        self.at_mut(to).incoming = Some(link);
         self.stats.links += 1;
     }
 
@@ -575,19 +715,19 @@ impl Cache {
 
     /// Lets the jump table lead from a block's address to it.
     pub fn enter_jump(&mut self, id: BlockId, global: bool) {
-        let (block, body) = self.parts(id);
-        if body.origin.mode.is_careful() {
+        let block = self.at(id);
+        if block.origin.mode.is_careful() {
             return;
         }
-        let (origin, entry) = (body.origin, self.host_address(block.start(), 0));
-        let (key, parked_entry) = (origin.jump_key(block.rip), self.host_address(block.start(), body.parked_entry));
+        let (origin, entry) = (block.origin, self.host_address(block.start(), 0));
+        let (key, parked_entry) = (origin.jump_key(block.rip), self.host_address(block.start(), block.parked_entry));
         self.jumps.enter(origin.mode, key, entry, parked_entry, global);
     }
 
     /// Drops the blocks made from `bytes` of a physical page. True if the page has no translated code left.
     pub fn invalidate(&mut self, page: u64, bytes: Range<usize>) -> bool {
         let Some(ids) = self.by_page.get(&page) else { return true };
-        let hit: Vec<BlockId> = ids.iter().copied().filter(|&id| self.parts(id).1.overlaps(page, &bytes)).collect();
+        let hit: Vec<BlockId> = ids.iter().copied().filter(|&id| self.body(id).overlaps(page, &bytes)).collect();
         for id in hit {
             self.remove(id);
         }
@@ -602,28 +742,25 @@ impl Cache {
 
     /// Drops all blocks of a origin.
     pub fn remove_origin(&mut self, origin: Origin) {
-        while let Some(&id) = self.by_origin.get(&origin) {
+        loop {
+            let Some(id) = self.at_origin(origin).next() else { break };
             self.remove(id);
         }
     }
 
     fn drop_block(&mut self, id: BlockId) {
         self.unlink_all(id);
-        let block = &mut self.blocks[id.0 as usize];
+        let second_page = self.second_page(id);
+        let block = self.at_mut(id);
         block.live = false;
-        let (origin, second_page, rip, alias) =
-            (block.body.origin, block.body.second_page, block.rip, block.alias.take());
+        let (origin, rip, alias) = (block.origin, block.rip, block.alias);
         self.jumps.forget(origin.mode, origin.jump_key(rip));
-        let before = self.at_origin(origin).find(|other| self.parts(*other).0.alias == Some(id));
-        match (before, alias) {
-            (Some(before), _) => self.blocks[before.0 as usize].alias = alias,
-            (None, Some(alias)) => {
-                self.by_origin.insert(origin, alias);
-            }
-            (None, None) => {
-                self.by_origin.remove(&origin);
-            }
+        let before = self.at_origin(origin).find(|other| self.at(*other).alias == Some(id));
+        match before {
+            Some(before) => self.at_mut(before).alias = alias,
+            None => self.lead_origin(origin, alias),
         }
+        self.at_mut(id).alias = None;
         for page in std::iter::once(origin.frame()).chain(second_page) {
             if let Some(ids) = self.by_page.get_mut(&page) {
                 ids.retain(|&other| other != id);
@@ -637,33 +774,32 @@ impl Cache {
 
     /// Makes all links to and from a block lead to their stubs.
     fn unlink_all(&mut self, id: BlockId) {
-        while let Some(link) = self.blocks[id.0 as usize].incoming {
+        while let Some(link) = self.at(id).incoming {
             self.unlink(link);
         }
-        for index in 0..self.blocks[id.0 as usize].links.len() {
-            self.unlink(LinkId { block: id, index: index as u16 });
+        for index in 0..self.at(id).link_count {
+            self.unlink(LinkId { block: id, index });
         }
     }
 
     /// Makes a link lead to its stub again.
     fn unlink(&mut self, link: LinkId) {
-        let state = std::mem::take(&mut self.blocks[link.block.0 as usize].links[link.index as usize]);
-        let Some(to) = state.to else { return };
-        let (block, body) = self.parts(link.block);
-        let at = body.links[link.index as usize];
-        self.patch(block.start() + at.patch_offset as usize, block.start() + at.stub_offset as usize);
+        let state = std::mem::take(self.link_state(link));
+        let (Some(to), Some(at)) = (state.to, self.link_of(link)) else { return };
+        let start = self.at(link.block).start();
+        self.patch(start + at.patch_offset as usize, start + at.stub_offset as usize);
         let mut before = None;
-        let mut incoming = self.parts(to).0.incoming;
+        let mut incoming = self.at(to).incoming;
         while let Some(other) = incoming {
             if other == link {
                 break;
             }
             before = incoming;
-            incoming = self.blocks[other.block.0 as usize].links[other.index as usize].next;
+            incoming = self.link_state(other).next;
         }
         match before {
-            Some(b) => self.blocks[b.block.0 as usize].links[b.index as usize].next = state.next,
-            None => self.blocks[to.0 as usize].incoming = state.next,
+            Some(before) => self.link_state(before).next = state.next,
+            None => self.at_mut(to).incoming = state.next,
         }
     }
 }
@@ -675,12 +811,15 @@ impl Cache {
     /// The guest instruction whose operation is at a host address within a block.
     pub fn instruction_at(&self, address: u64) -> Option<Found> {
         let (id, offset) = self.find_by_host(address)?;
-        let (block, body) = self.parts(id);
-        let i = body.points.partition_point(|p| p.host_offset <= offset).checked_sub(1)?;
-        let point = body.points[i];
+        let (block, body) = self.block(id)?;
+        let point = body.record.point_at(offset)?;
         let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
         (offset < body.length).then_some((insn, bytes, point.parked))
     }
+}
+
+fn hash(origin: Origin) -> u64 {
+    FxBuildHasher.hash_one(origin)
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ pub mod mmu;
 pub mod mode;
 pub mod perf_map;
 pub mod phys;
+mod record;
 pub mod run;
 pub mod semantics;
 pub mod shared;

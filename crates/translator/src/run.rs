@@ -292,7 +292,7 @@ impl Vcpu {
         let cache = &mut self.engine.cache;
         let id = cache.find(origin, self.rip)?;
         // A block across two pages depends on more than this has looked at; a list that grows is copied.
-        if cache.block(id)?.1.second_page.is_some() || !cache.jumps.has_room(global) {
+        if cache.second_page(id).is_some() || !cache.jumps.has_room(global) {
             return None;
         }
         cache.enter_jump(id, global);
@@ -522,7 +522,7 @@ impl Vcpu {
         let address = self.frame(gpa) | (gpa % PAGE_SIZE);
         let origin = Origin { address, mode, segment: CodeSegment::of(self) };
         if let Some(id) = self.engine.cache.find(origin, rip) {
-            let second_page = self.engine.cache.block(id).and_then(|(_, body)| body.second_page);
+            let second_page = self.engine.cache.second_page(id);
             let same = match second_page {
                 None => true,
                 Some(page) => {

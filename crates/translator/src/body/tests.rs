@@ -2,6 +2,7 @@ use super::*;
 use crate::codegen::block::{Setting, Translated, Workspace, translate};
 use crate::codegen::decode::GuestCode;
 use crate::codegen::groups::Sharing;
+use crate::record::Writer;
 use crate::testing::{kernel_vcpu, test_vcpu};
 
 /// The code of this very test program: real code, of which every byte may begin a block.
@@ -11,14 +12,13 @@ fn corpus() -> Vec<u8> {
     program[start..start + (64 << 12)].to_vec()
 }
 
-fn body(t: &Translated, origin: Origin) -> Body {
-    Body {
-        origin,
-        relocations: t.relocations.clone().into(),
-        links: t.links.clone().into(),
-        movable: t.movable,
-        ..Body::none()
-    }
+/// What relocation to another position makes of a translation's code.
+fn relocate(t: &mut Translated, origin: Origin, from: Position, to: Position) -> bool {
+    let mut writer = Writer::default();
+    let record = Record::read(writer.pack(&[], t));
+    let body = Body { origin, second_page: None, length: 0, parked_entry: 0, movable: t.movable, record };
+    // A translation numbers sensitive instructions with zeros.
+    t.movable && body.relocate(&mut t.code, from, to, || Some(0))
 }
 
 /// Translates what every few bytes of the corpus may be as code in this mode, at several addresses, and compares what
@@ -36,18 +36,16 @@ fn compare(mode: Mode, addresses: &[u64]) -> usize {
             let all: Vec<(u64, Translated)> = all.collect();
             for (a, t) in &all {
                 for (b, expected) in &all {
-                    let mut moved = t.code.clone();
+                    let mut moved = translate(code, a + offset as u64, &setting, &mut Workspace::default()).unwrap();
                     let from = Position { rip: a + offset as u64, host: 0 };
                     let to = Position { rip: b + offset as u64, host: 0 };
-                    // A translation numbers sensitive instructions with zeros.
-                    let done = t.movable && body(t, origin).relocate(&mut moved, from, to, || Some(0));
-                    if !done {
+                    if !relocate(&mut moved, origin, from, to) {
                         continue;
                     }
                     relocated += 1;
                     assert_eq!(t.links.len(), expected.links.len());
                     assert!(t.links.iter().zip(&expected.links).all(|(l, m)| l.target == m.target));
-                    assert!(moved == expected.code, "page {i}, offset {offset:#x}, {a:#x} to {b:#x}, {mode:?}");
+                    assert!(moved.code == expected.code, "page {i}, offset {offset:#x}, {a:#x} to {b:#x}, {mode:?}");
                 }
             }
         }
@@ -79,7 +77,7 @@ fn code_whose_addresses_are_shorter_or_longer_elsewhere_is_not_relocated() {
         for b in addresses {
             let mut t = translate(code, a, &setting, &mut Workspace::default()).unwrap();
             let (from, to) = (Position { rip: a, host: 0 }, Position { rip: b, host: 0 });
-            let moved = body(&t, origin).relocate(&mut t.code, from, to, || Some(0));
+            let moved = relocate(&mut t, origin, from, to);
             assert_eq!(moved, a == b, "{a:#x} to {b:#x}");
         }
     }

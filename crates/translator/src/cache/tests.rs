@@ -48,8 +48,8 @@ fn block_code(page: &mut [u8], at: usize, n: usize, target: usize) -> usize {
 
 /// Where the first link of a block leads, in code memory: read from its code.
 fn leads_to(cache: &Cache, id: BlockId) -> usize {
-    let (block, body) = cache.parts(id);
-    let at = block.start() + body.links[0].patch_offset as usize;
+    let (block, body) = cache.block(id).unwrap();
+    let at = block.start() + body.record.links().next().unwrap().patch_offset as usize;
     let mut rel = [0; 4];
     cache.memory.read(at, &mut rel);
     (at as i64 + 4 + i64::from(i32::from_le_bytes(rel))) as usize
@@ -63,11 +63,11 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
         let n = 1 + i * 7 % 31;
         block_code(&mut page, 0, n, 0);
         let id = add(&mut cache, origin(i as u64, 0), &page, RIP);
-        let (block, body) = cache.parts(id);
+        let (block, body) = cache.block(id).unwrap();
         let (start, length) = (block.start(), body.length);
         assert!(start + (length as usize) < cache.memory.size());
         // The stub of its link is the last it has: the return address is its very end.
-        assert_eq!(body.links[0].return_offset, length);
+        assert_eq!(body.record.links().next().unwrap().return_offset, length);
         let end = cache.host_address(start, length);
         assert_eq!(cache.find_by_host(end), Some((id, length)));
         assert_eq!(cache.find_by_host(cache.host_address(start, 0)), Some((id, 0)));
@@ -98,13 +98,13 @@ fn copies_are_linked_like_their_original_and_the_oldest_moves() {
         let copy = cache.copy(a, rip).unwrap();
         let other = cache.find(origin(1, 0x100), rip + 0x100).expect("what it leads to comes along");
         assert_eq!(cache.find(origin(1, 0), rip), Some(copy));
-        let (copied, copied_other) = (cache.parts(copy).0, cache.parts(other).0);
+        let (copied, copied_other) = (cache.at(copy), cache.at(other));
         assert_eq!((copied.rip, copied_other.rip), (rip, rip + 0x100));
         assert_eq!(leads_to(&cache, copy), copied_other.start());
         let count = cache.at_origin(origin(1, 0)).count();
         assert_eq!(count, MAX_COPIES.min(n as usize + 1));
     }
-    assert!(!cache.at_origin(origin(1, 0)).any(|id| cache.parts(id).0.rip == RIP), "the oldest was moved");
+    assert!(!cache.at_origin(origin(1, 0)).any(|id| cache.at(id).rip == RIP), "the oldest was moved");
 }
 
 #[test]
@@ -124,8 +124,8 @@ fn dropping_a_block_leads_what_was_linked_to_it_to_the_dispatcher() {
     assert!(!cache.is_live(ids[1]));
     cache.invalidate(1 << 12, 0x305..0x306);
     for &id in [&ids[0], &ids[2]] {
-        let (block, body) = cache.parts(id);
-        assert_eq!(leads_to(&cache, id), block.start() + body.links[0].stub_offset as usize);
+        let (block, body) = cache.block(id).unwrap();
+        assert_eq!(leads_to(&cache, id), block.start() + body.record.links().next().unwrap().stub_offset as usize);
     }
     cache.reap();
     assert!(cache.invalidate(1 << 12, 0..4096));
@@ -138,12 +138,12 @@ fn code_that_is_patched_and_translated_again_and_again_takes_no_more_room() {
     let mut page = vec![0x90; 4096];
     block_code(&mut page, 0, 30, 0);
     let first = add(&mut cache, origin(1, 0), &page, RIP);
-    let start = cache.parts(first).0.start();
+    let start = cache.at(first).start();
     for _ in 0..5000 {
         cache.invalidate(1 << 12, 0..1);
         cache.reap();
         let id = add(&mut cache, origin(1, 0), &page, RIP);
-        assert_eq!(cache.parts(id).0.start(), start);
+        assert_eq!(cache.at(id).start(), start);
     }
     assert_eq!((cache.stats.evicted_regions, cache.blocks.len()), (0, 1));
 }

@@ -41,6 +41,8 @@ pub struct Translated {
     pub body_length: usize,
     pub guest_length: usize,
     pub points: Vec<Point>,
+    /// Where the last instruction's code ends.
+    pub end: u16,
     pub sites: Vec<Site>,
     pub links: Vec<Link>,
     pub relocations: Vec<Relocation>,
@@ -133,8 +135,6 @@ enum Behind {
         stub: SlowStub,
         point: u8,
         parked: bool,
-        /// Host offset after the instruction.
-        end: u16,
     },
     /// An instruction that Rust code executes where emitted code doesn't suffice.
     Sensitive {
@@ -145,7 +145,11 @@ enum Behind {
         back: Option<Label>,
     },
     /// A branch's target that is not linked directly.
-    Goto { entry: Label, target: u64, item: usize },
+    Goto {
+        entry: Label,
+        target: u64,
+        item: usize,
+    },
 }
 
 struct PendingLink {
@@ -212,6 +216,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     };
     b.prologue();
     let mut ended = false;
+    let mut end = 0;
     let mut guest_length = 0;
     for i in 0..b.items.len() {
         b.current = i;
@@ -221,21 +226,13 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         }
         // A block that is a loop goes through its first instructions several times.
         guest_length = guest_length.max(offset + insn.len());
-        let first_stub = b.behind.len();
-        let first_site = b.sites.len();
         b.points.push(Point {
             host_offset: b.position(),
             guest_offset: offset as u16,
             parked: b.flags == FlagState::Parked,
         });
         ended = b.instruction(&insn, kind);
-        let end = b.position();
-        for behind in &mut b.behind[first_stub..] {
-            if let Behind::Slow { end: after, .. } = behind {
-                *after = end;
-            }
-        }
-        b.sites[first_site..].iter_mut().for_each(|s| s.end = end);
+        end = b.position();
         if ended {
             break;
         }
@@ -249,7 +246,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
             b.goto(next);
         }
     }
-    Some(b.finish(guest_length, relocations))
+    Some(b.finish(guest_length, end, relocations))
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand; whether S2 kept its value.
@@ -345,7 +342,7 @@ impl Builder<'_> {
 
     pub fn slow_stub(&mut self, stub: SlowStub) {
         let parked = self.flags == FlagState::Parked;
-        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u8, parked, end: 0 });
+        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u8, parked });
     }
 
     /// A label whose code, behind the body, has Rust execute the current instruction, of which nothing is done yet; `back`:
@@ -367,7 +364,7 @@ impl Builder<'_> {
         self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.resolve)));
         let return_offset = self.position();
         let (point, parked) = ((self.points.len() - 1) as u8, self.flags == FlagState::Parked);
-        self.sites.push(Site { return_offset, point, parked, end: 0 });
+        self.sites.push(Site { return_offset, point, parked });
     }
 
     /// Emits one instruction; true if it ended the block.
@@ -519,12 +516,12 @@ impl Builder<'_> {
         self.position() - 4
     }
 
-    fn finish(mut self, guest_length: usize, mut relocations: Vec<Relocation>) -> Translated {
+    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
         let body_length = self.asm.position();
         let mut all_behind = std::mem::take(&mut self.behind);
         for behind in all_behind.drain(..) {
             match behind {
-                Behind::Slow { stub, point, parked, end } => {
+                Behind::Slow { stub, point, parked } => {
                     self.asm.bind(stub.entry);
                     let mut patch = None;
                     let mut call = context_offset!(hot.resolve);
@@ -538,7 +535,7 @@ impl Builder<'_> {
                     self.asm.mov_imm(S1, stub.kind.bits() as u64);
                     self.asm.call_mem(Mem::Base(RSP, call));
                     let return_offset = self.position();
-                    self.sites.push(Site { return_offset, point, parked, end });
+                    self.sites.push(Site { return_offset, point, parked });
                     self.asm.jmp(stub.back);
                     if let Some(patch_offset) = patch {
                         let target = self.points[usize::from(point)].guest_offset as i16;
@@ -605,6 +602,7 @@ impl Builder<'_> {
             body_length,
             guest_length,
             points: self.points,
+            end,
             sites: self.sites,
             links: self.links,
             relocations,
