@@ -20,11 +20,10 @@ const FLAG_SUBLEAF: u32 = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 pub struct Host {
     supported: Vec<kvm_cpuid_entry2>,
     tsc_deadline: bool,
-    apic_timer_hz: u32,
 }
 
 impl Host {
-    pub fn new(system: &System, apic_timer_hz: u32) -> Result<Self, Error> {
+    pub fn new(system: &System) -> Result<Self, Error> {
         let supported = system
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -32,7 +31,6 @@ impl Host {
         Ok(Host {
             supported: supported.as_slice().to_vec(),
             tsc_deadline: system.capability(KVM_CAP_TSC_DEADLINE_TIMER) != 0,
-            apic_timer_hz,
         })
     }
 
@@ -77,7 +75,6 @@ impl Host {
             // Where the feature is there the kernel answers with what is true of the host.
             arch_capabilities: 0,
             translated: false,
-            apic_timer_hz: self.apic_timer_hz,
         };
         Ok(CpuModel::new(config.model, &|leaf, subleaf| self.leaf(leaf, subleaf), &engine, config.cpus, tsc_khz)?)
     }

@@ -64,20 +64,11 @@ impl Vm {
         enable(KVM_CAP_SPLIT_IRQCHIP, [routes, 0, 0, 0], "keep local APICs without an I/O APIC")?;
         let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(KVM_CAP_X2APIC_API, [x2apic.into(), 0, 0, 0], "use x2APIC ids of 32 bits")?;
-        // Its timer at the rate that the translated machine's has, where the kernel lets us choose (Linux 6.11).
-        let apic_timer_hz = match system.capability(KVM_CAP_X86_APIC_BUS_CYCLES_NS) {
-            0 => 1_000_000_000,
-            _ => {
-                let cycle = u64::from(1_000_000_000 / arch::cpuid::APIC_TIMER_HZ);
-                enable(KVM_CAP_X86_APIC_BUS_CYCLES_NS, [cycle, 0, 0, 0], "set the APIC timers' rate")?;
-                arch::cpuid::APIC_TIMER_HZ
-            }
-        };
         if system.capability(KVM_CAP_EXIT_ON_EMULATION_FAILURE) != 0 {
             enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, [1, 0, 0, 0], "report failed emulation")?;
         }
         let xsave2 = system.capability(KVM_CAP_XSAVE2) as usize;
-        let host = cpuid::Host::new(system, apic_timer_hz)?;
+        let host = cpuid::Host::new(system)?;
         let read_only = system.capability(KVM_CAP_READONLY_MEM) != 0;
         let slots = Slots::new(ram.map().sections(), system.kvm.get_nr_memslots(), read_only);
         let vm = Vm {

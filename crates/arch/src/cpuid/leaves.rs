@@ -2,7 +2,7 @@
 
 use super::capabilities::{AMD_BTC_NO, AMD_LFENCE_SERIALIZING, AMD_SRSO_NO};
 use super::features::FEATURES;
-use super::{CpuModel, Host, Leaf, Model};
+use super::{APIC_TIMER_HZ, CpuModel, Host, Leaf, Model};
 
 /// The vendors' strings as EBX, EDX, ECX of leaf 0.
 pub(super) const AMD: (u32, u32, u32) = (0x6874_7541, 0x6974_6e65, 0x444d_4163);
@@ -96,17 +96,12 @@ impl CpuModel {
         }
     }
 
-    /// Leaf 0x15: TSC = crystal * EBX / EAX; leaf 0x16: MHz.
+    /// Leaf 0x15: TSC = crystal * EBX / EAX, to some 25 millionths; leaf 0x16: MHz.
     fn frequencies(&mut self, tsc_khz: u32) {
-        let crystal_khz = (self.apic_timer_hz / 1000).max(1);
-        // Kernels multiply in 32 bits: crystal_khz * EBX must stay below 2^32, so the ratio is in 1/1000. With a clock
-        // beyond that (KVM's of 1 GHz) the leaf stays empty, and kernels measure.
-        let scaled = (u64::from(tsc_khz) * 1000 + u64::from(crystal_khz) / 2) / u64::from(crystal_khz);
-        if crystal_khz <= 100_000 {
-            let divisor = gcd(scaled, 1000).max(1);
-            let (eax, ebx) = ((1000 / divisor) as u32, (scaled / divisor) as u32);
-            self.set(0x15, 0, Leaf { eax, ebx, ecx: self.apic_timer_hz, edx: 0 });
-        }
+        let crystal_khz = APIC_TIMER_HZ / 1000;
+        // Kernels multiply in 32 bits: crystal_khz * EBX must stay below 2^32.
+        let (ebx, eax) = ratio(tsc_khz, crystal_khz, u32::MAX / crystal_khz);
+        self.set(0x15, 0, Leaf { eax, ebx, ecx: APIC_TIMER_HZ, edx: 0 });
         let mhz = (tsc_khz / 1000).min(0xffff);
         self.set(0x16, 0, Leaf { eax: mhz, ebx: mhz, ecx: 100, edx: 0 });
     }
@@ -117,7 +112,7 @@ impl CpuModel {
         self.set(KVM_BASE, 0, signature);
         self.set(KVM_BASE + 1, 0, Leaf { eax: KVM_FEATURES, ..Leaf::default() });
         // VMware's timing leaf, which others have adopted: TSC and APIC timer in kHz.
-        let timing = Leaf { eax: tsc_khz, ebx: self.apic_timer_hz / 1000, ..Leaf::default() };
+        let timing = Leaf { eax: tsc_khz, ebx: APIC_TIMER_HZ / 1000, ..Leaf::default() };
         self.set(KVM_BASE + 0x10, 0, timing);
     }
 
@@ -194,8 +189,14 @@ fn id_space(cpus: u32) -> u32 {
     cpus.checked_next_power_of_two().unwrap_or(1 << 31)
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
+/// The fraction closest to `a` / `b` whose numerator is at most `most`; of equals the simplest.
+fn ratio(a: u32, b: u32, most: u32) -> (u32, u32) {
+    let (a, b) = (u64::from(a), u64::from(b).max(1));
+    let candidates = (1..=u64::from(most)).map(|d| ((a * d + b / 2) / b, d)).take_while(|(n, _)| *n <= u64::from(most));
+    // By the error times b * d, which is compared over d.
+    let error = |(n, d): (u64, u64)| (a * d).abs_diff(n * b);
+    let best = candidates.reduce(|x, y| if error(y) * x.1 < error(x) * y.1 { y } else { x });
+    best.map_or((0, 1), |(n, d)| (n as u32, d as u32))
 }
 
 #[cfg(test)]

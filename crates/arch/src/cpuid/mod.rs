@@ -29,8 +29,9 @@ pub struct Leaf {
     pub edx: u32,
 }
 
-/// The local APIC timer's input clock in Hz: the crystal of leaf 0x15, as on Intel's servers.
-pub const APIC_TIMER_HZ: u32 = 25_000_000;
+/// The local APIC timer's input clock in Hz, on every engine: KVM's. Firmware for virtual machines (OVMF) does not ask but
+/// takes it for granted, so that it decides how long its timeouts are. Leaf 0x15 calls it the crystal.
+pub const APIC_TIMER_HZ: u32 = 1_000_000_000;
 
 /// Which processor to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,8 +112,6 @@ pub struct EngineFeatures {
     pub arch_capabilities: u64,
     /// Guest code does not have the hazards of speculation that the host's has (see [`capabilities`]).
     pub translated: bool,
-    /// The local APIC timer's input clock in Hz.
-    pub apic_timer_hz: u32,
 }
 
 /// The parts of a vCPU's state that CPUID shows.
@@ -139,7 +138,6 @@ pub struct CpuModel {
     physical_bits: u8,
     arch_capabilities: u64,
     translated: bool,
-    apic_timer_hz: u32,
 }
 
 impl CpuModel {
@@ -165,7 +163,6 @@ impl CpuModel {
             physical_bits: engine.physical_bits,
             arch_capabilities: engine.arch_capabilities,
             translated: engine.translated,
-            apic_timer_hz: engine.apic_timer_hz,
         };
         cpu.write_leaves(model, host, cpus.max(1), tsc_khz);
         Ok(cpu)

@@ -18,7 +18,6 @@ pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         physical_bits: arch::cpuid::PHYSICAL_BITS,
         arch_capabilities: capabilities::TRANSLATED,
         translated: true,
-        apic_timer_hz: arch::cpuid::APIC_TIMER_HZ,
     };
     CpuModel::new(config.model, &host::cpuid, &engine, config.cpus, tsc_khz)
 }

@@ -154,7 +154,6 @@ fn an_amd_kernel_finds_what_it_reads_without_asking() {
         physical_bits: 46,
         arch_capabilities: 0,
         translated: true,
-        apic_timer_hz: arch::cpuid::APIC_TIMER_HZ,
     };
     let cpuid = CpuModel::new(Model::Host, &vendor, &engine, 1, 2_000_000).unwrap();
     let ram = memory::Ram::new(4 << 20).unwrap();
