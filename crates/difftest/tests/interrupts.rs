@@ -291,6 +291,52 @@ fn each_message_of_a_source_arrives_also_after_it_has_changed() {
 }
 
 #[test]
+fn the_8259s_output_is_what_lint0_says() {
+    const READY: i32 = 128;
+    // A fixed interrupt first, then an NMI; both count.
+    let mut m = guest(|a| {
+        enable(a)?;
+        a.mov(rbx, COUNT)?;
+        a.sti()?;
+        for (step, entry) in [(1, 0x40), (2, 0x400)] {
+            wrmsr(a, 0x835, entry)?;
+            a.mov(qword_ptr(rbx + READY), step)?;
+            let mut wait = a.create_label();
+            a.set_label(&mut wait)?;
+            a.pause()?;
+            a.cmp(qword_ptr(rbx), step)?;
+            a.jb(wait)?;
+        }
+        wrmsr(a, 0x835, 0x1_0000)?;
+        a.int3()
+    });
+    let nmi = m.bare.kernel_code(HANDLER + 0x100, |a| {
+        a.push(rdx)?;
+        a.mov(rdx, COUNT)?;
+        a.inc(qword_ptr(rdx))?;
+        a.pop(rdx)?;
+        a.iretq()
+    });
+    m.bare.gate(2, nmi, Gate::default());
+    let (interrupts, ram) = (m.engine.interrupts(), m.bare.ram.clone());
+    let output = std::thread::spawn(move || {
+        let begin = Instant::now();
+        for step in [1, 2] {
+            while word(&ram, SCRATCH + READY as u64) < step && begin.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            interrupts.set_pic_output(true);
+            while word(&ram, SCRATCH) < step && begin.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            interrupts.set_pic_output(false);
+        }
+    });
+    assert_eq!(taken(&mut m).0, 2);
+    output.join().expect("the 8259");
+}
+
+#[test]
 fn higher_vectors_go_first_and_interrupt_lower_ones() {
     // Vector 0x31 is in service when 0x41 comes; 0x32 of the same class has to wait for its end.
     let mut bare = Bare::new(4 << 20);

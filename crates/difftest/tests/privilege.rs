@@ -1,5 +1,7 @@
 //! Ways between privilege levels and code sizes: SYSCALL, SYSENTER, IRET, SWAPGS, gates, compatibility mode.
 
+use std::arch::x86_64::__cpuid;
+
 use arch::msr;
 use arch::registers::{pte, rflags};
 use difftest::bare::*;
@@ -33,6 +35,11 @@ fn run(bare: Bare, bits: u32, msrs: &[(u32, u64)]) -> Machine {
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
     machine
+}
+
+/// Whether vCPUs are AMD's, as the host's processor is then.
+fn is_amd() -> bool {
+    [*b"Auth", *b"Hygo"].contains(&__cpuid(0).ebx.to_le_bytes())
 }
 
 const STAR: u64 = (KERNEL_CODE as u64) << 32 | (USER_CODE32 as u64) << 48;
@@ -95,7 +102,7 @@ fn sysret_returns_to_64_bit_and_32_bit_code() {
 }
 
 #[test]
-fn sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel() {
+fn sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel_or_on_amd_after_it() {
     let bare = guest(
         64,
         |a| a.syscall(),
@@ -106,18 +113,39 @@ fn sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel() {
         },
     );
     let m = run(bare, 64, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT + HANDLER)]);
-    assert_eq!((m.frame().vector, m.frame().error, m.frame().cs), (13, 0, KERNEL_CODE.into()));
+    let frame = m.frame();
+    assert_eq!((frame.vector, frame.error), (13, 0));
+    assert_eq!(frame.cs, if is_amd() { (STAR >> 48) + 16 | 3 } else { KERNEL_CODE.into() });
+    assert_eq!(frame.rip == 1 << 47, is_amd(), "{:#x}", frame.rip);
 }
 
 #[test]
-fn syscall_is_undefined_without_sce_and_in_compatibility_mode_on_intel() {
+fn syscall_is_undefined_without_sce() {
     let bare = guest(64, |a| a.syscall(), |a| a.ud2());
-    let m = run(bare, 64, &[(msr::EFER, 0xd00), (msr::LSTAR, DIRECT + HANDLER)]);
+    let m = run(bare, 64, &[(msr::EFER, 0xd00), (msr::STAR, STAR), (msr::LSTAR, DIRECT + HANDLER)]);
     assert_eq!((m.frame().vector, m.frame().rip), (6, USER));
 }
 
 #[test]
-fn sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel() {
+fn syscall_in_compatibility_mode_is_undefined_on_intel_and_has_an_entry_of_its_own_on_amd() {
+    let bare = guest(
+        32,
+        |a| a.syscall(),
+        |a| {
+            a.mov(rsp, DIRECT + STACK_TOP)?;
+            a.int3()
+        },
+    );
+    let m = run(bare, 32, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT), (msr::CSTAR, DIRECT + HANDLER)]);
+    let (frame, back) = (m.frame(), m.state().gpr[1]);
+    match is_amd() {
+        true => assert_eq!((frame.vector, frame.cs, back), (3, KERNEL_CODE.into(), USER + 2)),
+        false => assert_eq!((frame.vector, frame.rip), (6, USER)),
+    }
+}
+
+#[test]
+fn sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel_except_on_amd() {
     let bare = guest(
         32,
         |a| {
@@ -138,6 +166,11 @@ fn sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel() {
     ];
     let m = run(bare, 32, &msrs);
     let frame = m.frame();
+    if is_amd() {
+        // There is no SYSENTER in long mode (AMD APM 3, SYSENTER).
+        assert_eq!((frame.vector, frame.rip), (6, USER));
+        return;
+    }
     // SYSEXIT takes its selectors from SYSENTER_CS: +16 and +24 for 32-bit code.
     assert_eq!((frame.vector, frame.rip, frame.rsp), (3, USER + 3, USER_STACK - 16));
     assert_eq!((frame.cs, frame.ss), ((u64::from(KERNEL_CODE) + 16) | 3, (u64::from(KERNEL_CODE) + 24) | 3));

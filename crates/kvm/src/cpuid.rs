@@ -46,6 +46,11 @@ impl Host {
         (component.eax != 0 && self.has(Feature::Pku)).then_some(component.ebx as usize)
     }
 
+    fn is_amd(&self) -> bool {
+        let vendor = self.leaf(0, 0).ebx.to_le_bytes();
+        [*b"Auth", *b"Hygo"].contains(&vendor)
+    }
+
     fn has(&self, feature: Feature) -> bool {
         let info = feature.info();
         let leaf = self.leaf(info.leaf, info.subleaf);
@@ -59,6 +64,8 @@ impl Host {
             // Older kernels have these without listing them.
             Feature::X2apic | Feature::Hypervisor => true,
             Feature::TscDeadline => self.tsc_deadline,
+            // The kernel would give these to Intel's processors, too, which have others instead.
+            Feature::AmdIbpb | Feature::AmdIbrs | Feature::AmdStibp | Feature::AmdSsbd if !self.is_amd() => false,
             _ => register & 1 << info.bit != 0,
         }
     }
@@ -68,7 +75,11 @@ impl Host {
         let xcr0 = self.leaf(0xd, 0);
         let bits = (self.leaf(0x8000_0008, 0).eax & 0xff).clamp(36, arch::cpuid::PHYSICAL_BITS.into());
         let engine = EngineFeatures {
-            implements: FeatureSet::system().iter().filter(|f| self.has(*f)).collect(),
+            implements: [FeatureSet::system(), FeatureSet::hardware()]
+                .into_iter()
+                .flat_map(FeatureSet::iter)
+                .filter(|feature| self.has(*feature))
+                .collect(),
             declines: FeatureSet::EMPTY,
             host_xcr0: u64::from(xcr0.edx) << 32 | u64::from(xcr0.eax),
             physical_bits: bits as u8,

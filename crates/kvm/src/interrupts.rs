@@ -17,7 +17,7 @@ const LEVEL_TRIGGERED: u32 = 1 << 15;
 /// MSI data: delivery mode NMI.
 const NMI: u32 = 4 << 8;
 /// Where messages to local APICs go.
-const APIC_ADDRESS: u64 = 0xfee0_0000;
+pub const APIC_ADDRESS: u64 = 0xfee0_0000;
 
 /// How devices reach the vCPUs.
 pub struct Messages(pub Arc<Vm>);

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arch::CpuState;
-use engine::{Bus, Exit, VcpuControl};
+use engine::{Bus, Exit, Interrupts, VcpuControl};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::control::Control;
-use crate::state::{self, Context, MsrSet};
+use crate::interrupts::{APIC_ADDRESS, Messages};
+use crate::state::{self, Context, Lint0, MsrSet};
 use crate::vm::Vm;
 use crate::{Error, calls, words};
 
@@ -121,9 +122,25 @@ impl Vcpu {
         Ok(state)
     }
 
+    /// The 8259's output has risen, and it is not known to be an interrupt of its own: LINT0, where it leads, may be set
+    /// for another kind of event, which KVM leaves to us (Intel SDM 3A 11.5.1).
+    fn follow_lint0(&self) -> Result<(), Error> {
+        match state::lint0(&self.fd)? {
+            Some(Lint0::Fixed(vector)) => Messages(self.vm.clone()).send_msi(APIC_ADDRESS, vector.into()),
+            Some(Lint0::Nmi) => Messages(self.vm.clone()).send_nmi(self.id),
+            None => {}
+        }
+        Ok(())
+    }
+
     /// Gives the kernel the 8259's interrupt, or asks it to come back when the guest can take one.
     fn offer_pic_interrupt(&mut self) -> Result<(), Error> {
+        let rose = self.id == 0 && self.vm.pic_rose.swap(false, Ordering::SeqCst);
         let asserted = self.id == 0 && self.vm.pic_asserted.load(Ordering::SeqCst);
+        let run = self.fd.get_kvm_run();
+        if rose && run.ready_for_interrupt_injection == 0 {
+            self.follow_lint0()?;
+        }
         let run = self.fd.get_kvm_run();
         if !asserted {
             run.request_interrupt_window = 0;

@@ -40,6 +40,8 @@ pub struct Vm {
     pub pkru_offset: Option<usize>,
     /// The level of the 8259's output.
     pub pic_asserted: AtomicBool,
+    /// It has risen since the bootstrap processor looked.
+    pub pic_rose: AtomicBool,
     routes: Mutex<Routes>,
     pub clocks: Clocks,
     pub vcpus: RwLock<Vec<Arc<Control>>>,
@@ -84,6 +86,7 @@ impl Vm {
             pkru_offset: host.pkru_offset(),
             host,
             pic_asserted: AtomicBool::new(false),
+            pic_rose: AtomicBool::new(false),
             routes: Mutex::default(),
             clocks: Clocks::new(system.capability(KVM_CAP_ADJUST_CLOCK) != 0),
             vcpus: RwLock::default(),
@@ -132,6 +135,7 @@ impl Vm {
         if self.pic_asserted.swap(asserted, Ordering::SeqCst) == asserted || !asserted {
             return;
         }
+        self.pic_rose.store(true, Ordering::SeqCst);
         let bootstrap = self.vcpus.read().unwrap_or_else(PoisonError::into_inner).first().cloned();
         if let Some(bootstrap) = bootstrap {
             bootstrap.kick();

@@ -19,7 +19,6 @@
 //!   kernel, or privileged extensions whose absence costs a guest nothing.
 //! - LA57: five-level paging; the engines walk four levels.
 //! - Thermal and power (TM, TM2, ACPI, EIST, digital sensors, HWP): there is no hardware behind them.
-//! - MD_CLEAR, L1D_FLUSH, SSBD, STIBP: a guest's VERW or MSR write can't flush the host's buffers, so it isn't promised.
 //! - OSXSAVE and OSPKE: not features but mirrors of CR4; the lookup sets them.
 //! - AVX512_4VNNIW, AVX512_4FMAPS, PREFETCHWT1, AVX512ER, AVX512PF: Xeon Phi only.
 
@@ -41,6 +40,9 @@ pub enum Kind {
     Native,
     /// The engine implements it, whatever the host has: offered where the engine says so.
     System,
+    /// The processor that the guest really runs on does it: offered where an engine has one and says so. Translated code
+    /// does not flush buffers or steer predictors by what the guest executes.
+    Hardware,
     /// No ability, but a way of the host's that guest code will meet: shown as it is, never required.
     Fact,
 }
@@ -184,11 +186,15 @@ features! {
     // Leaf 7 EDX
     Fsrm 7/0 Edx 4 Native Host;
     Avx512vp2intersect 7/0 Edx 8 Native Host needs Avx512f;
+    MdClear 7/0 Edx 10 Hardware Host;
     Serialize 7/0 Edx 14 System V1;
     Avx512fp16 7/0 Edx 23 Native Host needs Avx512bw;
     // IBRS and IBPB as MSRs that store and do nothing; see `capabilities` for why they are here at all.
     SpecCtrl 7/0 Edx 26 System V1;
+    Stibp 7/0 Edx 27 Hardware Host needs SpecCtrl;
+    L1dFlush 7/0 Edx 28 Hardware Host;
     ArchCapabilities 7/0 Edx 29 System V1;
+    Ssbd 7/0 Edx 31 Hardware Host needs SpecCtrl;
     // Leaf 7, sub-leaf 1
     Sha512 7/1 Eax 0 Native Host needs Avx2;
     Sm3 7/1 Eax 1 Native Host needs Avx;
@@ -223,6 +229,11 @@ features! {
     Rdtscp 0x8000_0001/0 Edx 27 System V1;
     LongMode 0x8000_0001/0 Edx 29 System V1;
     InvariantTsc 0x8000_0007/0 Edx 8 System V1;
+    // Leaf 0x80000008: what AMD's processors have of leaf 7 EDX.
+    AmdIbpb 0x8000_0008/0 Ebx 12 Hardware Host;
+    AmdIbrs 0x8000_0008/0 Ebx 14 Hardware Host;
+    AmdStibp 0x8000_0008/0 Ebx 15 Hardware Host;
+    AmdSsbd 0x8000_0008/0 Ebx 24 Hardware Host;
 }
 
 const _: () = assert!(FEATURES.len() <= 128, "FeatureSet has 128 bits");
@@ -256,9 +267,18 @@ impl FeatureSet {
 
     /// Everything that is an engine's to implement ([`Kind::System`]).
     pub const fn system() -> Self {
+        Self::of_kind(Kind::System)
+    }
+
+    /// Everything that needs the processor itself ([`Kind::Hardware`]).
+    pub const fn hardware() -> Self {
+        Self::of_kind(Kind::Hardware)
+    }
+
+    const fn of_kind(kind: Kind) -> Self {
         let (mut set, mut i) = (0, 0);
         while i < FEATURES.len() {
-            if matches!(FEATURES[i].kind, Kind::System) {
+            if FEATURES[i].kind as u8 == kind as u8 {
                 set |= 1 << i;
             }
             i += 1;

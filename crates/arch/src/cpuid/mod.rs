@@ -343,7 +343,7 @@ fn offered(model: Model, host: &Host, engine: &EngineFeatures) -> Result<Feature
     let mut missing = Vec::new();
     for info in FEATURES.iter().filter(|i| i.level <= model.level()) {
         let runs = match info.kind {
-            Kind::System => engine.implements.has(info.feature),
+            Kind::System | Kind::Hardware => engine.implements.has(info.feature),
             Kind::Native => host.has(info.feature) && !engine.declines.has(info.feature),
             Kind::Fact => host.has(info.feature),
         };

@@ -196,6 +196,21 @@ fn what_is_not_in_the_whitelist_is_hidden() {
 }
 
 #[test]
+fn flushes_and_predictor_controls_are_shown_where_the_processor_itself_runs_the_guest() {
+    let engine = EngineFeatures {
+        implements: FeatureSet::system().iter().chain(FeatureSet::hardware().iter()).collect(),
+        ..engine()
+    };
+    let cpu = CpuModel::new(Model::Host, &host, &engine, 1, 2_600_000).unwrap();
+    let bits = 1 << 10 | 1 << 27 | 1 << 28 | 1 << 31;
+    assert_eq!(cpu.leaf(7, 0, &state()).edx & bits, bits);
+    assert_eq!(cpu.leaf(0x8000_0008, 0, &state()).ebx, 1 << 12 | 1 << 14 | 1 << 15 | 1 << 24);
+    // A level is the same on every engine.
+    let level = CpuModel::new(Model::V3, &host, &engine, 1, 2_600_000).unwrap();
+    assert_eq!(level.leaf(7, 0, &state()).edx & bits, 0);
+}
+
+#[test]
 fn every_processor_is_a_core_of_one_package() {
     for cpus in [1, 2, 3, 8, 300] {
         let cpu = model(Model::Host, cpus);

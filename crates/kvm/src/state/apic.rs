@@ -21,6 +21,7 @@ mod register {
     pub const SVR: usize = 0x0f;
     pub const ISR: usize = 0x10;
     pub const IRR: usize = 0x20;
+    pub const LVT_LINT0: usize = 0x35;
     pub const LVTS: std::ops::RangeInclusive<usize> = 0x32..=0x37;
 }
 
@@ -75,6 +76,27 @@ pub fn write(fd: &VcpuFd, id: u32, state: &CpuState, base: u64) -> Result<(), Er
     fd.set_lapic(&lapic).map_err(|error| Error::State(format!("KVM does not take its local APIC ({error})")))
 }
 
+/// What a rising edge of the 8259's output is to the processor, if not the 8259's interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lint0 {
+    Fixed(u8),
+    Nmi,
+}
+
+/// What the local vector table says about LINT0 (Intel SDM 3A 11.5.1).
+pub fn lint0(fd: &VcpuFd) -> Result<Option<Lint0>, Error> {
+    Ok(decode_lint0(get(&read(fd)?, register::LVT_LINT0)))
+}
+
+fn decode_lint0(entry: u32) -> Option<Lint0> {
+    const MASKED: u32 = 1 << 16;
+    match (entry & MASKED, entry >> 8 & 7) {
+        (0, 0) if entry as u8 >= 16 => Some(Lint0::Fixed(entry as u8)),
+        (0, 4) => Some(Lint0::Nmi),
+        _ => None,
+    }
+}
+
 /// Turns `vector` from in service to requested, if it is in service: what the processor would do who had not taken it.
 pub fn take_back(apic: &mut [u8], vector: u8) -> bool {
     let (word, bit) = (usize::from(vector >> 5), 1 << (vector & 31));
@@ -91,6 +113,15 @@ pub fn take_back(apic: &mut [u8], vector: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lint0_is_an_event_of_its_own_only_if_it_is_open_and_not_for_the_8259() {
+        assert_eq!(decode_lint0(0x40), Some(Lint0::Fixed(0x40)));
+        assert_eq!(decode_lint0(0x400), Some(Lint0::Nmi));
+        for none in [0x1_0040, 0x1_0400, 0x700, 0x0f, 0x240] {
+            assert_eq!(decode_lint0(none), None, "{none:#x}");
+        }
+    }
 
     #[test]
     fn an_interrupt_that_was_not_delivered_is_requested_again() {

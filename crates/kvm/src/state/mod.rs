@@ -20,6 +20,7 @@ use arch::{DescriptorTable, msr};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
+pub use apic::{Lint0, lint0};
 pub use msrs::MsrSet;
 
 use crate::Error;
@@ -108,7 +109,7 @@ pub fn import(context: &Context<'_>, state: &CpuState) -> Result<(), Error> {
         let what = what.to_owned();
         move |error: kvm_ioctls::Error| Error::State(format!("KVM does not take its {what} ({error})"))
     };
-    let value = |number: u32| state.msrs.iter().find(|(n, _)| *n == number).map(|(_, value)| *value);
+    let value = |number: u32| msrs::given(&state.msrs, number);
     let [es, cs, ss, ds, fs, gs] = state.segments.each_ref().map(to_segment);
     let sregs = kvm_sregs {
         cs,

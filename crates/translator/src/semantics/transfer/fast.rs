@@ -1,6 +1,6 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT. Where compatibility mode is concerned, vendors differ: Intel has SYSCALL in
 //! 64-bit mode only and SYSENTER in every protected mode, AMD has SYSCALL in both and no SYSENTER in long mode (AMD
-//! APM 3, SYSCALL and SYSENTER).
+//! APM 3, SYSCALL and SYSENTER). Which of them a vCPU is, its CPUID says.
 
 use arch::registers::{efer, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister};
@@ -33,7 +33,9 @@ pub fn sysret(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
         return Err(Exception::invalid_opcode().into());
     }
     let target = cpu.gpr[gpr::RCX];
-    if cpu.cpl() != 0 || wide && !is_canonical(target) {
+    // AMD's processors return to such an address, and fault there (AMD APM 3, SYSRET).
+    let refused = wide && !is_canonical(target) && !cpu.machine.cpuid.is_amd();
+    if cpu.cpl() != 0 || refused {
         return Err(Exception::general_protection(0).into());
     }
     cpu.rip = if wide { target } else { target & 0xffff_ffff };
