@@ -115,7 +115,7 @@ fn sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel_or_on_amd_aft
     let m = run(bare, 64, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT + HANDLER)]);
     let frame = m.frame();
     assert_eq!((frame.vector, frame.error), (13, 0));
-    assert_eq!(frame.cs, if is_amd() { (STAR >> 48) + 16 | 3 } else { KERNEL_CODE.into() });
+    assert_eq!(frame.cs, if is_amd() { ((STAR >> 48) + 16) | 3 } else { KERNEL_CODE.into() });
     assert_eq!(frame.rip == 1 << 47, is_amd(), "{:#x}", frame.rip);
 }
 
