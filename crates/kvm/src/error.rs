@@ -11,6 +11,8 @@ pub enum Error {
     Denied { advice: String },
     #[error("can't open /dev/kvm: {0}")]
     Open(io::Error),
+    #[error("/dev/kvm is there but is not KVM's device: {0}")]
+    NotKvm(io::Error),
     #[error("/dev/kvm has API version {0}, where every KVM since Linux 2.6.22 has 12")]
     ApiVersion(i32),
     #[error("this host's KVM lacks {0}: it needs a newer kernel")]

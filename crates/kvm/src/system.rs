@@ -53,6 +53,7 @@ impl System {
         let kvm = unsafe { Kvm::from_raw_fd(fd) };
         match kvm.get_api_version() {
             version if version == KVM_API_VERSION as i32 => {}
+            version if version < 0 => return Err(Error::NotKvm(io::Error::last_os_error())),
             version => return Err(Error::ApiVersion(version)),
         }
         let system = System { kvm };

@@ -9,45 +9,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::Error;
+use crate::{Error, kernels};
 
 /// How often a start is timed; the least counts, which other work has disturbed least.
 const STARTS: usize = 7;
-/// Where the kernel is loaded, and its code there.
-const LOAD: u32 = 0x10_0000;
-
-/// An ELF file with a PVH entry (Xen `docs/misc/pvh.pandoc`), whose code writes '!' to port 0x3f8 and halts.
-pub fn first_instruction_kernel() -> Vec<u8> {
-    const HEADERS: u32 = 64 + 2 * 56;
-    const NOTE: u32 = 20;
-    // mov dx, 0x3f8; mov al, '!'; out dx, al; hlt; jmp to the hlt
-    let code: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'!', 0xee, 0xf4, 0xeb, 0xfd];
-    let entry = LOAD + HEADERS + NOTE;
-    let size = u64::from(HEADERS + NOTE) + code.len() as u64;
-    let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    let half = |out: &mut Vec<u8>, values: &[u16]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
-    let word = |out: &mut Vec<u8>, values: &[u32]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
-    let long = |out: &mut Vec<u8>, values: &[u64]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
-    // An executable for x86-64, its program headers behind this one.
-    half(&mut out, &[2, 62]);
-    word(&mut out, &[1]);
-    long(&mut out, &[entry.into(), 64, 0]);
-    word(&mut out, &[0]);
-    half(&mut out, &[64, 56, 2, 0, 0, 0]);
-    // The whole file is loaded; the note is in it.
-    let (load, note) = (u64::from(LOAD), u64::from(HEADERS));
-    word(&mut out, &[1, 7]);
-    long(&mut out, &[0, load, load, size, size, 0x1000]);
-    word(&mut out, &[4, 4]);
-    long(&mut out, &[note, load + note, load + note, NOTE.into(), NOTE.into(), 4]);
-    // XEN_ELFNOTE_PHYS32_ENTRY
-    word(&mut out, &[4, 4, 18]);
-    out.extend(b"Xen\0");
-    word(&mut out, &[entry]);
-    out.extend(code);
-    out
-}
-
 /// A process that does not outlive what looks at it.
 struct Started(Child);
 
@@ -103,7 +68,7 @@ fn own_memory(process: u32) -> Result<u64, Error> {
 /// Prints the figures. `ringer` and, for the ratio, `qemu-system-x86_64` are programs in the path.
 pub fn run() -> Result<(), Error> {
     let kernel = std::env::temp_dir().join("first-instruction.elf");
-    fs::write(&kernel, first_instruction_kernel()).map_err(Error::io("can't write a kernel"))?;
+    fs::write(&kernel, kernels::first_instruction()).map_err(Error::io("can't write a kernel"))?;
     let ringer = || {
         let mut command = Command::new("ringer");
         command.args(["run", "--accel", "kvm", "--net", "none", "--kernel"]).arg(&kernel);
@@ -125,19 +90,4 @@ pub fn run() -> Result<(), Error> {
     let (machine, _) = until(Command::new("ringer").args(["run", "--accel", "kvm"]), "ringer:")?;
     println!("memory beyond the guest's: {} KiB", own_memory(machine.0.id())?);
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_kernels_entry_is_its_first_instruction() {
-        let kernel = first_instruction_kernel();
-        let word = |at: usize| u32::from_le_bytes(kernel[at..at + 4].try_into().unwrap());
-        let entry = word(24);
-        assert_eq!(kernel[(entry - LOAD) as usize..][..2], [0x66, 0xba]);
-        assert_eq!(word(64 + 2 * 56 + 16), entry, "the note says so too");
-        assert_eq!(kernel.len(), word(64 + 32) as usize);
-    }
 }

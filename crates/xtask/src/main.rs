@@ -11,6 +11,7 @@ mod conformance;
 mod exceptions;
 mod figures;
 mod host;
+mod kernels;
 mod nested;
 
 use std::process::ExitCode;

@@ -9,6 +9,7 @@ use crate::Error;
 use crate::build;
 use crate::conformance::{self, Kind, Results};
 use crate::host::Host;
+use crate::kernels;
 
 /// All of it, on a host that has other things to do as well.
 const LIMIT: Duration = Duration::from_secs(1800);
@@ -22,6 +23,9 @@ const SERVER: &str = include_str!("server.sh");
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
 const FIRMWARE_DIRECTORIES: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
+
+/// SeaBIOS, and its way to a kernel that is named.
+const BIOS: [&str; 2] = ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
 pub fn run() -> Result<(), Error> {
     let ringer = build::ringer()?;
@@ -49,6 +53,16 @@ pub fn run() -> Result<(), Error> {
     }
     host.file("/server.cpio", default.initramfs()?.file(guest::RUN_SCRIPT, 0o644, SERVER).build());
     host.copy(&default.kernel, "/vmlinuz")?;
+    for firmware in BIOS {
+        host.copy(Path::new(firmware), firmware)?;
+    }
+    host.file("/boot.raw", kernels::boot_disk("by INT 13h\n"));
+    host.file(
+        "/firmware.cpio",
+        default.initramfs()?.file(guest::RUN_SCRIPT, 0o644, "echo kernel-$((6 * 7))\n").build(),
+    );
+    host.file("/astray.elf", kernels::astray());
+    host.file("/reader.elf", kernels::reader());
 
     let (mut program, mut results) = (String::new(), Results::new());
     let mut failed = Vec::new();

@@ -42,6 +42,72 @@ else
     cat /tmp/out /tmp/err
 fi
 
+# Firmware: SeaBIOS drives a disk and starts its first sector; then it starts a kernel by an option ROM.
+begin=$(now)
+timeout 200 ringer run --accel kvm --firmware seabios --net none --no-reboot --disk /boot.raw,format=raw \
+    </dev/null >/tmp/out 2>/tmp/err
+if [ $? = 0 ] && grep -q "^by INT 13h" /tmp/out; then
+    say firmware "a disk's first sector: $(since $begin) s"
+else
+    say FAILED "a disk by SeaBIOS"
+    cat /tmp/out /tmp/err
+fi
+begin=$(now)
+timeout 300 ringer run --accel kvm --firmware seabios --net none --no-reboot --kernel /vmlinuz --initrd /firmware.cpio \
+    --append "console=ttyS0 quiet panic=-1" </dev/null >/tmp/out 2>/tmp/err
+if [ $? = 0 ] && grep -q "^kernel-42" /tmp/out; then
+    say firmware "a kernel: $(since $begin) s"
+else
+    say FAILED "a kernel by SeaBIOS"
+    cat /tmp/out /tmp/err
+fi
+
+# What goes wrong is said in one line, with exit 1; auto goes on translated.
+refuses() {
+    words=$1
+    shift
+    timeout 60 "$@" </dev/null >/tmp/out 2>/tmp/err
+    status=$?
+    if [ $status = 1 ] && grep -q "$words" /tmp/err && [ $(grep -vc "^ringer: engine" /tmp/err) = 1 ]; then
+        say refused "$(tail -1 /tmp/err)"
+    else
+        say FAILED "$words (status $status)"
+        cat /tmp/out /tmp/err
+    fi
+}
+goes_on_without() {
+    printf 'echo up-$((6 * 7))\nexit\n' | timeout 200 "$@" >/tmp/out 2>/tmp/err
+    if [ $? = 0 ] && grep -q "engine translate (not KVM: $words" /tmp/err && grep -q up-42 /tmp/out; then
+        say auto "$(head -1 /tmp/err)"
+    else
+        say FAILED "auto without $words"
+        cat /tmp/out /tmp/err
+    fi
+}
+kernel="--net none --kernel /astray.elf"
+refuses "can't emulate the guest's instruction at .*:0xd0000000" ringer run --accel kvm $kernel
+# The host takes away memory that the guest uses.
+(
+    sleep 3
+    process=$(pidof ringer)
+    for file in /proc/$process/fd/*; do
+        case $(readlink $file) in /memfd:guest-ram*) truncate -s 0 $file 2>&1 ;; esac
+    done
+) &
+refuses "KVM can't get the guest's memory" ringer run --accel kvm --net none --kernel /reader.elf
+wait
+chmod 660 /dev/kvm
+chgrp 104 /dev/kvm
+echo "kvm:x:104:" >>/etc/group
+refuses "join the group kvm (sudo usermod -aG kvm" setuidgid nobody ringer run --accel kvm $kernel
+mv /dev/kvm /kvm
+refuses "there is no /dev/kvm" ringer run --accel kvm $kernel
+: >/dev/kvm
+refuses "/dev/kvm is there but is not KVM's device" ringer run --accel kvm $kernel
+goes_on_without ringer run --accel auto
+rm /dev/kvm
+mv /kvm /dev/kvm
+
 # What it costs, compared with another monitor on the same KVM.
 timeout 300 xtask figures 2>&1 | sed 's/^/@@ figure /'
 
