@@ -24,8 +24,9 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
 const FIRMWARE_DIRECTORIES: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 
-/// SeaBIOS, and its way to a kernel that is named.
-const BIOS: [&str; 2] = ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/linuxboot_dma.bin"];
+/// SeaBIOS, its part for the screen, and its way to a kernel that is named.
+const BIOS: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
 pub fn run() -> Result<(), Error> {
     let ringer = build::ringer()?;
