@@ -21,23 +21,14 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::body::{Body, Link, Origin, Position};
 use crate::code_memory::{CODE_START, CodeMemory};
-use crate::codegen::block::{MAX_BLOCK_BYTES, SensitiveInsn, Translated};
+use crate::codegen::block::{SensitiveInsn, Translated};
 use crate::jumps::Jumps;
 use crate::mode::CodeSegment;
 use crate::perf_map::PerfMap;
 use crate::record::{Record, Writer};
 use crate::snippets::{SNIPPET_BYTES, Snippets};
 
-/// The most and the least bytes of a region.
-const MAX_REGION: usize = 1 << 20;
-const MIN_REGION: usize = 64 << 10;
-const _: () = assert!(MIN_REGION > MAX_BLOCK_BYTES);
-/// Regions that code memory is divided into, if they aren't too large or too small then.
-const REGIONS: usize = 32;
-/// Copies of one block at different guest addresses. Beyond that the one longest not looked for moves.
-const MAX_COPIES: usize = 4;
-/// Blocks copied along with the one wanted, because the original leads to them.
-const MAX_CHAIN: usize = 64;
+use room::Region;
 
 /// A block's number in its cache, counted from one: so that an optional one takes no more room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,28 +114,12 @@ struct SensitiveEntry {
     next: Option<u32>,
 }
 
-struct Region {
-    range: Range<usize>,
-    /// In the order of their code.
-    blocks: Vec<BlockId>,
-    /// The blocks' [records](Record) and links, in the same order.
-    records: Vec<u8>,
-    links: Vec<LinkState>,
-}
-
-impl Region {
-    fn new(range: Range<usize>) -> Self {
-        Region { range, blocks: Vec::new(), records: Vec::new(), links: Vec::new() }
-    }
-}
-
 /// One vCPU's blocks.
 pub struct Cache {
     memory: Arc<CodeMemory>,
     regions: Vec<Region>,
-    /// The region that is being filled, and up to where.
+    /// The region that is being filled.
     region: usize,
-    next: usize,
     blocks: Vec<Block>,
     free: Vec<BlockId>,
     /// Dropped since the dispatcher last had control.
@@ -182,21 +157,13 @@ pub struct Stats {
 
 impl Cache {
     pub fn new(memory: Arc<CodeMemory>, perf_map: Option<PerfMap>) -> Self {
-        let start = CODE_START + SNIPPET_BYTES;
-        let room = memory.size().saturating_sub(start);
-        let size = (room / REGIONS).clamp(MIN_REGION, MAX_REGION) & !0xfff;
-        let mut regions: Vec<Region> =
-            (0..room / size).map(|i| Region::new(start + i * size..start + (i + 1) * size)).collect();
-        if let Some(last) = regions.last_mut() {
-            last.range.end = memory.size();
-        }
+        let regions = room::regions(CODE_START + SNIPPET_BYTES..memory.size());
         Cache {
             jumps: Jumps::new(memory.clone()),
             snippets: Snippets::new(memory.clone(), CODE_START),
             memory,
             regions,
             region: 0,
-            next: start,
             blocks: Vec::new(),
             free: Vec::new(),
             dead: Vec::new(),
@@ -211,19 +178,6 @@ impl Cache {
             stats: Stats::default(),
             perf_map,
         }
-    }
-
-    /// Bytes of host code that are kept, with what lies between.
-    pub fn bytes_in_use(&self) -> usize {
-        let used = |(i, r): (usize, &Region)| match r.blocks.last() {
-            Some(_) if i == self.region => self.next - r.range.start,
-            Some(last) => {
-                let block = self.at(*last);
-                block.start() + block.length as usize - r.range.start
-            }
-            None => 0,
-        };
-        self.regions.iter().enumerate().map(used).sum()
     }
 
     /// The host address of a byte of the code that stands at `start` in code memory.
@@ -329,70 +283,6 @@ impl Cache {
         (offset <= block.length as usize).then_some((id, offset as u16))
     }
 
-    /// Whether a block of so many bytes can be made without dropping others. The return address of a call at its very end
-    /// must still be in the region.
-    pub fn has_room(&self, length: usize) -> bool {
-        self.regions.get(self.region).is_some_and(|r| self.next + length < r.range.end)
-    }
-
-    /// Drops the oldest blocks until there is room. No emitted code may be running. False if there never will be room.
-    pub fn make_room(&mut self, length: usize) -> bool {
-        if self.has_room(length) {
-            return true;
-        }
-        if let Some(full) = self.regions.get_mut(self.region) {
-            full.blocks.shrink_to_fit();
-            full.records.shrink_to_fit();
-            full.links.shrink_to_fit();
-        }
-        self.region = (self.region + 1) % self.regions.len().max(1);
-        let Some(region) = self.regions.get_mut(self.region) else { return false };
-        let (range, blocks) = (region.range.clone(), std::mem::take(&mut region.blocks));
-        self.next = range.start;
-        if !blocks.is_empty() {
-            self.stats.evicted_regions += 1;
-        }
-        for &id in &blocks {
-            if self.is_live(id) {
-                self.drop_block(id);
-            }
-        }
-        self.reap();
-        self.free.extend(blocks);
-        self.regions[self.region] = Region::new(range.clone());
-        self.snippets.forget(self.memory.host_address(range.start)..self.memory.host_address(range.end));
-        self.has_room(length)
-    }
-
-    /// Frees what dropped blocks held. No emitted code may be running.
-    pub fn reap(&mut self) {
-        while let Some(id) = self.dead.pop() {
-            let block = self.at_mut(id);
-            let mut chain = block.sensitive.take();
-            let (start, record, links) = (block.start(), block.record, block.links());
-            if block.two_pages {
-                self.second_pages.remove(&id);
-            }
-            while let Some(index) = chain {
-                let entry = &mut self.sensitive[index as usize];
-                chain = entry.next.take();
-                entry.next = self.free_sensitive.replace(index);
-            }
-            // The one made last gives its memory back: code that is patched and run in turns needs no more than once.
-            if let Some(region) = self.regions.get_mut(self.region)
-                && region.blocks.last() == Some(&id)
-            {
-                region.blocks.pop();
-                region.records.truncate(record as usize);
-                region.links.truncate(links.start);
-                self.next = start;
-                self.free.push(id);
-                let range = start..region.range.end;
-                self.snippets.forget(self.memory.host_address(range.start)..self.memory.host_address(range.end));
-            }
-        }
-    }
-
     /// Adds a block for which there is room. The caller has seen to it that writes to its pages are noticed.
     pub fn insert(
         &mut self,
@@ -419,138 +309,6 @@ impl Cache {
         id
     }
 
-    /// A copy of a block for the guest address `rip`, if it can stand there; with it copies of blocks that it leads to. There
-    /// must be room for the first.
-    pub fn copy(&mut self, original: BlockId, rip: u64) -> Option<BlockId> {
-        // It may be the one that moves, and then leads nowhere.
-        let targets = self.link_targets(original);
-        let first = self.copy_one(original, rip)?;
-        let mut chain = vec![(first, targets)];
-        let mut copied = 1;
-        while let Some((copy, targets)) = chain.pop() {
-            for (index, target) in targets {
-                let Some(at) = self.link_of(LinkId { block: copy, index }) else { continue };
-                let rip = self.body(copy).target(self.at(copy).rip, at);
-                let origin = self.at(target).origin;
-                let same = self.at_origin(origin).find(|id| self.at(*id).rip == rip);
-                let to = same.or_else(|| {
-                    let block = self.at(target);
-                    if copied == MAX_CHAIN || !block.movable || !self.has_room(block.length as usize) {
-                        return None;
-                    }
-                    let further = self.link_targets(target);
-                    let made = self.copy_one(target, rip)?;
-                    copied += 1;
-                    chain.push((made, further));
-                    Some(made)
-                });
-                if let Some(to) = to {
-                    self.link(LinkId { block: copy, index }, to);
-                }
-            }
-        }
-        Some(first)
-    }
-
-    /// Where a block's links lead, by their index.
-    fn link_targets(&self, id: BlockId) -> Vec<(u16, BlockId)> {
-        let block = self.at(id);
-        let links = self.regions[self.region_of(block.start())].links[block.links()].iter().enumerate();
-        links.filter_map(|(i, l)| Some((i as u16, l.to?))).collect()
-    }
-
-    fn copy_one(&mut self, original: BlockId, rip: u64) -> Option<BlockId> {
-        let (mut code, mut packed) = std::mem::take(&mut self.scratch);
-        let made = self.copy_by_way_of(&mut code, &mut packed, original, rip);
-        self.scratch = (code, packed);
-        made
-    }
-
-    /// The same, with memory for the code and the record.
-    fn copy_by_way_of(
-        &mut self,
-        code: &mut Vec<u8>,
-        packed: &mut Vec<u8>,
-        original: BlockId,
-        rip: u64,
-    ) -> Option<BlockId> {
-        let (block, body) = self.block(original)?;
-        packed.clear();
-        packed.extend_from_slice(body.record.packed);
-        let (from, links) = (block.position(), block.link_count);
-        let mut sensitive = Vec::new();
-        let mut chain = block.sensitive;
-        while let Some(index) = chain {
-            let entry = &self.sensitive[index as usize];
-            let offset = entry.insn.insn.ip().wrapping_sub(from.rip) as u16;
-            let (insn, _) = body.decode(rip, offset)?;
-            sensitive.push(SensitiveInsn { insn, ..entry.insn });
-            chain = entry.next;
-        }
-        code.resize(body.length as usize, 0);
-        self.memory.read(from.host, code);
-        // Links lead to their stubs at first.
-        for link in body.record.links() {
-            let rel = i32::from(link.stub_offset) - (i32::from(link.patch_offset) + 4);
-            if let Some(field) = code.get_mut(link.patch_offset as usize..).and_then(|c| c.first_chunk_mut()) {
-                *field = rel.to_le_bytes();
-            }
-        }
-        let same = |id: BlockId| self.at(id).length == body.length && self.body(id).record.packed == body.record.packed;
-        let copies = self.at_origin(body.origin).filter(|id| same(*id));
-        let (count, oldest) = copies.fold((0, None), |(n, oldest): (usize, Option<BlockId>), id| {
-            let age = |id: BlockId| self.clock.wrapping_sub(self.at(id).used);
-            (n + 1, if oldest.is_some_and(|o| age(o) >= age(id)) { oldest } else { Some(id) })
-        });
-        let made = match oldest {
-            Some(id) if count >= MAX_COPIES => self.move_block(id, code, from, rip, &sensitive),
-            _ => {
-                let body = Body { record: Record::read(packed), ..body };
-                self.put(New { body, links }, code, from, rip, &sensitive)
-            }
-        };
-        if made.is_some() {
-            self.stats.copied += 1;
-        }
-        made
-    }
-
-    /// Gives a block another guest address. `code` is what a block at `from` has, with links to stubs.
-    fn move_block(
-        &mut self,
-        id: BlockId,
-        code: &mut [u8],
-        from: Position,
-        rip: u64,
-        sensitive: &[SensitiveInsn],
-    ) -> Option<BlockId> {
-        let (block, body) = self.block(id)?;
-        let (origin, old) = (body.origin, block.position());
-        let mut indices = Vec::new();
-        let mut chain = block.sensitive;
-        while let Some(index) = chain {
-            indices.push(index);
-            chain = self.sensitive[index as usize].next;
-        }
-        let mut numbers = indices.iter().copied();
-        if !body.relocate(code, from, Position { rip, host: old.host }, || numbers.next()) {
-            return None;
-        }
-        self.jumps.forget(origin.mode, origin.jump_key(old.rip));
-        self.unlink_all(id);
-        for (&index, insn) in indices.iter().zip(sensitive) {
-            self.sensitive[index as usize].insn = *insn;
-        }
-        self.memory.write(old.host, code);
-        self.name(old.host, code.len(), rip);
-        self.clock = self.clock.wrapping_add(1);
-        let used = self.clock;
-        let block = self.at_mut(id);
-        (block.rip, block.used) = (rip, used);
-        self.stats.moved += 1;
-        Some(id)
-    }
-
     /// Puts `code`, as it has to be at `from`, behind what there is, as a block at `rip`.
     fn put(
         &mut self,
@@ -563,7 +321,7 @@ impl Cache {
         if !self.has_room(code.len()) {
             return None;
         }
-        let start = self.next;
+        let start = self.regions[self.region].next;
         let indices: Vec<u32> = sensitive.iter().map(|insn| self.add_sensitive(*insn)).collect();
         for pair in indices.windows(2) {
             self.sensitive[pair[0] as usize].next = Some(pair[1]);
@@ -577,7 +335,7 @@ impl Cache {
         }
         self.memory.write(start, code);
         // At least a byte lies between blocks, so that a return address at a block's very end is still its own.
-        self.next = (start + code.len() + 1).next_multiple_of(16);
+        self.regions[self.region].next = (start + code.len() + 1).next_multiple_of(16);
         self.name(start, code.len(), rip);
         self.clock = self.clock.wrapping_add(1);
         let origin = body.origin;
@@ -822,5 +580,7 @@ fn hash(origin: Origin) -> u64 {
     FxBuildHasher.hash_one(origin)
 }
 
+mod copies;
+mod room;
 #[cfg(test)]
 mod tests;

@@ -190,6 +190,14 @@ impl CodeMemory {
         self.executable.address() + offset as u64
     }
 
+    /// Gives a slot's memory back to the host: it is all zeros then.
+    pub fn release_jump_slot(&self, slot: usize) {
+        let length = JUMP_BYTES / JUMP_SLOTS;
+        assert!(slot < JUMP_SLOTS, "a slot that is not in the jump table");
+        // SAFETY: in bounds, whole pages, plain anonymous memory that only the owning thread writes.
+        unsafe { libc::madvise(self.jump_table.start.as_ptr().add(slot * length).cast(), length, libc::MADV_DONTNEED) };
+    }
+
     pub fn jump_word(&self, index: usize) -> &AtomicU64 {
         assert!(index * 8 < JUMP_BYTES, "a jump table index out of range");
         // SAFETY: in bounds and aligned; written only by the owning thread.

@@ -11,10 +11,19 @@ use crate::mode::Mode;
 /// What one vCPU's jump table holds.
 pub struct Jumps {
     memory: Arc<CodeMemory>,
-    slots: Vec<Mode>,
+    slots: Vec<Slot>,
     /// Entries that are in use, for code in global pages and in others.
     global: Listed,
     local: Listed,
+}
+
+/// The part of the table for one mode.
+struct Slot {
+    mode: Mode,
+    /// Something was entered since all was last forgotten.
+    used: bool,
+    /// Its memory has been touched.
+    resident: bool,
 }
 
 /// A set of entries.
@@ -57,16 +66,21 @@ impl Jumps {
             return None;
         }
         let mode = mode.plain();
-        if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
+        if let Some(slot) = self.slots.iter().position(|s| s.mode == mode) {
             return Some(slot);
         }
         if self.slots.len() == JUMP_SLOTS {
             return None;
         }
         let slot = self.slots.len();
-        self.slots.push(mode);
-        self.empty(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX, mode));
+        self.slots.push(Slot { mode, used: false, resident: true });
+        self.initialize(slot);
         Some(slot)
+    }
+
+    /// Gives the one entry whose empty tag is not zero that tag.
+    fn initialize(&self, slot: usize) {
+        self.empty(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX, self.slots[slot].mode));
     }
 
     /// Whether one more entry can be listed without a list that grows.
@@ -79,6 +93,7 @@ impl Jumps {
     pub fn enter(&mut self, mode: Mode, key: u64, entry: u64, parked_entry: u64, global: bool) {
         let Some(slot) = self.slot(mode) else { return };
         let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
+        (self.slots[slot].used, self.slots[slot].resident) = (true, true);
         let index = jump_index(key, mode);
         let tag_index = tags as usize / 8 + index;
         // An entry may be listed for what it held before as well: clearing it too often does no harm.
@@ -96,12 +111,25 @@ impl Jumps {
         self.local.clear(empty);
         if global {
             self.global.clear(empty);
+            self.release();
+        }
+    }
+
+    /// Gives the memory of slots back to the host that nothing was entered into since the last time: a guest's start goes
+    /// through modes that never come again. Nothing may be in the table.
+    fn release(&mut self) {
+        for slot in 0..self.slots.len() {
+            let s = &mut self.slots[slot];
+            if !std::mem::take(&mut s.used) && std::mem::take(&mut s.resident) {
+                self.memory.release_jump_slot(slot);
+                self.initialize(slot);
+            }
         }
     }
 
     /// The host code that the table has for a key.
     pub fn find(&self, mode: Mode, key: u64) -> Option<u64> {
-        let slot = jump_slot_offsets(self.slots.iter().position(|&m| m == mode)?);
+        let slot = jump_slot_offsets(self.slots.iter().position(|s| s.mode == mode)?);
         let index = jump_index(key, mode);
         let tag = self.memory.jump_word(slot.tags as usize / 8 + index).load(Ordering::Relaxed);
         (tag == !key && key != u64::MAX)
@@ -110,7 +138,7 @@ impl Jumps {
 
     /// Forgets one key.
     pub fn forget(&self, mode: Mode, key: u64) {
-        if let Some(slot) = self.slots.iter().position(|&m| m == mode) {
+        if let Some(slot) = self.slots.iter().position(|s| s.mode == mode) {
             let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key, mode);
             if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key {
                 self.empty(tag_index);
@@ -122,3 +150,6 @@ impl Jumps {
         self.memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,8 @@ use crate::codegen::groups::Sharing;
 use crate::mode::Mode;
 use crate::testing::kernel_vcpu;
 
+use super::copies::MAX_COPIES;
+
 const RIP: u64 = 0x7f00_0000_0000;
 
 fn small_cache() -> Cache {
