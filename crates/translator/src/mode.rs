@@ -19,6 +19,8 @@ const SSE: u32 = 1 << 12;
 const AVX: u32 = 1 << 13;
 const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
+/// RDTSC and RDTSCP fault.
+const TIMELESS: u32 = 1 << 16;
 const CAREFUL: u32 = 1 << 31;
 
 /// Where code lies that runs outside 64-bit mode: CS. Blocks take it as constant.
@@ -65,6 +67,7 @@ impl Mode {
         m |= flag(cpu.avx_enabled(), AVX);
         m |= flag(cpu.avx_enabled() && cpu.xcr0 & xcr0::AVX512 == xcr0::AVX512, AVX512);
         m |= flag(cpu.cpl() == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0, ALIGN);
+        m |= flag(cpu.cpl() != 0 && cpu.cr4 & cr4::TSD != 0, TIMELESS);
         Mode(m)
     }
 
@@ -134,6 +137,11 @@ impl Mode {
     /// Misaligned accesses raise #AC (CPL 3, CR0.AM, RFLAGS.AC).
     pub fn checks_alignment(self) -> bool {
         self.0 & ALIGN != 0
+    }
+
+    /// The time-stamp counter may be read.
+    pub fn reads_tsc(self) -> bool {
+        self.0 & TIMELESS == 0
     }
 
     pub fn task_switched(self) -> bool {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use engine::Exit;
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use arch::cpuid::Feature;
 use arch::registers::{debug, rflags};
-use arch::state::{Activity, SegmentRegister};
+use arch::state::{Activity, Segment, SegmentRegister};
 use arch::{Exception, Vector};
 use memory::PAGE_SIZE;
 
@@ -69,6 +70,8 @@ pub struct EngineState {
     /// The code segment whose limit the jump table goes by, and the limits of those of other bases.
     code_segment: CodeSegment,
     code_limits: FxHashMap<u32, u32>,
+    /// The segments that emitted code was told about, and whether their types count.
+    pub ends_of: ([Segment; 6], bool),
     /// The next block runs in careful mode.
     careful: bool,
     /// The place whose group's check failed, to be linked to the careful code that comes next.
@@ -101,6 +104,8 @@ impl EngineState {
             mode: None,
             code_segment: CodeSegment::FLAT,
             code_limits: FxHashMap::default(),
+            // Whose ends are those that a vCPU begins with: zero but for the limit.
+            ends_of: ([Segment { limit: u32::MAX, ..Segment::default() }; 6], false),
             careful: false,
             failed_check: None,
             detoured: 0,
@@ -652,7 +657,7 @@ impl Vcpu {
     fn setting(&mut self, origin: Origin, mode: Mode) -> Setting {
         Setting {
             mode,
-            inline_tsc: self.machine.time.tsc_offset().is_some(),
+            inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
             sharing: match self.engine.failures.get(&origin) {
                 _ if mode.is_careful() || mode.is_single() => Sharing::Off,
                 Some((sharing, _)) => *sharing,

@@ -425,6 +425,10 @@ impl Asm {
         self.imm32(value);
     }
 
+    pub fn lfence(&mut self) {
+        self.bytes(&[0x0f, 0xae, 0xe8]);
+    }
+
     pub fn rdtsc(&mut self) {
         self.bytes(&[0x0f, 0x31]);
     }

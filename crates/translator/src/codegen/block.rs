@@ -100,7 +100,7 @@ impl From<Translated> for Workspace {
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
     pub mode: Mode,
-    /// RDTSC is the host's plus an offset.
+    /// RDTSC is the host's plus an offset, and there is RDTSCP.
     pub inline_tsc: bool,
     /// Which accesses may share checks.
     pub sharing: Sharing,

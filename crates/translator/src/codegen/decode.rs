@@ -115,9 +115,10 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::Sensitive(..) => Effect::SENSITIVE,
             // Where a conditional branch leads every flag may be needed.
             Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
-            Kind::Skip => Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false },
+            Kind::Skip => Effect::NONE,
             // An event that Rust finds then or meanwhile shows all of them.
             Kind::System if system::is_push(&insn) || insn.mnemonic() == Mnemonic::Sti => Effect::LOOKS,
+            Kind::System if !system::is_pop(&insn) => Effect::NONE,
             Kind::String if insn.has_rep_prefix() || insn.has_repne_prefix() => Effect::LOOKS,
             Kind::System if system::is_pop(&insn) => Effect { reads: Flags::NONE, kills: Flags::ALL, touches: false },
             _ => Effect::of(&insn),

@@ -42,6 +42,8 @@ impl Effect {
     /// An instruction that Rust code executes sees and may change all flags.
     pub const SENSITIVE: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: true };
 
+    pub const NONE: Effect = Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false };
+
     /// All flags are seen, none is changed.
     pub const LOOKS: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: false };
 

@@ -1,12 +1,13 @@
 //! Privileged instructions that kernels and firmware execute all day, and PUSHF, emitted inline as far as nothing can go
 //! wrong. Elsewhere, and where emitted code finds that more is to be done, `semantics` has them.
 
-use iced_x86::{Code, Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{Alu, Mem, RAX, RDX, RSP, S0, S1, cc};
+use super::asm::{Alu, Mem, RAX, RCX, RDX, RSP, S0, S1, cc};
 use super::block::Builder;
 use super::operand::{FlagState, SAVED_AX, park_flags};
 use crate::entry::context_offset;
+use crate::mmu::operand::segment_register;
 use crate::mode::Mode;
 use crate::shared::request;
 use arch::registers::rflags;
@@ -14,6 +15,7 @@ use arch::registers::rflags;
 const GS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 5 * size_of::<arch::Segment>() as i32);
 const KERNEL_GS_BASE: Mem =
     Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
+const TSC_AUX: Mem = Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, tsc_aux) as i32);
 const RFLAGS: Mem = Mem::Base(RSP, context_offset!(rflags));
 /// See [`Builder::push_flags`].
 const LENT: Mem = Mem::Base(RSP, context_offset!(hot.lent));
@@ -32,11 +34,34 @@ pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
     match insn.mnemonic() {
         Mnemonic::Swapgs => privileged && mode.long(),
         Mnemonic::Cli | Mnemonic::Sti => privileged,
-        Mnemonic::Rdtsc => privileged && inline_tsc,
+        Mnemonic::Rdtsc | Mnemonic::Rdtscp => mode.reads_tsc() && inline_tsc,
+        Mnemonic::Cld | Mnemonic::Std => true,
+        Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op1_kind() == OpKind::Register => {
+            insn.op1_register().is_segment_register() || privileged && control_register(insn.op1_register()).is_some()
+        }
         // Virtual-8086 code has 16 bits.
         _ if is_push(insn) => (privileged || mode.bits() != 16) && has_own_size(insn, mode),
         _ => is_pop(insn) && privileged && has_own_size(insn, mode),
     }
+}
+
+/// Where a segment register's selector stands.
+fn selector(register: Register) -> Mem {
+    let segment = segment_register(register) as usize * size_of::<arch::Segment>();
+    let at = segment + std::mem::offset_of!(arch::Segment, selector);
+    Mem::Base(RSP, context_offset!(segments) + at as i32)
+}
+
+/// Where a control register that is plain storage stands.
+fn control_register(register: Register) -> Option<Mem> {
+    let at = match register {
+        Register::CR0 => context_offset!(cr0),
+        Register::CR2 => context_offset!(cr2),
+        Register::CR3 => context_offset!(cr3),
+        Register::CR4 => context_offset!(cr4),
+        _ => return None,
+    };
+    Some(Mem::Base(RSP, at))
 }
 
 /// The operand size is that of the mode: others are rare.
@@ -83,10 +108,36 @@ impl Builder<'_> {
             }
             Mnemonic::Sti => return self.set_interrupt_flag(insn),
             Mnemonic::Rdtsc => self.read_tsc(),
+            Mnemonic::Rdtscp => {
+                // It waits for what is before it.
+                self.asm.lfence();
+                self.read_tsc();
+                self.asm.load(RCX, TSC_AUX);
+            }
+            Mnemonic::Cld => {
+                self.free_flags();
+                self.asm.and_mem32_imm(RFLAGS, !rflags::DF as i32);
+            }
+            Mnemonic::Std => {
+                self.free_flags();
+                self.asm.or_mem32_imm(RFLAGS, rflags::DF as i32);
+            }
+            Mnemonic::Mov => self.read_system_register(insn),
             _ if is_push(insn) => self.push_flags(image_size(insn)),
             _ => self.pop_flags(image_size(insn)),
         }
         false
+    }
+
+    /// MOV from a control or a segment register to a general-purpose one.
+    fn read_system_register(&mut self, insn: &Instruction) {
+        let (to, from) = (insn.op0_register(), insn.op1_register());
+        match control_register(from) {
+            Some(mem) if to.size() == 4 => self.asm.load32(S0, mem),
+            Some(mem) => self.asm.load(S0, mem),
+            None => self.asm.load16(S0, selector(from)),
+        }
+        self.write_sized_register(to.full_register().number() as u8, to.size(), S0);
     }
 
     fn read_tsc(&mut self) {

@@ -82,7 +82,11 @@ impl Vcpu {
     /// Tells emitted code about the segments as they are now.
     pub fn find_segment_ends(&mut self) {
         let typed = self.protected_mode() && !self.v8086();
-        self.hot.segment_ends = std::array::from_fn(|i| Ends::of(&self.segments[i], typed));
+        let known = &mut self.engine.ends_of;
+        if *known != (self.segments, typed) {
+            *known = (self.segments, typed);
+            self.hot.segment_ends = std::array::from_fn(|i| Ends::of(&self.segments[i], typed));
+        }
     }
 
     /// #AC(0) for an unaligned access of a program with alignment checks on (Intel SDM 3A 6.15, interrupt 17).
