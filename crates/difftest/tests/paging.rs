@@ -360,6 +360,58 @@ fn code_that_is_written_runs_as_written() {
     assert_eq!(m.state().gpr[3], 500_500);
 }
 
+/// What a compiler in the guest does: a function with new immediates in each turn and another operation in some, data beside
+/// it, a function that stays what it is, stores through another mapping.
+#[test]
+fn a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written() {
+    const OTHER: u64 = PAGE + 0x10_0000;
+    const TURNS: u32 = 2000;
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.pages(1);
+    bare.map(PAGE, page, P | W);
+    bare.map(OTHER, page, P | W);
+    // mov eax, 0; add eax, 0; ret
+    bare.write(page, &[0xb8, 0, 0, 0, 0, 0x05, 0, 0, 0, 0, 0xc3]);
+    // mov rax, [rdi + 0x208]; ret
+    bare.write(page + 0x100, &[0x48, 0x8b, 0x87, 0x08, 0x02, 0, 0, 0xc3]);
+    let rip = bare.kernel_code(CODE, |a| {
+        let (mut top, mut fill) = (a.create_label(), a.create_label());
+        a.mov(rdi, PAGE)?;
+        a.mov(rbx, OTHER)?;
+        a.xor(esi, esi)?;
+        a.mov(ecx, TURNS)?;
+        a.set_label(&mut top)?;
+        a.mov(dword_ptr(rdi + 1), ecx)?;
+        a.mov(eax, ecx)?;
+        a.shr(eax, 4)?;
+        a.and(eax, 1)?;
+        a.imul_3(eax, eax, 0x30)?;
+        a.add(eax, 5)?;
+        a.mov(byte_ptr(rbx + 5), al)?; // 05: ADD, 35: XOR
+        a.lea(edx, dword_ptr(rcx + rcx * 2))?;
+        a.mov(dword_ptr(rbx + 6), edx)?;
+        a.mov(edx, 20)?;
+        a.set_label(&mut fill)?;
+        a.mov(qword_ptr(rdi + rdx * 8 + 0x200), rcx)?;
+        a.dec(edx)?;
+        a.jnz(fill)?;
+        a.call(rdi)?;
+        a.add(rsi, rax)?;
+        a.lea(rax, qword_ptr(rdi + 0x100))?;
+        a.call(rax)?;
+        a.add(rsi, rax)?;
+        a.dec(ecx)?;
+        a.jnz(top)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    let made = |n: u32| if n >> 4 & 1 == 0 { n + n * 3 } else { n ^ (n * 3) };
+    let sum: u64 = (1..=TURNS).map(|n| u64::from(made(n)) + u64::from(n)).sum();
+    assert_eq!(m.state().gpr[6], sum);
+}
+
 /// Shared libraries: the translator copies its code from one address to the next.
 #[test]
 fn code_that_is_mapped_at_many_addresses_knows_at_which_it_runs() {

@@ -47,7 +47,7 @@ impl AccessKind {
         self.0 & 1 << 19 != 0
     }
 
-    fn is_stack(self) -> bool {
+    pub fn is_stack(self) -> bool {
         self.0 & 1 << 20 != 0
     }
 
@@ -156,15 +156,13 @@ pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
     {
         return addend;
     }
-    if cpu.fill_tlb(va, kind.access(), kind.context()).is_err() {
-        return 0;
-    }
+    let Ok(mapping) = cpu.fill_tlb(va, kind.access(), kind.context()) else { return 0 };
     let host = if kind.is_stack() {
         cpu.tlb.enter_stack(kind.context(), va)
     } else {
         cpu.tlb.entry(kind.context(), va).host_address(va, kind.size(), kind.write())
     };
-    host.unwrap_or(0)
+    host.or_else(|| cpu.store_beside_code(va, kind, &mapping)).unwrap_or(0)
 }
 
 /// An access that crosses the end of a page.
@@ -245,8 +243,11 @@ pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Acce
     let Some(site) = cpu.locate_site() else {
         return lost(cpu, "memory access");
     };
-    cpu.enter_instruction(&site);
     let kind = AccessKind(kind);
+    if let Some(host) = store_to_code(cpu, va, kind, &site) {
+        return Accessed { host, left: 0 };
+    }
+    cpu.enter_instruction(&site);
     if kind.is_group() {
         // The instruction runs again, with its own check.
         cpu.rip = cpu.insn_rip;
@@ -257,6 +258,15 @@ pub(crate) extern "C" fn access_slow(cpu: &mut Vcpu, va: u64, kind: u32) -> Acce
         return Accessed::leave(Left::Careful);
     }
     access(cpu, va, kind, &site)
+}
+
+/// A store that is none for the TLB only because the page holds code: its host address.
+fn store_to_code(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Option<u64> {
+    if !kind.write() || !canonical(va) || site.insn.op_mask() != iced_x86::Register::None {
+        return None;
+    }
+    let mapping = cpu.fill_tlb(va, kind.access(), kind.context()).ok()?;
+    cpu.store_to_code(va, kind, &mapping, site.block)
 }
 
 /// An operand whose address only Rust computes: segments with bases and limits, alignment checks.

@@ -103,6 +103,22 @@ pub struct Relocation {
     pub delta: i32,
 }
 
+/// An immediate that stands in host code as it does in guest code.
+#[derive(Clone, Copy, Debug)]
+pub struct Immediate {
+    pub host_offset: u16,
+    pub guest_offset: u16,
+    pub length: u8,
+}
+
+/// What serves to take up code again after its bytes were written: see [`crate::rewritten`].
+#[derive(Clone, Debug)]
+pub struct Template {
+    /// The bytes at [`Record::lookahead`].
+    pub ahead: Box<[u8]>,
+    pub immediates: Box<[Immediate]>,
+}
+
 /// Where a copy of the code stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Position {
@@ -127,6 +143,14 @@ pub struct Body<'a> {
 }
 
 impl Body<'_> {
+    /// The part of its page that translation looked at.
+    pub fn extent(&self) -> Range<usize> {
+        let start = (self.origin.address % PAGE_SIZE) as usize;
+        let end = (start + self.record.bytes.len()).min(PAGE_SIZE as usize);
+        let ahead = self.record.lookahead();
+        if ahead.is_empty() { start..end } else { start.min(ahead.start)..end.max(ahead.end) }
+    }
+
     /// The instruction at an offset, with its bytes, in code at `rip`.
     pub fn decode(&self, rip: u64, guest_offset: u16) -> Option<(Instruction, [u8; 15])> {
         let offset = guest_offset as usize;

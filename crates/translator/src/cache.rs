@@ -19,7 +19,7 @@ use hashbrown::HashTable;
 use iced_x86::Instruction;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use crate::body::{Body, Link, Origin, Position};
+use crate::body::{Body, Link, Origin, Position, Template};
 use crate::code_memory::{CODE_START, CodeMemory};
 use crate::codegen::block::{SensitiveInsn, Translated};
 use crate::jumps::Jumps;
@@ -114,6 +114,14 @@ struct SensitiveEntry {
     next: Option<u32>,
 }
 
+/// The blocks that depend on a page.
+#[derive(Default)]
+struct PageCode {
+    blocks: Vec<BlockId>,
+    /// A bit for each 64 bytes: translation may have looked at some of them.
+    lines: u64,
+}
+
 /// One vCPU's blocks.
 pub struct Cache {
     memory: Arc<CodeMemory>,
@@ -129,7 +137,11 @@ pub struct Cache {
     /// The frames of the bytes beyond the first page of those blocks that have such bytes.
     second_pages: FxHashMap<BlockId, u64>,
     /// By frame.
-    by_page: FxHashMap<u64, Vec<BlockId>>,
+    by_page: FxHashMap<u64, PageCode>,
+    /// Of blocks that can be taken up again when their bytes were written.
+    templates: FxHashMap<BlockId, Template>,
+    /// Blocks that may be, when they are looked for: see [`crate::rewritten`].
+    asleep: FxHashMap<(Origin, u64), BlockId>,
     sensitive: Vec<SensitiveEntry>,
     free_sensitive: Option<u32>,
     pub jumps: Jumps,
@@ -153,6 +165,7 @@ pub struct Stats {
     pub evicted_regions: u64,
     pub links: u64,
     pub lookups: u64,
+    pub woken: u64,
 }
 
 impl Cache {
@@ -170,6 +183,8 @@ impl Cache {
             by_origin: HashTable::new(),
             second_pages: FxHashMap::default(),
             by_page: FxHashMap::default(),
+            templates: FxHashMap::default(),
+            asleep: FxHashMap::default(),
             sensitive: Vec::new(),
             free_sensitive: None,
             clock: 0,
@@ -283,13 +298,15 @@ impl Cache {
         (offset <= block.length as usize).then_some((id, offset as u16))
     }
 
-    /// Adds a block for which there is room. The caller has seen to it that writes to its pages are noticed.
+    /// Adds a block for which there is room. The caller has seen to it that writes to its pages are noticed. `ahead`: the
+    /// bytes that were looked at ahead, in code that is rewritten often.
     pub fn insert(
         &mut self,
         origin: Origin,
         rip: u64,
         second_page: Option<u64>,
         bytes: &[u8],
+        ahead: Option<&[u8]>,
         t: &mut Translated,
     ) -> Option<BlockId> {
         let mut writer = std::mem::take(&mut self.writer);
@@ -305,6 +322,10 @@ impl Cache {
         self.stats.guest_instructions += t.points.len() as u64;
         let new = New { body, links: t.links.len() as u16 };
         let id = self.put(new, &mut t.code, Position { rip, host: 0 }, rip, &t.sensitive);
+        if let (Some(id), Some(ahead), None) = (id, ahead, second_page) {
+            let immediates = t.immediates.as_slice().into();
+            self.templates.insert(id, Template { ahead: ahead.into(), immediates });
+        }
         self.writer = writer;
         id
     }
@@ -338,17 +359,15 @@ impl Cache {
         self.regions[self.region].next = (start + code.len() + 1).next_multiple_of(16);
         self.name(start, code.len(), rip);
         self.clock = self.clock.wrapping_add(1);
-        let origin = body.origin;
-        let alias = self.at_origin(origin).next();
         let region = &mut self.regions[self.region];
         let block = Block {
             rip,
-            origin,
+            origin: body.origin,
             start: start as u32,
             record: region.records.len() as u32,
             links: region.links.len() as u32,
             incoming: None,
-            alias,
+            alias: None,
             sensitive: indices.first().copied(),
             used: self.clock,
             length: body.length,
@@ -356,7 +375,7 @@ impl Cache {
             link_count: links,
             movable: body.movable,
             two_pages: body.second_page.is_some(),
-            live: true,
+            live: false,
         };
         region.records.extend_from_slice(body.record.packed);
         region.links.resize(region.links.len() + usize::from(links), LinkState::default());
@@ -372,14 +391,26 @@ impl Cache {
             }
         };
         self.regions[self.region].blocks.push(id);
-        self.lead_origin(origin, Some(id));
         if let Some(page) = body.second_page {
             self.second_pages.insert(id, page);
         }
-        for page in std::iter::once(origin.frame()).chain(body.second_page) {
-            self.by_page.entry(page).or_default().push(id);
-        }
+        self.attach(id);
         Some(id)
+    }
+
+    /// Lets a block be found.
+    fn attach(&mut self, id: BlockId) {
+        let body = self.body(id);
+        let (origin, second_page, extent) = (body.origin, body.second_page, body.extent());
+        let alias = self.at_origin(origin).next();
+        let block = self.at_mut(id);
+        (block.alias, block.live) = (alias, true);
+        self.lead_origin(origin, Some(id));
+        for (page, lines) in std::iter::once((origin.frame(), lines(&extent))).chain(second_page.map(|p| (p, 1))) {
+            let code = self.by_page.entry(page).or_default();
+            code.blocks.push(id);
+            code.lines |= lines;
+        }
     }
 
     /// Sets or forgets the first block of an origin.
@@ -482,14 +513,35 @@ impl Cache {
         self.jumps.enter(origin.mode, key, entry, parked_entry, global);
     }
 
-    /// Drops the blocks made from `bytes` of a physical page. True if the page has no translated code left.
-    pub fn invalidate(&mut self, page: u64, bytes: Range<usize>) -> bool {
-        let Some(ids) = self.by_page.get(&page) else { return true };
-        let hit: Vec<BlockId> = ids.iter().copied().filter(|&id| self.body(id).overlaps(page, &bytes)).collect();
-        for id in hit {
-            self.remove(id);
+    /// Whether translation looked at any of these bytes of a page.
+    pub fn overlaps(&self, page: u64, bytes: &Range<usize>) -> bool {
+        let Some(code) = self.by_page.get(&page) else { return false };
+        code.lines & lines(bytes) != 0 && code.blocks.iter().any(|&id| self.body(id).overlaps(page, bytes))
+    }
+
+    /// Drops the blocks made from `bytes` of a physical page, but for those that can sleep; how many.
+    pub fn invalidate(&mut self, page: u64, bytes: Range<usize>) -> usize {
+        let Some(code) = self.by_page.get(&page) else { return 0 };
+        let ids = code.blocks.iter().copied();
+        let hit: Vec<BlockId> = ids.filter(|&id| self.body(id).overlaps(page, &bytes)).collect();
+        for &id in &hit {
+            self.stats.invalidated += 1;
+            self.put_to_sleep(id);
         }
-        !self.has_page(page)
+        self.find_lines(page);
+        hit.len()
+    }
+
+    fn find_lines(&mut self, page: u64) {
+        let Some(code) = self.by_page.get(&page) else { return };
+        let spans = code.blocks.iter().map(|&id| {
+            let body = self.body(id);
+            if page == body.origin.frame() { lines(&body.extent()) } else { 1 }
+        });
+        let found = spans.fold(0, |all, lines| all | lines);
+        if let Some(code) = self.by_page.get_mut(&page) {
+            code.lines = found;
+        }
     }
 
     /// Drops a block because its translation doesn't hold any more.
@@ -507,6 +559,12 @@ impl Cache {
     }
 
     fn drop_block(&mut self, id: BlockId) {
+        self.detach(id);
+        self.dead.push(id);
+    }
+
+    /// Sees to it that nothing leads to a block.
+    fn detach(&mut self, id: BlockId) {
         self.unlink_all(id);
         let second_page = self.second_page(id);
         let block = self.at_mut(id);
@@ -520,14 +578,13 @@ impl Cache {
         }
         self.at_mut(id).alias = None;
         for page in std::iter::once(origin.frame()).chain(second_page) {
-            if let Some(ids) = self.by_page.get_mut(&page) {
-                ids.retain(|&other| other != id);
-                if ids.is_empty() {
+            if let Some(code) = self.by_page.get_mut(&page) {
+                code.blocks.retain(|&other| other != id);
+                if code.blocks.is_empty() {
                     self.by_page.remove(&page);
                 }
             }
         }
-        self.dead.push(id);
     }
 
     /// Makes all links to and from a block lead to their stubs.
@@ -576,11 +633,19 @@ impl Cache {
     }
 }
 
+/// A bit for each 64 bytes of a page that a range touches.
+fn lines(bytes: &Range<usize>) -> u64 {
+    let (first, last) = (bytes.start / 64, bytes.end.saturating_sub(1).min(4095) / 64);
+    if first > last || first > 63 { 0 } else { u64::MAX << first & u64::MAX >> (63 - last) }
+}
+
 fn hash(origin: Origin) -> u64 {
     FxBuildHasher.hash_one(origin)
 }
 
 mod copies;
 mod room;
+mod sleep;
+pub use sleep::Woken;
 #[cfg(test)]
 mod tests;

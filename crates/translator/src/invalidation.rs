@@ -68,8 +68,12 @@ impl Vcpu {
     }
 
     fn code_written(&mut self, frame: u64, bytes: Range<usize>) {
-        // With more vCPUs than bits a bit may stand for another one as well.
-        if self.engine.cache.invalidate(frame, bytes)
+        if self.engine.cache.invalidate(frame, bytes) != 0 {
+            self.engine.rewritten.dropped(frame);
+        }
+        // With more vCPUs than bits a bit may stand for another one as well. Of what is rewritten often it stays.
+        if !self.engine.cache.has_page(frame)
+            && !self.engine.rewritten.often(frame)
             && self.machine.vcpus().len() <= 8
             && let Some(page) = page_of(frame)
         {
@@ -109,11 +113,14 @@ impl Vcpu {
     /// goes unnoticed, by whomever.
     pub fn watch_code_page(&mut self, gpa: u64) {
         let Some(Place { page, .. }) = self.at(gpa).0 else { return };
-        let before = self.machine.tracker.mark_code(page, holder_bit(self.id));
-        if before != 0 {
-            return; // nobody has a write tag for it
-        }
+        let own = holder_bit(self.id);
+        let before = self.machine.tracker.mark_code(page, own);
         let frame = frame_of(page);
+        // Another vCPU may have a write tag for code of its own that sleeps.
+        if before & own != 0 {
+            self.guard_code_page(frame);
+            return;
+        }
         self.tlb.protect(frame..frame + PAGE_SIZE);
         let machine = self.machine.clone();
         let vcpus = machine.vcpus();

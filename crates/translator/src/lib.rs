@@ -35,6 +35,7 @@ pub mod mode;
 pub mod perf_map;
 pub mod phys;
 mod record;
+pub mod rewritten;
 pub mod run;
 pub mod semantics;
 pub mod shared;

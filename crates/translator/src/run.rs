@@ -24,6 +24,7 @@ use crate::entry::{Left, NO_BRANCH, enter};
 use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
+use crate::rewritten::Rewritten;
 use crate::shared::request;
 
 /// Code whose groups' failures are remembered.
@@ -81,8 +82,9 @@ pub struct EngineState {
     /// Code whose groups' checks failed: how often with the present sharing.
     failures: FxHashMap<Origin, (Sharing, u8)>,
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
-    code_page: Vec<u8>,
+    pub code_page: Vec<u8>,
     workspace: Workspace,
+    pub rewritten: Rewritten,
     /// An event was delivered since a block was last entered.
     pub delivered: bool,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
@@ -112,6 +114,7 @@ impl EngineState {
             failures: FxHashMap::default(),
             code_page: vec![0; CODE_PAGE],
             workspace: Workspace::default(),
+            rewritten: Rewritten::default(),
             delivered: false,
             device_pages: FxHashSet::default(),
         }
@@ -544,7 +547,8 @@ impl Vcpu {
         // From here on code may be dropped, moved or overwritten: what the FPU notes of it must be the guest's before.
         self.settle_x87_pointers();
         self.engine.cache.reap();
-        let id = match self.copy_block(origin, rip) {
+        let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
+        let id = match known {
             Some(id) => id,
             None => self.translate(origin, gpa, rip, linear)?,
         };
@@ -604,6 +608,7 @@ impl Vcpu {
 
     fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64) -> Result<BlockId, Stop> {
         self.watch_code_page(gpa);
+        self.engine.rewritten.translated(origin.frame());
         let offset = (gpa % PAGE_SIZE) as usize;
         let in_memory = self.readable(gpa).is_some();
         let setting = self.setting(origin, if in_memory { origin.mode } else { origin.mode.single() });
@@ -616,7 +621,9 @@ impl Vcpu {
             let second_page = second_page.filter(|_| offset + length > PAGE_SIZE as usize);
             let cache = &mut self.engine.cache;
             cache.make_room(translated.code.len());
-            let inserted = cache.insert(origin, rip, second_page, &bytes[offset..offset + length], &mut translated);
+            let code = &bytes[offset..offset + length];
+            let ahead = bytes.get(translated.lookahead.clone()).filter(|_| setting.template && in_memory);
+            let inserted = cache.insert(origin, rip, second_page, code, ahead, &mut translated);
             self.engine.workspace = translated.into();
             inserted
         });
@@ -664,6 +671,7 @@ impl Vcpu {
                 None => Sharing::All,
             },
             jump_slot: self.engine.cache.jumps.slot(mode),
+            template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
         }
     }
 

@@ -29,6 +29,7 @@ pub fn report(cpu: &Vcpu) -> String {
         ("blocks translated", cache.blocks),
         ("guest instructions translated", cache.guest_instructions),
         ("blocks invalidated", cache.invalidated),
+        ("blocks taken up again as they were, or with other immediates", cache.woken),
         ("blocks copied to another address", cache.copied),
         ("of these in place of an older copy", cache.moved),
         ("translation cache regions dropped", cache.evicted_regions),

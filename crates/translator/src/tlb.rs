@@ -250,6 +250,18 @@ impl Tlb {
         }
     }
 
+    /// Takes the write tag off one entry, if it maps this frame, and off the stack pages that do.
+    pub fn protect_entry(&mut self, context: Context, index: usize, frame: u64) {
+        for stack in self.stack.iter_mut().filter(|s| s.frame & !0xfff == frame) {
+            *stack = NO_STACK;
+        }
+        if let Some(entry) = self.tables[context as usize].entries.get_mut(index)
+            && entry.frame & !0xfff == frame
+        {
+            entry.write = invalid(index);
+        }
+    }
+
     /// Takes the write tags off all mappings of these frames: what is written there is to be seen.
     pub fn protect(&mut self, frames: Range<u64>) {
         for stack in self.stack.iter_mut().filter(|s| frames.contains(&(s.frame & !0xfff))) {

@@ -101,8 +101,11 @@ impl Cache {
                 self.put(New { body, links }, code, from, rip, &sensitive)
             }
         };
-        if made.is_some() {
+        if let Some(made) = made {
             self.stats.copied += 1;
+            if let Some(template) = self.templates.get(&original).cloned() {
+                self.templates.insert(made, template);
+            }
         }
         made
     }

@@ -71,6 +71,8 @@ impl Cache {
         for &id in &blocks {
             if self.is_live(id) {
                 self.drop_block(id);
+            } else {
+                self.drop_asleep(id);
             }
         }
         self.reap();
@@ -86,7 +88,9 @@ impl Cache {
             let block = self.at_mut(id);
             let mut chain = block.sensitive.take();
             let (start, record, links) = (block.start(), block.record, block.links());
-            if block.two_pages {
+            let two_pages = block.two_pages;
+            self.templates.remove(&id);
+            if two_pages {
                 self.second_pages.remove(&id);
             }
             while let Some(index) = chain {

@@ -26,13 +26,19 @@ fn add(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64) -> BlockId {
     if let Some(id) = cache.find(origin, rip) {
         return id;
     }
-    let setting = Setting { mode: origin.mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(0) };
+    add_with(cache, origin, page, rip, false)
+}
+
+/// The same; with what is needed to take it up again.
+fn add_with(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64, template: bool) -> BlockId {
+    let setting = Setting { mode: origin.mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(0), template };
     let offset = (origin.address & 0xfff) as usize;
     let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
     let mut t = translate(code, rip, &setting, &mut Workspace::default()).unwrap();
     assert!(cache.make_room(t.code.len()));
     let bytes = &page[offset..(offset + t.guest_length).min(page.len())];
-    cache.insert(origin, rip, None, bytes, &mut t).unwrap()
+    let ahead = template.then(|| &page[t.lookahead.clone()]);
+    cache.insert(origin, rip, None, bytes, ahead, &mut t).unwrap()
 }
 
 /// N times `add rax, imm8`, and a jump to `target`, an offset in the page.
@@ -81,7 +87,7 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
     assert!(cache.stats.evicted_regions > 20);
     let live = cache.blocks.iter().filter(|b| b.live).count();
     assert_eq!(cache.by_origin.len(), live);
-    assert_eq!(cache.by_page.values().map(Vec::len).sum::<usize>(), live);
+    assert_eq!(cache.by_page.values().map(|code| code.blocks.len()).sum::<usize>(), live);
     assert!(cache.blocks.len() < 4000, "blocks that were dropped leave their number to others");
 }
 
@@ -130,7 +136,8 @@ fn dropping_a_block_leads_what_was_linked_to_it_to_the_dispatcher() {
         assert_eq!(leads_to(&cache, id), block.start() + body.record.links().next().unwrap().stub_offset as usize);
     }
     cache.reap();
-    assert!(cache.invalidate(1 << 12, 0..4096));
+    cache.invalidate(1 << 12, 0..4096);
+    assert!(!cache.has_page(1 << 12));
     assert!(cache.by_origin.is_empty() && cache.by_page.is_empty());
 }
 
@@ -148,4 +155,83 @@ fn code_that_is_patched_and_translated_again_and_again_takes_no_more_room() {
         assert_eq!(cache.at(id).start(), start);
     }
     assert_eq!((cache.stats.evicted_regions, cache.blocks.len()), (0, 1));
+}
+
+/// `mov ecx, imm32`, `add ecx, imm8`, `ret`.
+const PATCHED: [u8; 9] = [0xb9, 1, 2, 3, 4, 0x83, 0xc1, 5, 0xc3];
+
+fn host_code(cache: &Cache, id: BlockId) -> Vec<u8> {
+    let block = cache.at(id);
+    let mut code = vec![0; block.length as usize];
+    cache.memory.read(block.start(), &mut code);
+    code
+}
+
+#[test]
+fn a_block_whose_immediates_were_written_is_taken_up_again_with_the_new_ones() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    page[0x40..0x49].copy_from_slice(&PATCHED);
+    let rip = RIP + 0x40;
+    let origin = origin(1, 0x40);
+    let id = add_with(&mut cache, origin, &page, rip, true);
+    let before = host_code(&cache, id);
+    cache.invalidate(1 << 12, 0x41..0x42);
+    assert!(!cache.is_live(id) && cache.find(origin, rip).is_none() && !cache.has_page(1 << 12));
+    assert_eq!(cache.sleeper(origin, rip), Some(0x40..0x49));
+    assert_eq!(cache.wake(origin, rip, &page), Woken::Unchanged(id));
+    assert_eq!((cache.find(origin, rip), host_code(&cache, id)), (Some(id), before));
+
+    cache.invalidate(1 << 12, 0x49..0x4a);
+    assert!(cache.is_live(id), "that was beside it");
+    cache.invalidate(1 << 12, 0..4096);
+    page[0x41..0x45].copy_from_slice(&[6, 7, 8, 9]);
+    page[0x47] = 10;
+    assert_eq!(cache.wake(origin, rip, &page), Woken::Changed(id));
+    assert!(host_code(&cache, id).starts_with(&[0xb9, 6, 7, 8, 9, 0x83, 0xc1, 10]));
+    assert_eq!(cache.body(id).record.bytes, &page[0x40..0x49]);
+}
+
+#[test]
+fn a_block_of_which_more_than_immediates_was_written_is_dropped_when_it_is_looked_for() {
+    for changed in [0, 6, 8] {
+        let mut cache = small_cache();
+        let mut page = vec![0x90; 4096];
+        page[..9].copy_from_slice(&PATCHED);
+        let id = add_with(&mut cache, origin(1, 0), &page, RIP, true);
+        cache.invalidate(1 << 12, 0..1);
+        page[changed] ^= 1;
+        assert_eq!(cache.wake(origin(1, 0), RIP, &page), Woken::No);
+        assert!(!cache.is_live(id) && cache.asleep.is_empty());
+    }
+}
+
+#[test]
+fn code_that_was_looked_at_ahead_must_be_the_same_when_a_block_is_taken_up_again() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    // The flags of CMP aren't needed because of the XOR that the jump leads to.
+    page[..5].copy_from_slice(&[0x39, 0xc8, 0xeb, 0x10, 0x90]);
+    page[0x14..0x16].copy_from_slice(&[0x31, 0xc0]);
+    let id = add_with(&mut cache, origin(1, 0), &page, RIP, true);
+    assert!(cache.body(id).extent().contains(&0x14));
+    cache.invalidate(1 << 12, 0x14..0x15);
+    assert!(!cache.is_live(id));
+    page[0x14..0x16].copy_from_slice(&[0x0f, 0x94]);
+    assert_eq!(cache.wake(origin(1, 0), RIP, &page), Woken::No);
+}
+
+#[test]
+fn blocks_that_sleep_make_room_like_others() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    for i in 0..20_000usize {
+        block_code(&mut page, 0, 1 + i * 7 % 31, 0);
+        add_with(&mut cache, origin(i as u64, 0), &page, RIP, true);
+        cache.invalidate((i as u64) << 12, 0..1);
+        cache.reap();
+    }
+    assert!(cache.stats.evicted_regions > 10);
+    assert!(cache.asleep.len() < 4000 && cache.blocks.len() < 4000);
+    assert!(cache.by_origin.is_empty() && cache.by_page.is_empty());
 }

@@ -75,6 +75,8 @@ pub struct Asm {
     fixups: Vec<(usize, Label)>,
     /// What moving the code changes: where, how, and the guest address that it is about.
     pub moved: Vec<(u16, Field, u64)>,
+    /// Where the last re-encoded instruction has its immediate.
+    pub immediate: std::ops::Range<usize>,
 }
 
 impl Asm {

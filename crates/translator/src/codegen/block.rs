@@ -1,6 +1,6 @@
 //! From a run of guest instructions to one block of host code.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
@@ -10,7 +10,7 @@ use super::groups::{Member, Sharing};
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Operand, context};
 use crate::access::AccessKind;
-use crate::body::{Link, Point, Relocation, Site};
+use crate::body::{Immediate, Link, Point, Relocation, Site};
 use crate::entry::context_offset;
 use crate::mode::Mode;
 use crate::semantics::Exec;
@@ -51,6 +51,8 @@ pub struct Translated {
     pub lookahead: std::ops::Range<usize>,
     /// The code can be moved to other guest addresses.
     pub movable: bool,
+    /// If the setting asks for them.
+    pub immediates: Vec<Immediate>,
     spare: Spare,
 }
 
@@ -106,6 +108,8 @@ pub struct Setting {
     pub sharing: Sharing,
     /// Which part of the jump table this mode uses; none: indirect branches leave to the dispatcher.
     pub jump_slot: Option<usize>,
+    /// The code is rewritten often: it is noted what a block needs to follow that.
+    pub template: bool,
 }
 
 /// The slow path of a check, to be emitted behind the body: calls Rust with `kind`, then goes on at `back`.
@@ -178,6 +182,7 @@ pub struct Builder<'a> {
     pending: Vec<PendingLink>,
     links: Vec<Link>,
     sensitive: Vec<SensitiveInsn>,
+    immediates: Vec<Immediate>,
     /// The slot of the group whose host address is in S2.
     pub held: Option<usize>,
     /// An address relative to EIP was emitted.
@@ -211,6 +216,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         pending,
         links,
         sensitive,
+        immediates: Vec::new(),
         held: None,
         narrow_addresses: false,
     };
@@ -267,6 +273,24 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: 
         _ => return reencode::emit(asm, bytes, insn, bits, operand),
     }
     Some(true)
+}
+
+/// Whether nothing in a translation but the operation itself depends on the value of the instruction's immediate: no
+/// address, and not which flags it changes. Additions to 64-bit registers are followed by groups.
+fn has_free_immediate(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    let known = matches!(insn.mnemonic(), Mov | Add | Adc | Sub | Sbb | And | Or | Xor | Cmp | Test);
+    let last = insn.op_count().saturating_sub(1);
+    let free = matches!(
+        insn.op_kind(last),
+        OpKind::Immediate8
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+    );
+    known && free && insn.op0_kind() == OpKind::Register
 }
 
 /// The code size an instruction was decoded for.
@@ -432,6 +456,7 @@ impl Builder<'_> {
         }
         self.note_flags();
         let before = self.asm.position();
+        self.asm.immediate = 0..0;
         let bytes = &self.bytes[offset..offset + insn.len()];
         match emit_operation(&mut self.asm, bytes, insn, form) {
             Some(true) => {}
@@ -441,7 +466,16 @@ impl Builder<'_> {
                 tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
                 self.need_flags();
                 self.sensitive(insn, raise_invalid_opcode, true);
+                return;
             }
+        }
+        let immediate = self.asm.immediate.clone();
+        if self.setting.template && has_free_immediate(insn) && !immediate.is_empty() {
+            self.immediates.push(Immediate {
+                host_offset: immediate.start as u16,
+                guest_offset: (offset + insn.len() - immediate.len()) as u16,
+                length: immediate.len() as u8,
+            });
         }
     }
 
@@ -608,6 +642,7 @@ impl Builder<'_> {
             relocations,
             sensitive: self.sensitive,
             movable,
+            immediates: self.immediates,
             spare: Spare { asm: self.asm, items: self.items, behind: all_behind, pending: all_pending },
         }
     }

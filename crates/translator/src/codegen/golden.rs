@@ -102,7 +102,7 @@ impl Fragment {
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
         let sharing = if mode.is_careful() { Sharing::Off } else { Sharing::All };
-        let setting = Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0) };
+        let setting = Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0), template: false };
         let start = LINEAR - u64::from(segment.base);
         let mut blocks = Vec::new();
         let mut offset = 0;

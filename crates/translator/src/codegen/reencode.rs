@@ -372,6 +372,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
             _ => asm.byte(if memory { 0 } else { 0xc0 } | reg_bits | b & 7),
         }
     }
+    asm.immediate = asm.position()..asm.position() + p.tail.len();
     asm.bytes(p.tail);
     if f.register_byte
         && bits != 64

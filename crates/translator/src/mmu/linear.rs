@@ -35,7 +35,11 @@ impl Vcpu {
         };
         let watched = self.breakpoint_on_page(va);
         let tracker = &self.machine.tracker;
-        let writable = mapping.writable && !watched && write == Some(place) && !tracker.is_code(place.page);
+        let code = tracker.is_code(place.page);
+        let writable = mapping.writable
+            && !watched
+            && write == Some(place)
+            && (!code || self.code_page_sleeps(place.page, context, va));
         if writable {
             // Stores through the TLB are not seen one by one.
             tracker.mark_dirty(place.page);
@@ -55,6 +59,9 @@ impl Vcpu {
                 global: mapping.global,
             },
         );
+        if code && writable {
+            self.note_code_tag(place.page, context, va);
+        }
         Ok(mapping)
     }
 

@@ -1,0 +1,198 @@
+//! Code that is rewritten often: what compilers in the guest make at run time, and instructions that are patched.
+//!
+//! A page whose code was written and translated again several times is treated differently from then on:
+//!
+//! - Blocks made of it are not dropped when their bytes are written, but sleep ([`crate::cache`]). When they are looked for
+//!   again the bytes are compared; if only immediates differ, these are put into the host code.
+//! - A store beside what was translated touches no block ([`Vcpu::store_beside_code`]).
+//! - When many such stores come, all blocks of the page are put to sleep, and the page gets a write tag in this vCPU's TLB,
+//!   although the tracker still says that it holds code: nothing can run of it before it is looked for, which takes the
+//!   tag away ([`Vcpu::guard_code_page`]). That works only while no other vCPU has code of the page.
+
+use std::ops::Range;
+
+use memory::PAGE_SIZE;
+use rustc_hash::FxHashMap;
+
+use crate::Vcpu;
+use crate::access::AccessKind;
+use crate::cache::Woken;
+use crate::cpu::Context;
+use crate::invalidation::holder_bit;
+use crate::mmu::Mapping;
+use crate::phys::frame_of;
+
+/// Frames that are remembered.
+const MAX_FRAMES: usize = 4096;
+/// Code was translated so often again after it was written.
+const OFTEN: u8 = 3;
+/// Stores beside code until the page's blocks are put to sleep, at first.
+const PATIENCE: u32 = 8;
+const MAX_PATIENCE: u32 = 1 << 20;
+/// Write tags that a page can have in a TLB while its blocks sleep.
+const MAX_TAGS: usize = 4;
+/// vCPUs that have a bit of their own in the tracker.
+const MAX_VCPUS: usize = 8;
+
+#[derive(Clone, Copy, Default)]
+struct History {
+    /// Code was dropped, and not translated since.
+    dropped: bool,
+    turns: u8,
+    /// Stores beside code since a block was woken.
+    stores: u32,
+    patience: u32,
+    /// Where the TLB has write tags for it.
+    tags: [Option<(Context, u32)>; MAX_TAGS],
+}
+
+/// What one vCPU knows of the pages whose code was written.
+#[derive(Default)]
+pub struct Rewritten {
+    frames: FxHashMap<u64, History>,
+}
+
+impl Rewritten {
+    /// Code of a frame was written.
+    pub fn dropped(&mut self, frame: u64) {
+        if self.frames.len() < MAX_FRAMES || self.frames.contains_key(&frame) {
+            self.frames.entry(frame).or_insert(History { patience: PATIENCE, ..History::default() }).dropped = true;
+        } else {
+            // Those that hold no tags are worth less than a guest that goes on to other pages.
+            self.frames.retain(|_, h| h.tags.iter().any(Option::is_some));
+        }
+    }
+
+    /// Code of a frame is translated.
+    pub fn translated(&mut self, frame: u64) {
+        if let Some(history) = self.frames.get_mut(&frame).filter(|h| h.dropped) {
+            history.dropped = false;
+            history.turns = history.turns.saturating_add(1).min(2 * OFTEN);
+        }
+    }
+
+    pub fn often(&self, frame: u64) -> bool {
+        self.frames.get(&frame).is_some_and(|h| h.turns >= OFTEN)
+    }
+
+    fn woken(&mut self, frame: u64, woken: Woken) {
+        let Some(history) = self.frames.get_mut(&frame) else { return };
+        history.stores = 0;
+        match woken {
+            // It would have been better not to disturb it.
+            Woken::Unchanged(_) => history.patience = history.patience.saturating_mul(2).min(MAX_PATIENCE),
+            Woken::Changed(_) => history.patience = PATIENCE,
+            // The page is used for something else now.
+            Woken::No => history.turns = history.turns.saturating_sub(1),
+        }
+    }
+
+    /// Counts a store beside code; whether it is time that the code sleeps.
+    fn count_store(&mut self, frame: u64) -> bool {
+        let Some(history) = self.frames.get_mut(&frame).filter(|h| h.turns >= OFTEN) else { return false };
+        history.stores = history.stores.saturating_add(1);
+        history.stores > history.patience
+    }
+}
+
+impl Vcpu {
+    /// Whether nobody else has code of a page that the tracker says holds some.
+    fn code_is_own(&self, page: usize) -> bool {
+        self.machine.tracker.code_holders(page) == holder_bit(self.id) && self.machine.vcpus().len() <= MAX_VCPUS
+    }
+
+    /// Whether a page that the tracker says holds code may get a write tag in a context of the TLB; to be noted by
+    /// [`Vcpu::note_code_tag`].
+    pub fn code_page_sleeps(&self, page: usize, context: Context, va: u64) -> bool {
+        let frame = frame_of(page);
+        let Some(history) = self.engine.rewritten.frames.get(&frame).filter(|h| h.turns >= OFTEN) else { return false };
+        let tag = Some((context, crate::tlb::Tlb::index(va) as u32));
+        let room = history.tags.iter().any(|&t| t.is_none() || t == tag);
+        room && !self.engine.cache.has_page(frame) && self.code_is_own(page)
+    }
+
+    pub fn note_code_tag(&mut self, page: usize, context: Context, va: u64) {
+        let tag = Some((context, crate::tlb::Tlb::index(va) as u32));
+        if let Some(history) = self.engine.rewritten.frames.get_mut(&frame_of(page))
+            && !history.tags.contains(&tag)
+            && let Some(free) = history.tags.iter_mut().find(|t| t.is_none())
+        {
+            *free = tag;
+        }
+    }
+
+    /// Before code of a page runs that the tracker knew for this vCPU's: from here on stores to it are seen.
+    pub fn guard_code_page(&mut self, frame: u64) {
+        let Some(history) = self.engine.rewritten.frames.get_mut(&frame) else { return };
+        for (context, index) in std::mem::take(&mut history.tags).into_iter().flatten() {
+            self.tlb.protect_entry(context, index as usize, frame);
+        }
+    }
+
+    /// A store to a page that may not be written unnoticed, by the light path: its host address if all that is wrong is
+    /// code elsewhere in the page.
+    pub fn store_beside_code(&mut self, va: u64, kind: AccessKind, mapping: &Mapping) -> Option<u64> {
+        let (page, host) = self.plain_code_store(va, kind, mapping)?;
+        let frame = frame_of(page);
+        let bytes = bytes_of(va, kind);
+        if self.engine.cache.overlaps(frame, &bytes) || self.engine.rewritten.count_store(frame) {
+            return None;
+        }
+        self.machine.tracker.mark_dirty(page);
+        Some(host)
+    }
+
+    /// The same where the whole of the vector state is saved, for stores to code as well: it sleeps, or is dropped, before the
+    /// store happens. `None` also if the block that makes the store is among it.
+    pub fn store_to_code(
+        &mut self,
+        va: u64,
+        kind: AccessKind,
+        mapping: &Mapping,
+        block: crate::cache::BlockId,
+    ) -> Option<u64> {
+        let (page, host) = self.plain_code_store(va, kind, mapping)?;
+        let frame = frame_of(page);
+        self.code_stored(page, bytes_of(va, kind));
+        if self.engine.rewritten.count_store(frame) {
+            self.engine.cache.rest_page(frame);
+        }
+        self.machine.tracker.mark_dirty(page);
+        self.engine.cache.is_live(block).then_some(host)
+    }
+
+    /// The page and the host address of a store within one page of RAM, which would be a plain one if the page had no code, and
+    /// this vCPU alone has any.
+    fn plain_code_store(&self, va: u64, kind: AccessKind, mapping: &Mapping) -> Option<(usize, u64)> {
+        let within = va % PAGE_SIZE + kind.size() as u64 <= PAGE_SIZE;
+        if !kind.write() || kind.is_stack() || !mapping.writable || !within || self.dr7 & 0xff != 0 {
+            return None;
+        }
+        let (read, write) = self.at(mapping.gpa);
+        let place = write.filter(|_| read == write)?;
+        let tracker = &self.machine.tracker;
+        let plain = tracker.is_code(place.page) && !tracker.is_device(place.page) && self.code_is_own(place.page);
+        plain.then_some((place.page, place.host as u64))
+    }
+
+    /// The block that sleeps for an origin at a guest address, if its code is still, or again, what it was.
+    pub fn wake_block(&mut self, origin: crate::body::Origin, gpa: u64, rip: u64) -> Option<crate::cache::BlockId> {
+        let part = self.engine.cache.sleeper(origin, rip)?;
+        self.readable(gpa)?;
+        self.watch_code_page(gpa);
+        let mut page = std::mem::take(&mut self.engine.code_page);
+        self.phys_read(gpa & !(PAGE_SIZE - 1) | part.start as u64, &mut page[part]);
+        let woken = self.engine.cache.wake(origin, rip, &page);
+        self.engine.code_page = page;
+        self.engine.rewritten.woken(origin.frame(), woken);
+        match woken {
+            Woken::Unchanged(id) | Woken::Changed(id) => Some(id),
+            Woken::No => None,
+        }
+    }
+}
+
+fn bytes_of(va: u64, kind: AccessKind) -> Range<usize> {
+    let start = (va % PAGE_SIZE) as usize;
+    start..start + kind.size()
+}
