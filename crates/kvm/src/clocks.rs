@@ -32,6 +32,24 @@ fn host_counter() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
+/// Makes a call of the kernel and says what the host's counter read meanwhile. Where the host does other things in the
+/// middle of it, the call is made once more; so it must be one that can be.
+fn timed<T>(mut call: impl FnMut() -> Result<T, Error>) -> Result<(T, u64), Error> {
+    /// Ticks that a call takes at most, some 0.1 ms, and how often it is tried.
+    const NARROW: u64 = 1 << 18;
+    const TRIES: u32 = 32;
+    let mut tries = 0;
+    loop {
+        let before = host_counter();
+        let result = call()?;
+        let width = host_counter().wrapping_sub(before);
+        tries += 1;
+        if width < NARROW || tries == TRIES {
+            return Ok((result, before.wrapping_add(width / 2)));
+        }
+    }
+}
+
 impl Clocks {
     pub fn new(settable: bool) -> Self {
         Clocks { settable, base: Mutex::new(Base::Open) }
@@ -72,8 +90,7 @@ impl Clocks {
 
     pub fn read(&self, vm: &VmFd) -> Result<engine::Clocks, Error> {
         self.check()?;
-        let data = vm.get_clock().map_err(Error::call("read its clock"))?;
-        let now = host_counter();
+        let (data, now) = timed(|| vm.get_clock().map_err(Error::call("read its clock")))?;
         // Where the kernel's clock follows the counter, it says which reading belongs to it.
         let host = if data.flags & KVM_CLOCK_HOST_TSC != 0 { data.host_tsc } else { now };
         let offset = self.tsc_offset().ok_or_else(|| Error::State("no vCPU has been made".into()))?;
@@ -83,8 +100,31 @@ impl Clocks {
     pub fn set(&self, vm: &VmFd, clocks: &engine::Clocks) -> Result<(), Error> {
         self.check()?;
         let data = kvm_clock_data { clock: clocks.paravirtual, ..Default::default() };
-        vm.set_clock(&data).map_err(Error::call("set its clock"))?;
-        *self.base() = Base::Set(clocks.tsc.wrapping_sub(host_counter()));
+        let ((), now) = timed(|| vm.set_clock(&data).map_err(Error::call("set its clock")))?;
+        *self.base() = Base::Set(clocks.tsc.wrapping_sub(now));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_was_interrupted_is_made_again_but_not_for_ever() {
+        let mut calls = 0;
+        let mut slow = |times: u32| {
+            calls = 0;
+            let made = timed(|| {
+                calls += 1;
+                if calls <= times {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                Ok(calls)
+            });
+            made.unwrap().0
+        };
+        assert!(slow(2) >= 3);
+        assert_eq!(slow(u32::MAX), 32);
     }
 }
