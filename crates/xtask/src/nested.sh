@@ -46,7 +46,7 @@ fi
 begin=$(now)
 timeout 200 ringer run --accel kvm --firmware seabios --net none --no-reboot --disk /boot.raw,format=raw \
     </dev/null >/tmp/out 2>/tmp/err
-if [ $? = 0 ] && grep -q "^by INT 13h" /tmp/out; then
+if [ $? = 0 ] && grep -q "by INT 13h" /tmp/out; then
     say firmware "a disk's first sector: $(since $begin) s"
 else
     say FAILED "a disk by SeaBIOS"
@@ -97,7 +97,7 @@ refuses "there is no /dev/kvm" ringer run --accel kvm $kernel
 : >/dev/kvm
 refuses "/dev/kvm is there but is not KVM's device" ringer run --accel kvm $kernel
 timeout 200 ringer run --firmware seabios --net none --no-reboot --disk /boot.raw,format=raw </dev/null >/tmp/out 2>/tmp/err
-if [ $? = 0 ] && grep -q "^by INT 13h" /tmp/out && grep -q "engine translate (not KVM: /dev/kvm is there but" /tmp/err; then
+if [ $? = 0 ] && grep -q "by INT 13h" /tmp/out && grep -q "engine translate (not KVM: /dev/kvm is there but" /tmp/err; then
     say auto "$(head -1 /tmp/err)"
 else
     say FAILED "auto without KVM"
