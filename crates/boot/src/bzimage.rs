@@ -6,13 +6,13 @@
 //! itself. The header, filled in, becomes part of the zero page.
 
 use arch::CpuState;
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, screen_info, setup_header};
 use memory::Ram;
 use memory::vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use crate::file::Image;
 use crate::initrd::{self, Placement};
-use crate::{Error, entry, layout};
+use crate::{Error, Framebuffer, entry, layout};
 
 /// Where the setup header begins in the file, and the byte that says how far it reaches beyond offset 0x202.
 const HEADER_START: u64 = 0x1f1;
@@ -28,6 +28,9 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// Of the 64-bit entry, from the start of the protected-mode kernel, which is where the 32-bit one is.
 const ENTRY_OFFSET: u64 = 0x200;
 const SECTOR: u64 = 512;
+/// Linux `include/uapi/linux/screen_info.h`: a linear framebuffer, as a VESA BIOS sets it up; its size is in these units.
+const VIDEO_TYPE_VLFB: u8 = 0x23;
+const LFB_UNIT: u32 = 0x1_0000;
 
 /// A checked setup header and what follows from it.
 struct Kernel {
@@ -38,7 +41,13 @@ struct Kernel {
 }
 
 /// Loads the kernel, the RAM disk and the zero page.
-pub fn load(ram: &Ram, image: &Image, initrd: Option<&Image>, command_line: &str) -> Result<CpuState, Error> {
+pub fn load(
+    ram: &Ram,
+    image: &Image,
+    initrd: Option<&Image>,
+    command_line: &str,
+    screen: Option<Framebuffer>,
+) -> Result<CpuState, Error> {
     let kernel = Kernel::parse(image)?;
     let (address, initrd_place) = kernel.place(ram, image, initrd)?;
     let view = ram.view();
@@ -47,7 +56,10 @@ pub fn load(ram: &Ram, image: &Image, initrd: Option<&Image>, command_line: &str
     if let Some(initrd) = initrd {
         initrd.read_to(view, "the RAM disk", initrd_place.start, 0, initrd_place.size)?;
     }
-    let params = zero_page(ram, kernel.header, address, initrd_place);
+    let mut params = zero_page(ram, kernel.header, address, initrd_place);
+    if let Some(screen) = screen {
+        params.screen_info = screen_info_of(screen);
+    }
     view.write_obj(params, GuestAddress(layout::BOOT_PARAMS))
         .map_err(|source| Error::Memory { what: "the boot parameters", source })?;
     if kernel.has_64_bit_entry() {
@@ -133,6 +145,29 @@ fn zero_page(ram: &Ram, header: setup_header, address: u64, initrd: Placement) -
         *slot = boot_e820_entry { addr: range.start, size: range.size, r#type: range.kind as u32 };
     }
     params
+}
+
+/// What the kernel draws on until it has a driver for the adapter.
+fn screen_info_of(screen: Framebuffer) -> screen_info {
+    let Framebuffer { address, width, height } = screen;
+    let line = u32::from(width) * 4;
+    screen_info {
+        orig_video_isVGA: VIDEO_TYPE_VLFB,
+        lfb_width: width,
+        lfb_height: height,
+        lfb_depth: 32,
+        lfb_base: address,
+        lfb_size: (line * u32::from(height)).div_ceil(LFB_UNIT),
+        lfb_linelength: u16::try_from(line).unwrap_or(u16::MAX),
+        blue_size: 8,
+        green_size: 8,
+        green_pos: 8,
+        red_size: 8,
+        red_pos: 16,
+        rsvd_size: 8,
+        rsvd_pos: 24,
+        ..screen_info::default()
+    }
 }
 
 #[cfg(test)]

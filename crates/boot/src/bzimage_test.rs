@@ -41,6 +41,16 @@ fn the_zero_page_tells_what_was_loaded() {
 }
 
 #[test]
+fn the_zero_page_tells_where_the_screen_is() {
+    let screen = screen_info_of(Framebuffer { address: 0xfd00_0000, width: 1024, height: 768 });
+    assert_eq!(({ screen.orig_video_isVGA }, { screen.lfb_base }, { screen.lfb_depth }), (0x23, 0xfd00_0000, 32));
+    assert_eq!(({ screen.lfb_width }, { screen.lfb_height }, { screen.lfb_linelength }), (1024, 768, 4096));
+    assert_eq!({ screen.lfb_size }, 48, "in units of 64 KiB");
+    let (ram, _) = boot(64 << 20, &bzimage(|_| ()), None, "").unwrap();
+    assert_eq!({ params(&ram).screen_info.orig_video_isVGA }, 0, "without an adapter there is none");
+}
+
+#[test]
 fn firmware_tables_are_in_place() {
     let (ram, _) = boot(64 << 20, &bzimage(|_| ()), None, "").unwrap();
     assert_eq!(read::<8>(&ram, layout::ACPI), *b"RSD PTR ");

@@ -50,8 +50,17 @@ pub struct BootConfig {
     pub command_line: String,
     /// Processors to announce; their APIC ids are 0 to `cpus` - 1.
     pub cpus: u32,
-    /// There are a graphics adapter, a keyboard and a mouse.
-    pub screen: bool,
+    /// There are a graphics adapter, in a mode with this picture, a keyboard and a mouse.
+    pub screen: Option<Framebuffer>,
+}
+
+/// Video memory that a kernel can draw on: rows of pixels of 32 bits (0x00RRGGBB), one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Framebuffer {
+    /// A multiple of 64 KiB below 4 GiB.
+    pub address: u32,
+    pub width: u16,
+    pub height: u16,
 }
 
 /// The most processors that the tables have room for.
@@ -125,14 +134,15 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
     let pvh = elf.as_ref().is_some_and(|elf| elf.pvh_entry.is_some());
     let header = if magic == file::Magic::BzImage || pvh { None } else { multiboot::Header::find(&kernel)? };
     // First, because a Multiboot kernel is given a copy of the RSDP.
-    let inventory = acpi::Inventory { cpus: config.cpus, vga: config.screen, keyboard: config.screen };
+    let inventory =
+        acpi::Inventory { cpus: config.cpus, vga: config.screen.is_some(), keyboard: config.screen.is_some() };
     acpi::write(ram, inventory)?;
     let state = match (header, elf) {
         (Some(header), elf) => multiboot::load(ram, &kernel, &header, elf.as_ref(), &modules, &config.command_line)?,
         (None, _) if modules.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
         (None, Some(elf)) => pvh::load(ram, &kernel, &elf, modules.first(), &config.command_line)?,
         (None, None) if magic == file::Magic::BzImage => {
-            bzimage::load(ram, &kernel, modules.first(), &config.command_line)?
+            bzimage::load(ram, &kernel, modules.first(), &config.command_line, config.screen)?
         }
         (None, None) => return Err(Error::NotAKernel { path: config.kernel.clone() }),
     };

@@ -39,7 +39,7 @@ fn boot(kernel: &[u8], modules: &[&[u8]]) -> Result<(Ram, CpuState), Error> {
         initrd,
         command_line: "-v one".into(),
         cpus: 1,
-        screen: false,
+        screen: None,
     };
     let ram = Ram::new(64 << 20).unwrap();
     crate::load(&ram, &config).map(|state| (ram, state))

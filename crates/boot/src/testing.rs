@@ -66,7 +66,7 @@ pub fn boot(ram: u64, kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) 
         initrd: initrd.into_iter().map(|bytes| files.add("initrd", bytes)).collect(),
         command_line: command_line.into(),
         cpus: 1,
-        screen: false,
+        screen: None,
     };
     let ram = Ram::new(ram).unwrap();
     load(&ram, &config).map(|state| (ram, state))
@@ -101,7 +101,7 @@ pub fn mutate(kernel: &[u8], seed: u64) {
             bytes.truncate(random(bytes.len()));
         }
         let kernel = files.add("kernel", &bytes);
-        let config = BootConfig { kernel, initrd: Vec::new(), command_line: "quiet".into(), cpus: 1, screen: false };
+        let config = BootConfig { kernel, initrd: Vec::new(), command_line: "quiet".into(), cpus: 1, screen: None };
         if let Err(error) = load(&ram, &config) {
             assert!(!error.to_string().contains('\n'));
         }

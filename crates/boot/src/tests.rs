@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::{Files, boot, bzimage, mutate};
 
 fn config(kernel: PathBuf) -> BootConfig {
-    BootConfig { kernel, initrd: Vec::new(), command_line: String::new(), cpus: 1, screen: false }
+    BootConfig { kernel, initrd: Vec::new(), command_line: String::new(), cpus: 1, screen: None }
 }
 
 fn error(config: &BootConfig) -> String {

@@ -2,10 +2,12 @@
 //!
 //! The two meet in a [`Frame`]: the adapter draws one when asked, the server sends those of its tiles that have changed
 //! to its viewers. What viewers type and click goes the other way, by [`vnc::Desktop`], and ends at the machine's
-//! keyboard and mouse. The server knows nothing of the adapter, nor the adapter of the server.
+//! keyboard and mouse. The server knows nothing of the adapter, nor the adapter of the server. A frame can be a file, too
+//! ([`png`]).
 #![forbid(unsafe_code)]
 
 mod frame;
+pub mod png;
 pub mod vga;
 pub mod vnc;
 

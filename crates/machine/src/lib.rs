@@ -22,7 +22,7 @@ use boot::BootConfig;
 use chipset::flash::Image;
 use chipset::i8042::KeyboardController;
 use chipset::{Chipset, ChipsetConfig, Clock, Firmware, HostClock};
-use display::vga::Vga;
+use display::vga::{self, Vga};
 use engine::{Engine, Vcpu};
 use memory::Ram;
 use peripherals::Plugged;
@@ -154,6 +154,7 @@ pub struct Machine {
     plugged: Plugged,
     clock: Arc<dyn Clock>,
     vga: Option<Arc<Vga>>,
+    has_firmware: bool,
 }
 
 impl Machine {
@@ -182,6 +183,7 @@ impl Machine {
         if let Some(VgaConfig { rom }) = config.vga {
             let (chipset, clock) = (&machine.chipset, machine.clock.clone());
             machine.vga = Some(Vga::plug_in(chipset, &machine.ram, clock, VGA_SLOT, &rom)?);
+            machine.start_screen();
         }
         Ok(machine)
     }
@@ -231,6 +233,7 @@ impl Machine {
             plugged: Plugged::default(),
             clock,
             vga: None,
+            has_firmware: firmware,
         };
         // At once, so that what can't be booted is known before anything is said or done.
         machine.load()?;
@@ -276,8 +279,16 @@ impl Machine {
                     self.chipset.reset();
                     self.plugged.reset_legacy();
                     self.load()?;
+                    self.start_screen();
                 }
             }
+        }
+    }
+
+    /// Without firmware, the adapter is put into its first mode by the machine.
+    fn start_screen(&self) {
+        if self.vga.is_some() && !self.has_firmware {
+            vga::boot::start(&*self.chipset, VGA_SLOT);
         }
     }
 

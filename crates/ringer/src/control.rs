@@ -7,11 +7,13 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use block::{Disk, Options};
+use display::vga::Vga;
+use display::{Frame, png};
 use machine::Handle;
 use storage::Media;
 
@@ -20,7 +22,8 @@ use crate::cleanup::{self, Guard};
 /// The longest line that is taken, in bytes.
 const LONGEST_LINE: u64 = 8192;
 
-const COMMANDS: &str = "drives; eject DRIVE [force]; change DRIVE FILE [force]; pause; resume; powerdown; quit; help";
+const COMMANDS: &str = "drives; eject DRIVE [force]; change DRIVE FILE [force]; screendump FILE; pause; resume; powerdown; \
+                        quit; help";
 
 /// A drive whose medium can be changed.
 pub struct RemovableDrive {
@@ -35,6 +38,8 @@ pub struct RemovableDrive {
 pub struct Control {
     pub machine: Handle,
     pub drives: Vec<RemovableDrive>,
+    /// The graphics adapter, if there is one.
+    pub vga: Option<Arc<Vga>>,
 }
 
 /// Parses `unix:PATH`.
@@ -122,6 +127,7 @@ impl Control {
                 };
                 Ok(self.drives.iter().map(state).collect::<Vec<_>>().join(" "))
             }
+            ["screendump", file] => self.screendump(Path::new(file)),
             ["pause"] => {
                 self.machine.pause();
                 Ok(String::new())
@@ -151,6 +157,19 @@ impl Control {
             names => format!("there is no drive {name:?}: there are {names}"),
         };
         self.drives.iter().find(|drive| drive.name == name).ok_or_else(missing)
+    }
+
+    /// Writes what the screen shows as a PNG file, and says how large it is.
+    fn screendump(&self, file: &Path) -> Result<String, String> {
+        let vga = self.vga.as_ref().ok_or("the machine has no graphics adapter (--vga std)")?;
+        let mut frame = Frame::default();
+        vga.draw(&mut frame);
+        let mut data = Vec::new();
+        png::write(&frame, &mut data)
+            .and_then(|()| fs::write(file, data))
+            .map_err(|error| format!("{}: {error}", file.display()))?;
+        let (width, height) = frame.size();
+        Ok(format!("{width}x{height}"))
     }
 
     fn eject(&self, name: &str, force: bool) -> Result<String, String> {

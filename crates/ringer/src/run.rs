@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
 use block::Disk;
-use boot::BootConfig;
+use boot::{BootConfig, Framebuffer};
 use machine::{
     BootSource, Config, Handle, Machine, Outcome, Peripherals, SerialOutput, Start, TranslatorConfig, select_engine,
 };
@@ -90,7 +90,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     let has_firmware = firmware.is_some();
     let plan = match firmware {
         Some(firmware) => Plan::Firmware(firmware),
-        None => Plan::Kernel(boot_source(&args, disks.first(), vga.is_some())?),
+        None => Plan::Kernel(boot_source(&args, disks.first(), vga.as_ref().map(|_| screen::boot_framebuffer()))?),
     };
     let link = Arc::new(Link::default());
     let serial = args.serial.clone().unwrap_or(match args.console {
@@ -192,7 +192,8 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     let handle = machine.handle();
     let _control = match control {
         Some((listener, guard)) => {
-            control::serve(listener, Control { machine: machine.handle(), drives }).map_err(Error::Input)?;
+            let control = Control { machine: machine.handle(), drives, vga: machine.vga().cloned() };
+            control::serve(listener, control).map_err(Error::Input)?;
             Some(guard)
         }
         None => None,
@@ -239,7 +240,7 @@ struct Link {
 }
 
 /// What the machine boots: the kernel named, or that of the first disk, or the default guest's.
-fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>, screen: bool) -> Result<BootSource, Error> {
+fn boot_source(args: &RunArgs, disk: Option<&Arc<Disk>>, screen: Option<Framebuffer>) -> Result<BootSource, Error> {
     let cpus = args.cpus;
     if let Some(kernel) = args.kernel.clone() {
         let command_line = args.append.clone().unwrap_or_default();

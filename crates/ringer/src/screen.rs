@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use boot::Framebuffer;
 use chipset::i8042::KeyboardController;
 use display::Frame;
-use display::vga::Vga;
+use display::vga::{self, Vga};
 use display::vnc::{Address, Desktop, MAX_PASSWORD, Password, Server};
 use machine::{Machine, VgaConfig};
 
@@ -108,6 +109,12 @@ pub fn vga(vga: Option<VgaArg>, display: &DisplayArg, firmware: bool) -> Result<
         (None, DisplayArg::None) if !firmware => Ok(None),
         _ => Ok(Some(VgaConfig { rom: if firmware { option_rom()? } else { Vec::new() } })),
     }
+}
+
+/// What a kernel that no firmware starts is told of the adapter.
+pub fn boot_framebuffer() -> Framebuffer {
+    // Below 4 GiB, as all of PCI's window is.
+    Framebuffer { address: vga::boot::FRAMEBUFFER as u32, width: vga::boot::WIDTH, height: vga::boot::HEIGHT }
 }
 
 /// What a BIOS uses the adapter by.

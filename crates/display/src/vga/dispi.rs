@@ -24,6 +24,8 @@ const LAST_ID: u16 = 0xb0c5;
 pub const ENABLED: u16 = 1 << 0;
 const GET_CAPABILITIES: u16 = 1 << 1;
 pub const WIDE_DAC: u16 = 1 << 5;
+/// Video memory as one piece. It always is, here.
+pub const LINEAR: u16 = 1 << 6;
 pub const KEEP_MEMORY: u16 = 1 << 7;
 
 /// The largest mode, whose pixels of 32 bits just fit into video memory.

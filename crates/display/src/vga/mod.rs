@@ -6,6 +6,7 @@
 //! [`Vga::draw`], on a thread of its own, which takes a copy of the registers and reads video memory while the guest may
 //! go on writing it, as a monitor does.
 
+pub mod boot;
 mod dac;
 mod dispi;
 mod edid;
