@@ -3,14 +3,12 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use block::{Disk, Format, Options, image};
 use memory::vm_memory::VolatileSlice;
-use support::{Process, Script, one_machine_at_a_time, pc_guest};
+use support::{Process, Script, one_machine_at_a_time, pc_guest, tell};
 
 const MIB: u64 = 1 << 20;
 
@@ -86,15 +84,6 @@ fn cd_roms_are_read_on_either_bus() {
         assert_ne!(steps["write"].status, 0, "{bus}");
         assert_eq!(steps["errors"].output, "", "{bus}");
     }
-}
-
-/// Says a line at the control socket; what it answers.
-fn tell(socket: &Path, line: &str) -> String {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    writeln!(stream, "{line}").unwrap();
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).unwrap();
-    answer
 }
 
 #[test]

@@ -4,66 +4,19 @@
 mod support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use iced_x86::code_asm::*;
-use support::{LONG, Process, cache, one_machine_at_a_time, ringer};
-
-/// The viewers, installed on first use into a virtual environment of their own.
-fn viewers() -> &'static Path {
-    static VIEWERS: OnceLock<PathBuf> = OnceLock::new();
-    VIEWERS.get_or_init(|| {
-        let directory = cache().join("viewers-v1");
-        let done = directory.join("done");
-        if !done.exists() {
-            let run = |command: &mut Command| {
-                let output = command.output().expect("python3 is installed");
-                assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-            };
-            run(Command::new("python3").args(["-m", "venv"]).arg(&directory));
-            run(Command::new(directory.join("bin/pip")).args(["install", "-q", "asyncvnc", "vncdotool", "pillow"]));
-            fs::write(done, "").unwrap();
-        }
-        directory
-    })
-}
-
-/// A picture, as binary PPM has it.
-struct Picture {
-    width: usize,
-    height: usize,
-    pixels: Vec<[u8; 3]>,
-}
-
-impl Picture {
-    fn read(path: &Path) -> Self {
-        let data = fs::read(path).unwrap();
-        // "P6", width, height and 255, each with one blank behind it.
-        let mut fields = data.splitn(5, |byte| byte.is_ascii_whitespace());
-        let mut number = || std::str::from_utf8(fields.next().unwrap()).unwrap().parse().ok();
-        let (_, width, height, _): (Option<usize>, Option<usize>, Option<usize>, Option<usize>) =
-            (number(), number(), number(), number());
-        let pixels = fields.next().unwrap().as_chunks().0.to_vec();
-        Picture { width: width.unwrap(), height: height.unwrap(), pixels }
-    }
-
-    fn size(&self) -> (usize, usize) {
-        (self.width, self.height)
-    }
-
-    fn at(&self, x: usize, y: usize) -> [u8; 3] {
-        self.pixels[y * self.width + x]
-    }
-}
+use support::screen::{Fonts, Picture, Screen, font, viewers};
+use support::{LONG, Process, Script, one_machine_at_a_time, pc_guest, ringer, tell};
 
 /// A machine that boots a sector from its disk, with a screen.
 struct Machine {
     directory: tempfile::TempDir,
     process: Process,
-    display: String,
+    screen: Screen,
 }
 
 const EXIT_PORT: &str = "0x501";
@@ -84,46 +37,16 @@ impl Machine {
                 .args(arguments)
                 .args(["--debugcon", "stdio", "--debug-exit", EXIT_PORT, "--display", &display(directory.path())])
                 .args(["--disk", &format!("{},bus=ide", disk.display())])
+                .args(["--control", &format!("unix:{}", directory.path().join("control").display())])
                 .stdin(Stdio::null()),
         );
         process.wait_for("Booting from 0000:7c00");
-        Machine { display: display(directory.path()), directory, process }
-    }
-
-    /// Does something as a person at a viewer.
-    fn view(&self, commands: &[&str]) {
-        let socket = self.display.trim_start_matches("vnc=unix:");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/viewer.py");
-        let mut viewer = Command::new(viewers().join("bin/python"));
-        let output = viewer.arg(script).arg(socket).args(commands).output().unwrap();
-        assert!(output.status.success(), "{commands:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let socket = directory.path().join("screen");
+        Machine { screen: Screen { socket }, directory, process }
     }
 
     fn path(&self, name: &str) -> String {
         self.directory.path().join(name).to_str().unwrap().into()
-    }
-
-    fn picture(&self) -> Picture {
-        let path = self.path("picture.ppm");
-        self.view(&[&format!("save={path}")]);
-        Picture::read(Path::new(&path))
-    }
-
-    /// Looks until the screen is as it should be.
-    fn wait_for(&self, what: &str, right: impl Fn(&Picture) -> bool) -> Picture {
-        let start = Instant::now();
-        loop {
-            let picture = self.picture();
-            if right(&picture) {
-                return picture;
-            }
-            if start.elapsed() > LONG {
-                let kept = std::env::temp_dir().join("ringer-screen.ppm");
-                fs::copy(self.path("picture.ppm"), &kept).unwrap();
-                panic!("{what} is not on the screen: see {}", kept.display());
-            }
-            std::thread::sleep(Duration::from_millis(200));
-        }
     }
 }
 
@@ -206,14 +129,6 @@ fn program() -> CodeAssembler {
     a
 }
 
-/// The BIOS's font of 8 by 16 dots: its place in the option ROM is known by the shape of the letter A.
-fn font() -> Vec<u8> {
-    const A: [u8; 16] = [0, 0, 0x10, 0x38, 0x6c, 0xc6, 0xc6, 0xfe, 0xc6, 0xc6, 0xc6, 0xc6, 0, 0, 0, 0];
-    let rom = fs::read("/usr/share/seabios/vgabios-stdvga.bin").expect("package seabios is installed");
-    let place = rom.windows(16).position(|bytes| bytes == A).expect("the font has an A");
-    rom[place - 16 * usize::from(b'A')..][..4096].to_vec()
-}
-
 /// Whether the screen shows these lines of text in grey on black, and nothing else but a cursor behind the last.
 fn shows_text(picture: &Picture, font: &[u8], lines: &[&str]) -> bool {
     if picture.size() != (720, 400) {
@@ -240,18 +155,18 @@ fn a_viewer_types_into_the_bios_and_sees_every_kind_of_mode() {
     viewers();
     let machine = Machine::boot(&mut program(), |directory| format!("vnc=unix:{}/screen", directory.display()));
     let font = font();
-    machine.wait_for("the empty screen", |picture| shows_text(picture, &font, &[""]));
+    machine.screen.wait_for("the empty screen", |picture| shows_text(picture, &font, &[""]));
     // A BIOS keeps no more than 15 keys.
-    machine.view(&["type=Hello, World: "]);
-    machine.wait_for("what was typed", |picture| shows_text(picture, &font, &["Hello, World: "]));
-    machine.view(&["type={~} [9-4]"]);
-    machine.wait_for("what was typed then", |picture| shows_text(picture, &font, &["Hello, World: {~} [9-4]"]));
+    machine.screen.view(&["type=Hello, World: "]);
+    machine.screen.wait_for("what was typed", |picture| shows_text(picture, &font, &["Hello, World: "]));
+    machine.screen.view(&["type={~} [9-4]"]);
+    machine.screen.wait_for("what was typed then", |picture| shows_text(picture, &font, &["Hello, World: {~} [9-4]"]));
 
-    machine.view(&["type=1"]);
+    machine.screen.view(&["type=1"]);
     let low_bytes = |x: usize, y: usize| (x / 2 + y / 2 * 320) & 0xff;
     // The first 16 colours of the palette are those of text.
     let text_colors = [(0, [0; 3]), (1, [0, 0, 0xaa]), (4, [0xaa, 0, 0]), (6, [0xaa, 0x55, 0]), (15, [0xff; 3])];
-    machine.wait_for("mode 13h", |picture| {
+    machine.screen.wait_for("mode 13h", |picture| {
         let first = |value: usize| picture.at(2 * value, 0);
         let right = |n: usize| picture.at(n % 640, n / 640) == first(low_bytes(n % 640, n / 640));
         picture.size() == (640, 400)
@@ -259,21 +174,21 @@ fn a_viewer_types_into_the_bios_and_sees_every_kind_of_mode() {
             && (0..640 * 400).all(right)
     });
 
-    machine.view(&["type=2"]);
+    machine.screen.view(&["type=2"]);
     let red = [0xff, 0x55, 0x55];
-    machine.wait_for("mode 12h", |picture| {
+    machine.screen.wait_for("mode 12h", |picture| {
         let right = |n: usize| picture.at(n % 640, n / 640) == if n < 320 { red } else { [0; 3] };
         picture.size() == (640, 480) && (0..640 * 480).all(right)
     });
 
-    machine.view(&["type=3"]);
-    machine.wait_for("a VESA mode", |picture| {
+    machine.screen.view(&["type=3"]);
+    machine.screen.wait_for("a VESA mode", |picture| {
         let green = 0x8000..0x1_0000;
         let right = |n: usize| picture.at(n % 800, n / 800) == if green.contains(&n) { [0, 0xff, 0] } else { [0; 3] };
         picture.size() == (800, 600) && (0..800 * 600).all(right)
     });
 
-    machine.view(&["type=0"]);
+    machine.screen.view(&["type=0"]);
     assert_eq!(machine.process.end().status.code(), Some(1));
 }
 
@@ -314,7 +229,28 @@ fn another_viewer_comes_in_with_a_password() {
         }
         assert!(start.elapsed() < LONG);
     }
+    // The same as a file, by the control socket.
+    let file = machine.path("dump.png");
+    let control = machine.directory.path().join("control");
+    assert_eq!(tell(&control, &format!("screendump {file}")), "ok 720x400\n");
+    convert(&file);
+    assert!(shows_text(&Picture::read(Path::new(&picture)), &font(), &["mellon"]));
+    assert!(tell(&control, "screendump /nowhere/x.png").starts_with("error /nowhere/x.png: "));
     let output = dotool("sesame", &["key", "0"]);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(machine.process.end().status.code(), Some(1));
+}
+
+#[test]
+fn a_kernel_that_no_firmware_starts_has_a_console_on_the_screen() {
+    viewers();
+    let script = Script::on(pc_guest()).step("say", "echo what is said here is seen >/dev/tty0; sleep 1000");
+    let (mut command, directory) = script.command("");
+    let screen = Screen { socket: directory.path().join("screen") };
+    command.args(["--net", "none", "--display", &format!("vnc=unix:{}", screen.socket.display())]);
+    let _turn = one_machine_at_a_time();
+    let mut machine = Process::start(command.stdin(Stdio::null()));
+    machine.wait_for("@@begin say");
+    screen.wait_for_text(&Fonts::new(), 0, &["what is said here is seen"]);
+    assert_eq!(screen.picture().size(), (1024, 768));
 }

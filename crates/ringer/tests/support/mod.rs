@@ -3,9 +3,12 @@
 // Each test program uses its own part of this.
 #![allow(dead_code)]
 
+pub mod screen;
+
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
@@ -152,6 +155,15 @@ fn drain(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
 
 fn collect(pipe: &mpsc::Receiver<Vec<u8>>) -> String {
     String::from_utf8_lossy(&pipe.iter().flatten().collect::<Vec<_>>()).into_owned()
+}
+
+/// Says a line at the control socket; what it answers.
+pub fn tell(socket: &Path, line: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    writeln!(stream, "{line}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer
 }
 
 /// What one command in a guest printed, and its exit status.
