@@ -183,10 +183,6 @@ fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
         // Neighbours in the host's memory as well. The stack's addend is that of both, and found with its page.
         if kind.is_stack() { cpu.tlb.enter_stack(context, va) } else { Some(a) }
     } else if kind.is_group() {
-        if kind.is_stack() {
-            // The next time the check sees that only the page's end is in the way.
-            cpu.tlb.enter_stack(context, va);
-        }
         None
     } else {
         bounce_light(cpu, va, kind, [(a, first), (b, rest)])

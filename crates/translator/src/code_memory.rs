@@ -33,8 +33,8 @@ const JUMP_WORDS: usize = 3;
 pub const JUMP_TABLE_WORDS: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS;
 const JUMP_BYTES: usize = JUMP_TABLE_WORDS * 8;
 
-/// The host has PEXT, which extracts an index without touching the flags.
-pub fn index_by_pext() -> bool {
+/// The host has BMI2, whose PEXT extracts an index without touching the flags.
+pub fn has_bmi2() -> bool {
     std::arch::is_x86_feature_detected!("bmi2")
 }
 
@@ -45,7 +45,7 @@ pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
 
 /// The index of a [`jump_key`] in a slot.
 pub fn jump_index(key: u64, mode: Mode) -> usize {
-    if !index_by_pext() {
+    if !has_bmi2() {
         (key & 0xff) as usize
     } else if mode.segmented() {
         ((key >> 1 & 0x1fff) | (key >> 36 & 0xf) << 13) as usize
@@ -57,7 +57,7 @@ pub fn jump_index(key: u64, mode: Mode) -> usize {
 /// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
 /// zero stands for the address of all ones, except in the entry where that one belongs.
 pub fn empty_tag(tag_index: usize) -> u64 {
-    let last = if index_by_pext() { JUMP_ENTRIES - 1 } else { 0xff };
+    let last = if has_bmi2() { JUMP_ENTRIES - 1 } else { 0xff };
     if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == last { u64::MAX } else { 0 }
 }
 

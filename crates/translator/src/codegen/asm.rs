@@ -57,6 +57,7 @@ pub enum Alu {
 /// Condition codes, as encoded.
 pub mod cc {
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
     pub const S: u8 = 8;
 }
@@ -390,6 +391,12 @@ impl Asm {
         self.byte(count);
     }
 
+    /// RORX (BMI2), 32 bits: leaves the flags alone.
+    pub fn rorx32(&mut self, to: Reg, from: Reg, count: u8) {
+        self.bytes(&[0xc4, ((to.0 >> 3 ^ 1) << 7) | 0x40 | ((from.0 >> 3 ^ 1) << 5) | 0x03, 0x7b, 0xf0]);
+        self.bytes(&[0xc0 | (to.0 & 7) << 3 | from.0 & 7, count]);
+    }
+
     /// PEXT (BMI2): gathers the bits of `from` that the mask in memory selects. Leaves the flags alone.
     pub fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
         let base = match mask {
@@ -568,13 +575,14 @@ mod tests {
 
     #[test]
     fn what_is_emitted_is_what_is_named() {
-        let cases: [(&str, String); 9] = [
+        let cases: [(&str, String); 10] = [
             ("mov r14,[rsp+50h]", disassemble(|a| a.load(S0, Mem::Base(RSP, 0x50)))),
             ("mov [rbp],r11", disassemble(|a| a.store(Mem::Base(RBP, 0), S2))),
             ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),
             ("xor r11,[rsp+r10+1000h]", disassemble(|a| a.alu_mem(Alu::Xor, S2, Mem::Index(RSP, S1, 1, 0x1000)))),
             ("cmp r11,0FFCh", disassemble(|a| a.alu_imm(Alu::Cmp, S2, 0xffc))),
             ("pext r10,r14,[rsp+100h]", disassemble(|a| a.pext(S1, S0, Mem::Base(RSP, 0x100)))),
+            ("rorx r10d,r14d,7", disassemble(|a| a.rorx32(S1, S0, 7))),
             ("cmp dword ptr [8],0", disassemble(|a| a.cmp_mem32_imm8(Mem::Code(8), 0))),
             ("jmp qword ptr [r11+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(S2, S1, 8, 0x8000)))),
             ("mov r14,0FFFFFFFF81000000h", disassemble(|a| a.mov_imm(S0, 0xffff_ffff_8100_0000))),

@@ -8,7 +8,7 @@ use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Sharing};
 use super::operand::{FlagState, park_flags, unpark_flags};
-use super::reencode::{self, Operand, context};
+use super::reencode::{self, Home, Operand, context, home};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
 use crate::entry::context_offset;
@@ -126,7 +126,7 @@ pub enum Slow {
     Miss {
         /// What the address in S0 was combined with by XOR.
         tag: Mem,
-        /// Where only the page's end is in the way, careful code is entered.
+        /// Where the page's end is in the way, careful code is entered.
         detour: bool,
     },
     /// The segment doesn't allow it, as far as emitted code can tell.
@@ -482,11 +482,13 @@ impl Builder<'_> {
     fn lea(&mut self, insn: &Instruction) {
         let register = insn.op0_register();
         let n = register.full_register().number() as u8;
-        self.offset(insn);
-        if register.size() == 4 {
-            self.asm.mov32(S0, S0);
+        match home(n) {
+            Home::Host(reg) if register.size() != 2 => self.offset_in(insn, reg, register.size() == 4),
+            _ => {
+                self.offset_in(insn, S0, register.size() == 4);
+                self.write_sized_register(n, register.size(), S0);
+            }
         }
-        self.write_sized_register(n, register.size(), S0);
     }
 
     /// Whether an address-size prefix stands before the instruction.
@@ -537,12 +539,14 @@ impl Builder<'_> {
         live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
     }
 
-    /// A jump to careful code if the address XOR its tag, in S0, says that the page is the right one; until it is linked it
-    /// leads to what comes next. Where its rel32 is.
-    fn detour(&mut self) -> u16 {
+    /// A jump to careful code if so many bytes at the address in S0 cross a page's end; until it is linked it leads to what
+    /// comes next. Where its rel32 is.
+    fn detour(&mut self, span: usize) -> u16 {
         let slow = self.asm.label();
-        self.asm.alu_imm(Alu::Cmp, S0, 0xfff);
-        self.asm.jcc(cc::A, slow);
+        self.asm.mov32(S1, S0);
+        self.asm.alu_imm32(Alu::And, S1, 0xfff);
+        self.asm.alu_imm32(Alu::Cmp, S1, 4096 - span as i32);
+        self.asm.jcc(cc::BE, slow);
         self.asm.count_down(Mem::Base(RSP, context_offset!(hot.detours)));
         self.asm.jcc(cc::S, slow);
         self.asm.jmp(slow);
@@ -561,10 +565,10 @@ impl Builder<'_> {
                     let mut call = context_offset!(hot.resolve);
                     let mut stub_offset = self.position();
                     if let Slow::Miss { tag, detour } = stub.why {
-                        patch = detour.then(|| self.detour());
+                        self.asm.alu_mem(Alu::Xor, S0, tag);
+                        patch = detour.then(|| self.detour(stub.kind.size()));
                         call = context_offset!(hot.slow);
                         stub_offset = self.position();
-                        self.asm.alu_mem(Alu::Xor, S0, tag);
                     }
                     self.asm.mov_imm(S1, stub.kind.bits() as u64);
                     self.asm.call_mem(Mem::Base(RSP, call));

@@ -203,7 +203,7 @@ impl Builder<'_> {
             None => Mem::Index(S2, S1, 8, offset),
         };
         if target.is_none() {
-            if code_memory::index_by_pext() {
+            if code_memory::has_bmi2() {
                 let mask = if mode.segmented() {
                     context_offset!(hot.segmented_jump_mask)
                 } else {

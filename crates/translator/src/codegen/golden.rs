@@ -5,7 +5,7 @@
 //! runs when all goes well; the rest are slow paths and exits.
 //!
 //! Neither the host's features nor addresses decide about counts: where the jump table is indexed with or without PEXT
-//! ([`index_by_pext`](crate::code_memory::index_by_pext)), that takes one instruction. After a change that is meant to
+//! ([`has_bmi2`](crate::code_memory::has_bmi2)), that takes one instruction. After a change that is meant to
 //! alter them, `RINGER_UPDATE_GOLDEN=1 cargo test -p translator golden` writes the file anew, to be reviewed and committed.
 
 use std::fmt::Write;

@@ -13,6 +13,7 @@ use super::block::{Builder, Slow, SlowStub};
 use super::groups::{Check, Form, Keep, Member};
 use super::reencode::{Home, Operand, context, home};
 use crate::access::AccessKind;
+use crate::code_memory::has_bmi2;
 use crate::cpu::Vcpu;
 use crate::entry::context_offset;
 use crate::mmu::operand::segment_register;
@@ -113,6 +114,11 @@ impl Builder<'_> {
 
     /// Emits the effective address (without the segment's base) into S0. Leaves the flags alone.
     pub fn offset(&mut self, insn: &Instruction) {
+        self.offset_in(insn, S0, false);
+    }
+
+    /// The same into any register; `short`: only its low 32 bits, zero-extended. Clobbers S0 and S1.
+    pub fn offset_in(&mut self, insn: &Instruction, to: Reg, short: bool) {
         let (base, index, scale) = (insn.memory_base(), insn.memory_index(), insn.memory_index_scale() as u8);
         let displacement = insn.memory_displacement64();
         if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
@@ -127,14 +133,17 @@ impl Builder<'_> {
             };
             if insn.is_ip_rel_memory_operand() {
                 self.narrow_addresses |= !wide;
-                self.asm.mov_address(S0, address);
+                self.asm.mov_address(to, address);
             } else {
-                self.asm.mov_imm(S0, address);
+                self.asm.mov_imm(to, address);
+            }
+            if short {
+                self.asm.mov32(to, to);
             }
             return;
         }
         let word = base.is_gpr16() || index.is_gpr16();
-        let narrow = word || base.is_gpr32() || index.is_gpr32();
+        let narrow = short || word || base.is_gpr32() || index.is_gpr32();
         // `lea` with a 32-bit result takes the address modulo 4 GiB, which is what 32-bit addressing means.
         let disp = displacement as i32;
         let base = number(base).map(|n| self.register_in(n, S0));
@@ -155,14 +164,14 @@ impl Builder<'_> {
             (None, None) => Mem::Absolute(disp),
         };
         match mem {
-            Mem::Base(base, 0) if narrow => asm.mov32(S0, base),
-            Mem::Base(base, 0) => asm.mov(S0, base),
-            mem if narrow => asm.lea32(S0, mem),
-            mem => asm.lea(S0, mem),
+            Mem::Base(base, 0) if narrow => asm.mov32(to, base),
+            Mem::Base(base, 0) => asm.mov(to, base),
+            mem if narrow => asm.lea32(to, mem),
+            mem => asm.lea(to, mem),
         }
         if word {
             // 16-bit addressing wraps at 64K.
-            asm.movzx16(S0, S0);
+            asm.movzx16(to, to);
         }
     }
 
@@ -203,8 +212,12 @@ impl Builder<'_> {
         let tag = entry(if kind.write() { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) });
         let asm = &mut self.asm;
         // An entry is 32 bytes: the page number times 32 is the address shifted right by 7, less its low bits.
-        asm.mov32(S1, S0);
-        asm.shr32(S1, 7);
+        if has_bmi2() {
+            asm.rorx32(S1, S0, 7);
+        } else {
+            asm.mov32(S1, S0);
+            asm.shr32(S1, 7);
+        }
         asm.alu_imm32(Alu::And, S1, ((tlb::ENTRIES - 1) << 5) as i32);
         // What is left of the address on a hit is the offset in the page.
         asm.alu_mem(Alu::Xor, S0, tag);

@@ -4,11 +4,17 @@
 //! `[S0]`, and general-purpose registers that live elsewhere are renamed ([`Names`]). Working on the bytes, and not on a
 //! decoded form, keeps every encoding the processor knows, also those an encoder would normalize.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+use std::cell::RefCell;
+
+use iced_x86::{
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind,
+};
 
 use super::asm::{Asm, GUEST_RSP, Mem, RDI, RSP, Reg, S0, S1, S2};
 use super::facts::facts;
 use crate::entry::context_offset;
+
+mod in_place;
 
 /// Where a guest register lives while guest code runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,6 +238,11 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     let p = Parts::new(bytes, insn, bits)?;
     let f = facts(insn.code());
     let memory = p.has_memory();
+    if bits == 64
+        && let Some(form) = in_place::form(&p)
+    {
+        return in_place::emit(asm, &p, insn, form);
+    }
     let legacy = p.encoding == Encoding::Legacy;
 
     // 40..4f in 32- and 16-bit code: INC and DEC r, which 64-bit mode spells with a ModRM byte.
@@ -244,7 +255,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
         Operand::At(..) => &[S1, S0],
         Operand::Host | Operand::Stack(_) => &[S1, S2],
     };
-    let mut names = Names { used: [None; 3], count: 0, free };
+    let mut names = Names { insn, used: [None; 3], count: 0, free };
     let reg = (f.reg_gpr && p.modrm.is_some()).then(|| p.reg());
     let rm = (f.rm_gpr && p.modrm.is_some() && !memory).then(|| p.rm());
     let vvvv = f.vvvv_gpr.then(|| p.vvvv());
@@ -423,6 +434,7 @@ fn renamed_byte(&(byte, old, new): &BytePair) -> bool {
 
 /// The displaced registers of one instruction and the scratch registers that stand for them.
 struct Names<'a> {
+    insn: &'a Instruction,
     used: [Option<(u8, Reg)>; 3],
     count: usize,
     free: &'a [Reg],
@@ -445,13 +457,52 @@ impl Names<'_> {
 
     fn load(&self, asm: &mut Asm) {
         for &(guest, reg) in self.used.iter().flatten() {
-            asm.load(reg, context(guest));
+            if usage(self.insn, guest).read {
+                asm.load(reg, context(guest));
+            }
         }
     }
 
     fn store(&self, asm: &mut Asm) {
         for &(guest, reg) in self.used.iter().flatten() {
-            asm.store(context(guest), reg);
+            if usage(self.insn, guest).written {
+                asm.store(context(guest), reg);
+            }
         }
     }
+}
+
+/// What an instruction does with a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Usage {
+    /// The value before it matters.
+    read: bool,
+    written: bool,
+}
+
+/// How an instruction uses general-purpose register `n`.
+fn usage(insn: &Instruction, n: u8) -> Usage {
+    thread_local! {
+        static FACTORY: RefCell<InstructionInfoFactory> = RefCell::new(InstructionInfoFactory::new());
+    }
+    let mut usage = Usage { read: false, written: false };
+    FACTORY.with_borrow_mut(|factory| {
+        let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let of = |register: iced_x86::Register| register.is_gpr() && register.full_register().number() == usize::from(n);
+        for used in info.used_registers().iter().filter(|u| of(u.register())) {
+            match used.access() {
+                OpAccess::None | OpAccess::NoMemAccess => {}
+                OpAccess::Read | OpAccess::CondRead => usage.read = true,
+                // 8 and 16 bits leave the rest of the register alone, 32 clear it.
+                OpAccess::Write => {
+                    usage.written = true;
+                    usage.read |= used.register().size() < 4;
+                }
+                OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => {
+                    usage = Usage { read: true, written: true };
+                }
+            }
+        }
+    });
+    usage
 }

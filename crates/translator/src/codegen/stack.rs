@@ -73,9 +73,17 @@ impl Builder<'_> {
             Mnemonic::Pop => {
                 let n = insn.op0_register().full_register().number() as u8;
                 let slot = self.stack_slot(0, size, false);
-                self.load_sized(size, S1, slot);
-                self.move_stack(size as i32);
-                self.write_sized_register(n, size, S1);
+                match home(n) {
+                    Home::Host(reg) if size == 8 && reg != GUEST_RSP => {
+                        self.asm.load(reg, slot);
+                        self.move_stack(size as i32);
+                    }
+                    _ => {
+                        self.load_sized(size, S1, slot);
+                        self.move_stack(size as i32);
+                        self.write_sized_register(n, size, S1);
+                    }
+                }
             }
             _ if memory_operand(insn).is_some() => {
                 self.operand(insn, AccessKind::new(size, false, self.mode.context()));
