@@ -488,7 +488,8 @@ fn usage(insn: &Instruction, n: u8) -> Usage {
     let mut usage = Usage { read: false, written: false };
     FACTORY.with_borrow_mut(|factory| {
         let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let of = |register: iced_x86::Register| register.is_gpr() && register.full_register().number() == usize::from(n);
+        let of =
+            |register: iced_x86::Register| register.is_gpr() && register.full_register().number() == usize::from(n);
         for used in info.used_registers().iter().filter(|u| of(u.register())) {
             match used.access() {
                 OpAccess::None | OpAccess::NoMemAccess => {}

@@ -96,3 +96,58 @@ pub fn emit(asm: &mut Asm, p: &Parts, insn: &Instruction, form: Form) -> Option<
     names.store(asm);
     Some(names.used.iter().flatten().all(|&(_, reg)| reg != S2))
 }
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+    use super::super::{Operand, emit};
+    use super::Asm;
+
+    fn translated(bytes: &[u8]) -> String {
+        let insn = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+        let mut asm = Asm::default();
+        emit(&mut asm, bytes, &insn, 64, Operand::Host).unwrap();
+        let mut formatter = IntelFormatter::new();
+        let mut lines = Vec::new();
+        for host in Decoder::new(64, &asm.code, DecoderOptions::NONE).iter() {
+            let mut text = String::new();
+            formatter.format(&host, &mut text);
+            lines.push(text);
+        }
+        lines.join("; ")
+    }
+
+    #[test]
+    fn a_displaced_register_is_used_in_the_context_as_source_and_as_whole_destination() {
+        for (bytes, expected) in [
+            (&[0x4c, 0x89, 0xf0][..], "mov rax,[rsp+70h]"), // mov rax, r14
+            (&[0x49, 0x89, 0xc6], "mov [rsp+70h],rax"),     // mov r14, rax
+            (&[0x4d, 0x89, 0xfe], "mov r10,[rsp+78h]; mov [rsp+70h],r10"), // mov r14, r15
+            (&[0x44, 0x01, 0xf0], "add eax,[rsp+70h]"),     // add eax, r14d
+            (&[0x49, 0x83, 0xc6, 0x01], "add qword ptr [rsp+70h],1"), // add r14, 1
+            (&[0x41, 0x83, 0xfe, 0x01], "cmp dword ptr [rsp+70h],1"), // cmp r14d, 1
+            (&[0x44, 0x38, 0xd6], "cmp sil,[rsp+50h]"),     // cmp sil, r10b
+            (&[0x49, 0x0f, 0x44, 0xc3], "cmove rax,[rsp+58h]"), // cmove rax, r11
+            (&[0x41, 0xf6, 0xc7, 0x08], "test byte ptr [rsp+78h],8"), // test r15b, 8
+        ] {
+            assert_eq!(translated(bytes), expected);
+        }
+    }
+
+    #[test]
+    fn a_displaced_register_is_loaded_if_its_value_matters_and_stored_if_it_changes() {
+        for (bytes, expected) in [
+            (&[0x41, 0x89, 0xc6][..], "mov r10d,eax; mov [rsp+70h],r10"), // mov r14d, eax
+            (&[0x45, 0x31, 0xf6], "xor r10d,r10d; mov [rsp+70h],r10"),    // xor r14d, r14d
+            (&[0x4d, 0x31, 0xf6], "xor r10,r10; mov [rsp+70h],r10"),      // xor r14, r14
+            (&[0x4d, 0x85, 0xf6], "mov r10,[rsp+70h]; test r10,r10"),     // test r14, r14
+            (&[0x41, 0x88, 0xc6], "mov r10,[rsp+70h]; mov r10b,al; mov [rsp+70h],r10"), // mov r14b, al
+            (&[0x4c, 0x8b, 0x30], "mov r10,[r14]; mov [rsp+70h],r10"),    // mov r14, [rax]
+            (&[0x4c, 0x89, 0x30], "mov r10,[rsp+70h]; mov [r14],r10"),    // mov [rax], r14
+            (&[0x4c, 0x87, 0xf0], "mov r10,[rsp+70h]; xchg rax,r10; mov [rsp+70h],r10"), // xchg rax, r14
+        ] {
+            assert_eq!(translated(bytes), expected);
+        }
+    }
+}
