@@ -37,6 +37,7 @@ pub fn report(cpu: &Vcpu) -> String {
         ("host code bytes in use", cpu.engine.cache.bytes_in_use() as u64),
         ("TLB fills", cpu.tlb.fills),
         ("TLB flushes", cpu.tlb.flushes),
+        ("branches that missed the jump table", cache.lookups),
         ("exits: direct branch not linked", counts.left[0]),
         ("exits: indirect branch missed", counts.left[1]),
         ("exits: event or end of a sensitive instruction", counts.left[2]),

@@ -8,7 +8,7 @@ use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Sharing};
 use super::operand::{FlagState, park_flags, unpark_flags};
-use super::reencode::{self, Home, Operand, context, home};
+use super::reencode::{self, Home, Operand, home};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
 use crate::entry::context_offset;
@@ -225,11 +225,11 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     let mut end = 0;
     let mut guest_length = 0;
     for i in 0..b.items.len() {
-        b.current = i;
-        let (insn, kind, offset) = (b.items[i].insn, b.items[i].kind, b.items[i].offset);
         if b.asm.position() > MAX_HOST_BYTES {
             break;
         }
+        b.current = i;
+        let (insn, kind, offset) = (b.items[i].insn, b.items[i].kind, b.items[i].offset);
         // A block that is a loop goes through its first instructions several times.
         guest_length = guest_length.max(offset + insn.len());
         b.points.push(Point {
@@ -244,7 +244,10 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         }
     }
     if !ended {
-        let (next, length) = b.items.get(b.current).map_or((start, 0), |i| (i.insn.next_ip(), i.offset + i.insn.len()));
+        let (next, length) = b.items.get(b.current).map_or((start, 0), |i| {
+            let next = if i.joined { i.insn.near_branch_target() } else { i.insn.next_ip() };
+            (next, i.offset + i.insn.len())
+        });
         let next = b.wrap_ip(next);
         if b.crosses_page(length) {
             b.goto_unlinked(next);
@@ -337,14 +340,14 @@ impl Builder<'_> {
             self.asm.jcc(cc::NE, done);
             self.asm.call_mem(load);
         } else {
-            self.asm.store(context(1), RCX);
+            self.asm.mov(S1, RCX);
             self.asm.load(RCX, loaded);
             self.asm.unless_rcx_zero(|asm| asm.jmp(done));
             self.asm.call_mem(load);
         }
         self.asm.bind(done);
         if !self.items.first().is_some_and(|i| i.live_in.is_empty()) {
-            self.asm.load(RCX, context(1));
+            self.asm.mov(RCX, S1);
         }
     }
 
@@ -519,6 +522,11 @@ impl Builder<'_> {
     /// The conditional branch back to the block's start is followed by what it leads to.
     pub fn goes_on_with_next_turn(&self) -> bool {
         self.items[self.current].turns
+    }
+
+    /// The jump is followed by what it leads to.
+    pub fn goes_on_at_target(&self) -> bool {
+        self.items[self.current].joined && self.current + 1 < self.items.len()
     }
 
     pub fn member(&self) -> Option<Member> {

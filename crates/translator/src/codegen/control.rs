@@ -41,6 +41,8 @@ impl Builder<'_> {
             return true;
         }
         match insn.mnemonic() {
+            // The block goes on where it leads.
+            Jmp if self.goes_on_at_target() => return false,
             Jmp if insn.is_jmp_short_or_near() => {
                 self.goto(insn.near_branch_target());
             }
@@ -152,14 +154,14 @@ impl Builder<'_> {
             self.asm.bind(go_on);
         } else {
             let event = Mem::Base(RSP, context_offset!(hot.exit_event));
-            self.asm.store(context(1), RCX);
+            self.asm.mov(S1, RCX);
             self.asm.load32(RCX, word);
             self.asm.unless_rcx_zero(|asm| {
-                asm.load(RCX, context(1));
+                asm.mov(RCX, S1);
                 asm.mov_address(S0, target);
                 asm.jmp_mem(event);
             });
-            self.asm.load(RCX, context(1));
+            self.asm.mov(RCX, S1);
         }
     }
 
@@ -232,19 +234,28 @@ impl Builder<'_> {
             asm.jmp_mem(at(parked_codes));
             return;
         }
-        asm.store(context(1), RCX);
+        // A known target needs no register for its index: that waits in the context only where one does.
+        let keep = |asm: &mut Asm| match target {
+            Some(_) => asm.mov(S1, RCX),
+            None => asm.store(context(1), RCX),
+        };
+        let put_back = |asm: &mut Asm| match target {
+            Some(_) => asm.mov(RCX, S1),
+            None => asm.load(RCX, context(1)),
+        };
+        keep(asm);
         asm.load(RCX, at(tags));
         // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
         asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
         asm.unless_rcx_zero(|asm| {
-            asm.load(RCX, context(1));
+            put_back(asm);
             if based {
                 asm.mov32(S0, S0);
             }
             note(asm);
             asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
         });
-        asm.load(RCX, context(1));
+        put_back(asm);
         asm.jmp_mem(at(codes));
     }
 

@@ -16,11 +16,14 @@ pub const MAX_INSTRUCTIONS: usize = 40;
 
 /// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
 /// there.
-pub const MAX_BRANCHES: usize = 3;
+pub const MAX_BRANCHES: usize = 5;
 
 /// Instructions in a block that holds several turns of a loop, and how many turns those are at most.
 pub const MAX_UNROLLED: usize = 56;
 const MAX_TURNS: usize = 8;
+
+/// The most bytes that a block leaves out where it goes on at the target of a jump.
+const MAX_JUMP: usize = 512;
 
 /// Instructions looked at where a branch leads, to see which flags are needed there.
 pub const MAX_LOOKAHEAD: usize = 6;
@@ -63,6 +66,8 @@ pub struct Item {
     pub member: Option<Member>,
     /// A conditional branch back to the block's start, behind which another turn of the loop follows.
     pub turns: bool,
+    /// A jump behind which its target follows.
+    pub joined: bool,
 }
 
 /// The range of a page's bytes that were looked at beyond the block's own.
@@ -123,7 +128,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::System if system::is_pop(&insn) => Effect { reads: Flags::NONE, kills: Flags::ALL, touches: false },
             _ => Effect::of(&insn),
         };
-        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false });
+        items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false, joined: false });
         let body = items.len() / turns;
         if insn.is_jcc_short_or_near()
             && insn.near_branch_target() == start
@@ -142,6 +147,19 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             turns += 1;
             branches = 0;
             limit = MAX_UNROLLED;
+            continue;
+        }
+        if insn.is_jmp_short_or_near()
+            && matches!(kind, Kind::Branch)
+            && mode.long()
+            && items.len() < limit
+            && let Some(target) = ahead(code, start, offset + insn.len(), insn.near_branch_target())
+            && decoder.set_position(target).is_ok()
+        {
+            if let Some(item) = items.last_mut() {
+                item.joined = true;
+            }
+            decoder.set_ip(insn.near_branch_target());
             continue;
         }
         let ends = match kind {
@@ -163,6 +181,12 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         item.live_in = live;
     }
     Some(lookahead)
+}
+
+/// Where in the block's bytes a jump leads, if that is a little further on than `from` in the same page.
+fn ahead(code: GuestCode, start: u64, from: usize, target: u64) -> Option<usize> {
+    let target = code.offset_of(target, start)?.checked_sub(code.offset)?;
+    (from..from + MAX_JUMP).contains(&target).then_some(target)
 }
 
 /// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.

@@ -42,18 +42,20 @@ fn kept(slot: usize) -> Mem {
 
 pub const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
 
+/// Clobbers S1 and EFLAGS.
 pub fn park_flags(asm: &mut Asm) {
-    asm.store(context(0), RAX);
+    asm.mov(S1, RAX);
     asm.flags_to_ax();
     asm.store32(SAVED_AX, RAX);
-    asm.load(RAX, context(0));
+    asm.mov(RAX, S1);
 }
 
+/// Clobbers S1.
 pub fn unpark_flags(asm: &mut Asm) {
-    asm.store(context(0), RAX);
+    asm.mov(S1, RAX);
     asm.load32(RAX, SAVED_AX);
     asm.flags_from_ax();
-    asm.load(RAX, context(0));
+    asm.mov(RAX, S1);
 }
 
 /// The number of a general-purpose register of any width, as encoded.
