@@ -21,6 +21,7 @@ const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
 /// RDTSC and RDTSCP fault.
 const TIMELESS: u32 = 1 << 16;
+const MORE_CAREFUL: u32 = 1 << 30;
 const CAREFUL: u32 = 1 << 31;
 
 /// Where code lies that runs outside 64-bit mode: CS. Blocks take it as constant.
@@ -76,18 +77,24 @@ impl Mode {
         Mode(self.0 | SINGLE)
     }
 
-    /// The same mode, but every access is checked by itself; what follows a block runs plainly.
+    /// The same mode, but only accesses close to each other share checks, and from careful mode: every one is checked by itself.
+    /// What follows a block runs plainly.
     pub fn careful(self) -> Mode {
-        Mode(self.0 | CAREFUL)
+        Mode(self.0 | if self.is_careful() { MORE_CAREFUL } else { CAREFUL })
     }
 
     /// Not careful.
     pub fn plain(self) -> Mode {
-        Mode(self.0 & !CAREFUL)
+        Mode(self.0 & !(CAREFUL | MORE_CAREFUL))
     }
 
     pub fn is_careful(self) -> bool {
         self.0 & CAREFUL != 0
+    }
+
+    /// No accesses share checks.
+    pub fn is_most_careful(self) -> bool {
+        self.0 & MORE_CAREFUL != 0
     }
 
     pub fn is_single(self) -> bool {

@@ -73,8 +73,8 @@ pub struct EngineState {
     code_limits: FxHashMap<u32, u32>,
     /// The segments that emitted code was told about, and whether their types count.
     pub ends_of: ([Segment; 6], bool),
-    /// The next block runs in careful mode.
-    careful: bool,
+    /// The next block runs more carefully than this, in whose block a check failed.
+    careful: Option<Mode>,
     /// The place whose group's check failed, to be linked to the careful code that comes next.
     failed_check: Option<LinkId>,
     /// When detours were last looked at.
@@ -108,7 +108,7 @@ impl EngineState {
             code_limits: FxHashMap::default(),
             // Whose ends are those that a vCPU begins with: zero but for the limit.
             ends_of: ([Segment { limit: u32::MAX, ..Segment::default() }; 6], false),
-            careful: false,
+            careful: None,
             failed_check: None,
             detoured: 0,
             failures: FxHashMap::default(),
@@ -123,7 +123,8 @@ impl EngineState {
     /// A group's check failed at a place in a block, at a page's end or for want of a plain page: the code goes on carefully. After
     /// `enough` of the one, or much of the other, it is translated with less sharing.
     pub fn run_carefully(&mut self, id: BlockId, place: u64, crosses: bool, enough: bool) {
-        self.careful = true;
+        let mode = self.cache.block(id).map_or(Mode::default(), |(_, body)| body.origin.mode);
+        self.careful = Some(mode);
         if !self.cache.is_live(id) {
             return;
         }
@@ -140,7 +141,11 @@ impl EngineState {
         *count += 1;
         if enough || *count == MANY_FAILURES {
             *count = 0;
-            *sharing = if *sharing == Sharing::All && !enough { Sharing::Alike } else { Sharing::Off };
+            *sharing = match (*sharing).max(least_sharing(mode)) {
+                Sharing::All if !enough => Sharing::Alike,
+                Sharing::All | Sharing::Alike => Sharing::Near,
+                Sharing::Near | Sharing::Off => Sharing::Off,
+            };
             self.failed_check = None;
             self.cache.remove_origin(origin);
         }
@@ -374,8 +379,11 @@ impl Vcpu {
             mode = mode.single();
             self.begin_single_step()?;
         }
-        if std::mem::take(&mut self.engine.careful) {
+        if let Some(failed) = self.engine.careful.take() {
             mode = mode.careful();
+            if failed.is_careful() {
+                mode = mode.careful();
+            }
         }
         if !mode.long() {
             self.segments_changed();
@@ -665,11 +673,7 @@ impl Vcpu {
         Setting {
             mode,
             inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
-            sharing: match self.engine.failures.get(&origin) {
-                _ if mode.is_careful() || mode.is_single() => Sharing::Off,
-                Some((sharing, _)) => *sharing,
-                None => Sharing::All,
-            },
+            sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.0).max(least_sharing(mode)),
             jump_slot: self.engine.cache.jumps.slot(mode),
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
         }
@@ -751,6 +755,17 @@ impl Vcpu {
         // The copy of a bounced instruction.
         let site = self.site_at(self.engine.cache.snippets.site(pc)?)?;
         Some((site.insn, site.bytes, site.parked))
+    }
+}
+
+/// How far a mode itself keeps accesses from sharing checks.
+fn least_sharing(mode: Mode) -> Sharing {
+    if mode.is_most_careful() || mode.is_single() {
+        Sharing::Off
+    } else if mode.is_careful() {
+        Sharing::Near
+    } else {
+        Sharing::All
     }
 }
 

@@ -95,19 +95,19 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
 fn copies_are_linked_like_their_original_and_the_oldest_moves() {
     let mut cache = small_cache();
     let mut page = vec![0x90; 4096];
-    block_code(&mut page, 0, 3, 0x100);
-    block_code(&mut page, 0x100, 5, 0);
-    let (a, b) = (add(&mut cache, origin(1, 0), &page, RIP), add(&mut cache, origin(1, 0x100), &page, RIP + 0x100));
+    block_code(&mut page, 0, 3, 0x400);
+    block_code(&mut page, 0x400, 5, 0);
+    let (a, b) = (add(&mut cache, origin(1, 0), &page, RIP), add(&mut cache, origin(1, 0x400), &page, RIP + 0x400));
     for (from, to) in [(a, b), (b, a)] {
         cache.link(LinkId { block: from, index: 0 }, to);
     }
     for n in 1..10 {
         let rip = RIP + n * 0x5000;
         let copy = cache.copy(a, rip).unwrap();
-        let other = cache.find(origin(1, 0x100), rip + 0x100).expect("what it leads to comes along");
+        let other = cache.find(origin(1, 0x400), rip + 0x400).expect("what it leads to comes along");
         assert_eq!(cache.find(origin(1, 0), rip), Some(copy));
         let (copied, copied_other) = (cache.at(copy), cache.at(other));
-        assert_eq!((copied.rip, copied_other.rip), (rip, rip + 0x100));
+        assert_eq!((copied.rip, copied_other.rip), (rip, rip + 0x400));
         assert_eq!(leads_to(&cache, copy), copied_other.start());
         let count = cache.at_origin(origin(1, 0)).count();
         assert_eq!(count, MAX_COPIES.min(n as usize + 1));
@@ -120,17 +120,17 @@ fn dropping_a_block_leads_what_was_linked_to_it_to_the_dispatcher() {
     let mut cache = small_cache();
     let mut page = vec![0x90; 4096];
     for at in [0, 0x100, 0x200] {
-        block_code(&mut page, at, 2, 0x300);
+        block_code(&mut page, at, 2, 0x600);
     }
-    block_code(&mut page, 0x300, 2, 0);
+    block_code(&mut page, 0x600, 2, 0);
     let ids: Vec<BlockId> =
-        [0, 0x100, 0x200, 0x300].map(|at| add(&mut cache, origin(1, at), &page, RIP + at as u64)).to_vec();
+        [0, 0x100, 0x200, 0x600].map(|at| add(&mut cache, origin(1, at), &page, RIP + at as u64)).to_vec();
     for &id in &ids[..3] {
         cache.link(LinkId { block: id, index: 0 }, ids[3]);
     }
     cache.invalidate(1 << 12, 0x100..0x101);
     assert!(!cache.is_live(ids[1]));
-    cache.invalidate(1 << 12, 0x305..0x306);
+    cache.invalidate(1 << 12, 0x605..0x606);
     for &id in [&ids[0], &ids[2]] {
         let (block, body) = cache.block(id).unwrap();
         assert_eq!(leads_to(&cache, id), block.start() + body.record.links().next().unwrap().stub_offset as usize);

@@ -1,9 +1,13 @@
 //! What the encoder must know of each instruction form, tabulated once from iced's opcode table.
 
+use std::cell::RefCell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use iced_x86::{Code, EncodingKind, MandatoryPrefix, OpCodeOperandKind as K};
+use iced_x86::{
+    Code, EncodingKind, Instruction, InstructionInfo, InstructionInfoFactory, InstructionInfoOptions, MandatoryPrefix,
+    OpCodeOperandKind as K,
+};
 
 /// Which state an instruction belongs to, for #UD and #NM (Intel SDM 3A table 2-2 and 13.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +139,14 @@ impl Memo {
 pub fn facts(code: Code) -> &'static Facts {
     static TABLE: OnceLock<Vec<Facts>> = OnceLock::new();
     &TABLE.get_or_init(|| Code::values().map(facts_of).collect())[code as usize]
+}
+
+/// Looks at the registers that an instruction uses.
+pub fn with_register_uses<R>(insn: &Instruction, look: impl FnOnce(&InstructionInfo) -> R) -> R {
+    thread_local! {
+        static FACTORY: RefCell<InstructionInfoFactory> = RefCell::new(InstructionInfoFactory::new());
+    }
+    FACTORY.with_borrow_mut(|factory| look(factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE)))
 }
 
 #[cfg(test)]

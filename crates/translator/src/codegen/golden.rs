@@ -101,7 +101,7 @@ impl Fragment {
         let segment = CodeSegment::of(&cpu);
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
-        let sharing = if mode.is_careful() { Sharing::Off } else { Sharing::All };
+        let sharing = if mode.is_careful() { Sharing::Near } else { Sharing::All };
         let setting = Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0), template: false };
         let start = LINEAR - u64::from(segment.base);
         let mut blocks = Vec::new();

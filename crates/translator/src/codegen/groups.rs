@@ -4,18 +4,20 @@
 //! slots of a stack frame, elements of an array that a loop walks through. The first of such a [`Group`] checks the whole
 //! span that the group touches and keeps its host address; the others use it. Registers that move by constants between the
 //! accesses (`add rdi, 16`) don't end a group. If the span crosses a page's end, or the page has no plain mapping for what
-//! the group does, the code up to the end of the block runs in [careful mode](crate::mode::Mode::careful), where every
-//! access is checked by itself.
+//! the group does, the code up to the end of the block runs in [careful mode](crate::mode::Mode::careful), where only close
+//! accesses share checks, or none.
 //!
 //! A group never makes an access happen that the guest doesn't make: its check walks the page tables for what the
 //! first access does, and a write that comes later finds the page writable and dirty already, or the code runs carefully.
 
-use iced_x86::{
-    Code, CodeSize, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code, CodeSize, Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use super::facts::with_register_uses;
 
 /// The widest span that shares a check, in bytes. Wider ones cross pages too often.
 const MAX_SPAN: i64 = 1024;
+/// The same for [`Sharing::Near`].
+const NEAR_SPAN: i64 = 256;
 /// Groups of one block that keep a host address in the context.
 pub const SLOTS: usize = 16;
 const RSP_NUMBER: u8 = 4;
@@ -28,6 +30,8 @@ pub enum Sharing {
     All,
     /// Reads with reads and writes with writes: for code that reads pages which it may not write.
     Alike,
+    /// Of these those close to each other, and not with pushes and pops: for code that often works at a page's end.
+    Near,
     /// None.
     Off,
 }
@@ -46,6 +50,9 @@ pub struct Form {
 impl Form {
     /// What stack instructions access.
     pub const STACK: Form = Form { base: Some(RSP_NUMBER), index: None, segment: Register::None };
+    /// What others access by the stack pointer, where that is kept apart: a frame across two pages would let the remembered page
+    /// alternate between them.
+    const FRAME: Form = Form { segment: Register::SS, ..Form::STACK };
 
     /// The form of an instruction's memory operand, if it has the addressing of flat 64- or 32-bit code.
     pub fn of(insn: &Instruction) -> Option<Form> {
@@ -151,7 +158,6 @@ struct Group {
 pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Member>> {
     let mut groups: Vec<Group> = Vec::new();
     let mut moved = [0i64; 16];
-    let mut factory = InstructionInfoFactory::new();
     for (i, (insn, step)) in steps.iter().enumerate() {
         let access = match step {
             Step::Plain(access) | Step::Stack { access, .. } => *access,
@@ -160,7 +166,10 @@ pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Membe
                 continue;
             }
         };
-        if let Some(a) = access {
+        if let Some(mut a) = access {
+            if sharing == Sharing::Near && a.form == Form::STACK && matches!(step, Step::Plain(_)) {
+                a.form = Form::FRAME;
+            }
             join(&mut groups, &moved, i, a, sharing);
         }
         match step {
@@ -172,7 +181,7 @@ pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Membe
             }
             _ => match constant_move(insn) {
                 Some((n, distance)) => moved[usize::from(n & 15)] = moved[usize::from(n & 15)].wrapping_add(distance),
-                None => close_written(&mut factory, insn, &mut groups),
+                None => close_written(insn, &mut groups),
             },
         }
     }
@@ -183,12 +192,13 @@ fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access, sharing
     let moved = a.form.shift(moved);
     let low = a.displacement.wrapping_add(moved);
     let Some(high) = low.checked_add(a.size) else { return };
+    let widest = if sharing == Sharing::Near { NEAR_SPAN } else { MAX_SPAN };
     // The stack's page is remembered only if it can be both read and written.
     let alike = |g: &Group| sharing == Sharing::All || g.write == a.write || a.form == Form::STACK;
     let fits = |g: &Group| g.open && g.form == a.form && alike(g);
     for group in groups.iter_mut().filter(|g| fits(g)) {
         let span = (group.low.min(low), group.high.max(high));
-        if span.1.checked_sub(span.0).is_some_and(|s| s <= MAX_SPAN) {
+        if span.1.checked_sub(span.0).is_some_and(|s| s <= widest) {
             (group.low, group.high) = span;
             group.write |= a.write;
             group.members.push((i, low));
@@ -285,13 +295,17 @@ fn close(groups: &mut [Group], register: Register) {
     }
 }
 
-fn close_written(factory: &mut InstructionInfoFactory, insn: &Instruction, groups: &mut [Group]) {
-    let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
-    for used in info.used_registers() {
-        if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-            close(groups, used.register());
-        }
+fn close_written(insn: &Instruction, groups: &mut [Group]) {
+    if !groups.iter().any(|g| g.open) {
+        return;
     }
+    with_register_uses(insn, |info| {
+        for used in info.used_registers() {
+            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
+                close(groups, used.register());
+            }
+        }
+    });
 }
 
 #[cfg(test)]
@@ -299,7 +313,7 @@ mod tests {
     use iced_x86::{Decoder, DecoderOptions};
 
     use super::*;
-    use crate::codegen::decode::based_access;
+    use crate::codegen::decode::{based_access, step};
 
     fn planned(code: &[u8]) -> Vec<Option<Member>> {
         planned_as(code, Sharing::All)
@@ -359,6 +373,21 @@ mod tests {
         let plan = planned_as(&code, Sharing::Alike);
         assert!(plan[1].is_none(), "a write alone");
         assert!(!plan[0].unwrap().check.unwrap().write && plan[2].is_some());
+    }
+
+    #[test]
+    fn near_sharing_keeps_frames_apart_from_pushes_and_spans_short() {
+        // push rax; mov rcx, [rsp]; mov rdx, [rsp+8]; mov rsi, [rsp+0x100]
+        let code = [0x50, 0x48, 0x8b, 0x0c, 0x24, 0x48, 0x8b, 0x54, 0x24, 0x08, 0x48, 0x8b, 0xb4, 0x24, 0, 1, 0, 0];
+        let mode = crate::mode::Mode::of(&crate::testing::user_vcpu());
+        let steps: Vec<_> = Decoder::new(64, &code, DecoderOptions::NONE)
+            .iter()
+            .map(|i| (i, step(&i, crate::codegen::classify::classify(&i, mode, false), mode)))
+            .collect();
+        let plan = plan(&steps, Sharing::Near);
+        assert!(plan[0].unwrap().keep == Keep::StackPage && plan[0].unwrap().check.unwrap().span == 8);
+        assert!(matches!(plan[1].unwrap().keep, Keep::Slot(_)) && plan[1].unwrap().check.unwrap().span == 16);
+        assert!(plan[2].is_some() && plan[3].is_none());
     }
 
     #[test]

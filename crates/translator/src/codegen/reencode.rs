@@ -4,14 +4,10 @@
 //! `[S0]`, and general-purpose registers that live elsewhere are renamed ([`Names`]). Working on the bytes, and not on a
 //! decoded form, keeps every encoding the processor knows, also those an encoder would normalize.
 
-use std::cell::RefCell;
-
-use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind,
-};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpAccess, OpKind};
 
 use super::asm::{Asm, GUEST_RSP, Mem, RDI, RSP, Reg, S0, S1, S2};
-use super::facts::facts;
+use super::facts::{facts, with_register_uses};
 use crate::entry::context_offset;
 
 mod in_place;
@@ -482,12 +478,8 @@ struct Usage {
 
 /// How an instruction uses general-purpose register `n`.
 fn usage(insn: &Instruction, n: u8) -> Usage {
-    thread_local! {
-        static FACTORY: RefCell<InstructionInfoFactory> = RefCell::new(InstructionInfoFactory::new());
-    }
     let mut usage = Usage { read: false, written: false };
-    FACTORY.with_borrow_mut(|factory| {
-        let info = factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+    with_register_uses(insn, |info| {
         let of =
             |register: iced_x86::Register| register.is_gpr() && register.full_register().number() == usize::from(n);
         for used in info.used_registers().iter().filter(|u| of(u.register())) {
