@@ -21,7 +21,8 @@ const MAX_HOST_BYTES: usize = 24 << 10;
 const MAX_STUB_BYTES: usize = 32 << 10;
 /// More than a block can have.
 pub const MAX_BLOCK_BYTES: usize = MAX_HOST_BYTES + MAX_STUB_BYTES;
-const _: () = assert!(MAX_BLOCK_BYTES <= u16::MAX as usize && super::decode::MAX_UNROLLED <= u8::MAX as usize);
+const _: () = assert!(MAX_BLOCK_BYTES <= u16::MAX as usize && super::decode::MAX_STRAIGHT <= u8::MAX as usize);
+const _: () = assert!(super::decode::MAX_UNROLLED <= super::decode::MAX_STRAIGHT);
 
 /// An instruction that a block hands to Rust.
 #[derive(Clone, Copy)]

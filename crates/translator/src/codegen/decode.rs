@@ -14,6 +14,9 @@ use crate::semantics::stack::operand_size as operand_size_of_stack;
 /// Guest instructions in one block at most.
 pub const MAX_INSTRUCTIONS: usize = 40;
 
+/// The same while there is no branch among them: long calculations keep their checks and their flags.
+pub const MAX_STRAIGHT: usize = 96;
+
 /// Conditional branches that a block goes on behind: what lies behind them is translated again where something branches
 /// there.
 pub const MAX_BRANCHES: usize = 5;
@@ -86,7 +89,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut branches = 0;
-    let mut limit = if mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let mut limit = if mode.is_single() { 1 } else { MAX_STRAIGHT };
     let mut turns = 1;
     let page = code.room();
     while items.len() < limit {
@@ -165,6 +168,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         let ends = match kind {
             Kind::Branch => {
                 branches += 1;
+                limit = limit.min(if turns > 1 { MAX_UNROLLED } else { MAX_INSTRUCTIONS });
                 let closes = turns > 1 && insn.near_branch_target() == start;
                 !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes
             }

@@ -30,7 +30,7 @@ pub enum Sharing {
     All,
     /// Reads with reads and writes with writes: for code that reads pages which it may not write.
     Alike,
-    /// Of these those close to each other, and not with pushes and pops: for code that often works at a page's end.
+    /// Of these those close to each other, and no pushes and pops: for code that often works at a page's end.
     Near,
     /// None.
     Off,
@@ -50,8 +50,8 @@ pub struct Form {
 impl Form {
     /// What stack instructions access.
     pub const STACK: Form = Form { base: Some(RSP_NUMBER), index: None, segment: Register::None };
-    /// What others access by the stack pointer, where that is kept apart: a frame across two pages would let the remembered page
-    /// alternate between them.
+    /// What others access by the stack pointer, where no stack page is remembered: a frame across two pages would let it alternate
+    /// between them.
     const FRAME: Form = Form { segment: Register::SS, ..Form::STACK };
 
     /// The form of an instruction's memory operand, if it has the addressing of flat 64- or 32-bit code.
@@ -167,10 +167,13 @@ pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Membe
             }
         };
         if let Some(mut a) = access {
-            if sharing == Sharing::Near && a.form == Form::STACK && matches!(step, Step::Plain(_)) {
+            let near = sharing == Sharing::Near && a.form == Form::STACK;
+            if near {
                 a.form = Form::FRAME;
             }
-            join(&mut groups, &moved, i, a, sharing);
+            if !near || matches!(step, Step::Plain(_)) {
+                join(&mut groups, &moved, i, a, sharing);
+            }
         }
         match step {
             Step::Stack { moves, .. } => {
@@ -376,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn near_sharing_keeps_frames_apart_from_pushes_and_spans_short() {
+    fn near_sharing_remembers_no_stack_page_and_keeps_spans_short() {
         // push rax; mov rcx, [rsp]; mov rdx, [rsp+8]; mov rsi, [rsp+0x100]
         let code = [0x50, 0x48, 0x8b, 0x0c, 0x24, 0x48, 0x8b, 0x54, 0x24, 0x08, 0x48, 0x8b, 0xb4, 0x24, 0, 1, 0, 0];
         let mode = crate::mode::Mode::of(&crate::testing::user_vcpu());
@@ -385,7 +388,7 @@ mod tests {
             .map(|i| (i, step(&i, crate::codegen::classify::classify(&i, mode, false), mode)))
             .collect();
         let plan = plan(&steps, Sharing::Near);
-        assert!(plan[0].unwrap().keep == Keep::StackPage && plan[0].unwrap().check.unwrap().span == 8);
+        assert!(plan[0].is_none());
         assert!(matches!(plan[1].unwrap().keep, Keep::Slot(_)) && plan[1].unwrap().check.unwrap().span == 16);
         assert!(plan[2].is_some() && plan[3].is_none());
     }
