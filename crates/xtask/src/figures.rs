@@ -49,20 +49,22 @@ fn least(command: impl Fn() -> Command) -> Result<Duration, Error> {
     Ok(times?.into_iter().min().unwrap_or_default())
 }
 
-/// Resident memory of a process besides the guest's pages, in KiB.
-fn own_memory(process: u32) -> Result<u64, Error> {
+/// Resident memory of a process besides the guest's pages, in KiB: all of it, and what is in no file.
+fn own_memory(process: u32) -> Result<(u64, u64), Error> {
     let path = format!("/proc/{process}/smaps");
     let text = fs::read_to_string(&path).map_err(Error::io(path))?;
     let mut guest = false;
-    let mut sum = 0;
+    let (mut all, mut anonymous) = (0, 0);
     for line in text.lines() {
-        match line.strip_prefix("Rss:") {
-            None if line.contains('-') && !line.contains("kB") => guest = line.contains("guest-ram"),
-            Some(size) if !guest => sum += size.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0),
+        let kib = |size: &str| size.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+        match line.split_once(':') {
+            Some(("Rss", size)) if !guest => all += kib(size),
+            Some(("Anonymous", size)) if !guest => anonymous += kib(size),
+            _ if line.contains('-') && !line.contains("kB") => guest = line.contains("guest-ram"),
             _ => {}
         }
     }
-    Ok(sum)
+    Ok((all, anonymous))
 }
 
 /// Prints the figures. `ringer` and, for the ratio, `qemu-system-x86_64` are programs in the path.
@@ -88,6 +90,7 @@ pub fn run() -> Result<(), Error> {
         println!("QEMU microvm: {:.1} ms; ratio {ratio:.2}", other.as_secs_f64() * 1e3);
     }
     let (machine, _) = until(Command::new("ringer").args(["run", "--accel", "kvm"]), "ringer:")?;
-    println!("memory beyond the guest's: {} KiB", own_memory(machine.0.id())?);
+    let (all, anonymous) = own_memory(machine.0.id())?;
+    println!("memory beyond the guest's: {all} KiB, {anonymous} KiB without pages of its program and libraries");
     Ok(())
 }
