@@ -28,7 +28,7 @@ fn served() -> tempfile::TempDir {
 fn boots(firmware: &str, net: &str) -> String {
     let _turn = one_machine_at_a_time();
     let mut command = ringer();
-    command.args(["run", "--firmware", firmware, "--boot", "order=n", "--no-reboot", "--net", net]);
+    command.args(["run", "--memory", "1G", "--firmware", firmware, "--boot", "order=n", "--no-reboot", "--net", net]);
     let ended = Process::start(command.stdin(Stdio::null())).end();
     assert!(ended.status.success(), "{ended:?}");
     let steps = steps(&ended.stdout);
@@ -56,6 +56,12 @@ fn a_bios_boots_linux_from_an_e1000e_by_tftp() {
 #[test]
 fn a_bios_boots_linux_from_a_paravirtual_card_by_tftp() {
     boots("seabios", &tftp(served().path(), "virtio"));
+}
+
+#[test]
+fn efi_boots_linux_from_an_e1000_by_tftp() {
+    let output = boots("ovmf", &tftp(served().path(), "e1000"));
+    assert!(output.contains("by EFI"), "{output}");
 }
 
 /// Serves files to whoever asks, as a web server does (RFC 9112), until the test ends.
