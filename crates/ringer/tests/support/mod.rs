@@ -106,6 +106,18 @@ impl Process {
         }
     }
 
+    /// The same of text that is drawn on a terminal: the sequences between its pieces do not count.
+    pub fn wait_for_drawn(&mut self, text: &str) {
+        let deadline = Instant::now() + LONG;
+        while !without_sequences(&self.seen).contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.stdout.recv_timeout(left) {
+                Ok(data) => self.seen += &String::from_utf8_lossy(&data),
+                Err(error) => panic!("no {text:?} ({error}) in:\n{}", without_sequences(&self.seen)),
+            }
+        }
+    }
+
     /// Only what is written from now on counts for [`Process::wait_for`].
     pub fn forget_output(&mut self) {
         self.seen.clear();
@@ -138,6 +150,15 @@ impl Drop for Process {
         _ = self.child.kill();
         _ = self.child.wait();
     }
+}
+
+/// Text without control characters and sequences (ECMA-48, 5.4): ESC [, parameters, and a final byte from @ on.
+fn without_sequences(text: &str) -> String {
+    let mut parts = text.split("\x1b[");
+    let first = parts.next().unwrap_or_default().to_owned();
+    let plain = parts
+        .fold(first, |plain, part| plain + part.trim_start_matches(|c: char| c < '@').get(1..).unwrap_or_default());
+    plain.replace(char::is_control, "")
 }
 
 fn drain(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
