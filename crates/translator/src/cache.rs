@@ -600,7 +600,8 @@ impl Cache {
     /// Makes a link lead to its stub again.
     fn unlink(&mut self, link: LinkId) {
         let state = std::mem::take(self.link_state(link));
-        let (Some(to), Some(at)) = (state.to, self.link_of(link)) else { return };
+        let Some(to) = state.to else { return };
+        let Some(at) = self.link_of(link) else { return };
         let start = self.at(link.block).start();
         self.patch(start + at.patch_offset as usize, start + at.stub_offset as usize);
         let mut before = None;
