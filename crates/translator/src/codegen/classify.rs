@@ -178,7 +178,8 @@ pub fn runs_whole_in_rust(insn: &Instruction) -> bool {
     is_stack(insn) || is_near_branch(insn) || super::system::is_flags_on_stack(insn)
 }
 
-/// Hints that do nothing a guest can see.
+/// Hints that do nothing a guest can see. RDSSP is one where there are no shadow stacks (Intel SDM 2B): software asks by it
+/// whether there are, without a look at CPUID.
 pub fn skips(insn: &Instruction) -> bool {
     use Mnemonic::*;
     matches!(
@@ -186,6 +187,8 @@ pub fn skips(insn: &Instruction) -> bool {
         Nop | Reservednop
             | Endbr32
             | Endbr64
+            | Rdsspd
+            | Rdsspq
             | Prefetchnta
             | Prefetcht0
             | Prefetcht1
@@ -301,8 +304,6 @@ pub fn native(insn: &Instruction) -> bool {
                 | Testui
                 | Incsspd
                 | Incsspq
-                | Rdsspd
-                | Rdsspq
                 | Saveprevssp
                 | Rstorssp
                 | Wrssd
@@ -397,4 +398,20 @@ pub fn writes(insn: &Instruction, operand: u32) -> bool {
             OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+
+    use super::*;
+
+    #[test]
+    fn asking_for_a_shadow_stack_does_nothing_where_there_is_none() {
+        // RDSSPQ RSI, as Xen and unwinders of C++ have it unconditionally; RDSSPD EAX; ENDBR64.
+        for bytes in [&[0xf3, 0x48, 0x0f, 0x1e, 0xce][..], &[0xf3, 0x0f, 0x1e, 0xc8], &[0xf3, 0x0f, 0x1e, 0xfa]] {
+            let insn = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+            assert!(!insn.is_invalid() && skips(&insn) && sensitive(&insn).is_none(), "{bytes:x?}");
+        }
+    }
 }
