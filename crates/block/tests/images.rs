@@ -284,10 +284,13 @@ fn a_chain_of_backing_files_ends() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     image_over(&at("self"), "self", "qcow2");
-    assert!(matches!(open(&at("self"), |options| options.read_only = true), Err(Error::BackingChain { .. })));
     image_over(&at("a"), "b", "qcow2");
     image_over(&at("b"), "a", "qcow2");
-    assert!(matches!(open(&at("a"), |options| options.read_only = true), Err(Error::BackingChain { .. })));
+    // Also where the lock of the image itself stands in the way of opening it once more.
+    for (name, read_only) in [("self", true), ("self", false), ("a", true), ("a", false)] {
+        let opened = open(&at(name), |options| options.read_only = read_only);
+        assert!(matches!(opened, Err(Error::BackingChain { .. })), "{name}, {read_only}");
+    }
     image::create(&at("0"), Format::Qcow2, Some(MIB), None).unwrap();
     (1..20).for_each(|n| image_over(&at(&n.to_string()), &(n - 1).to_string(), "qcow2"));
     open(&at("15"), |_| ()).unwrap();
@@ -308,6 +311,22 @@ fn a_shrunk_image_gives_errors_not_zeros() {
         let error = disk.read(&[VolatileSlice::from(data.as_mut_slice())], 4_000_000 / 512 * 512).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{path:?}");
     }
+}
+
+#[test]
+fn what_was_written_and_cut_off_gives_errors_not_zeros() {
+    let directory = directory();
+    let path = directory.path().join("disk");
+    image::create(&path, Format::Qcow2, Some(4 * MIB), None).unwrap();
+    let disk = open(&path, |_| ()).unwrap();
+    let mut data = vec![7; 65536];
+    let slices = [VolatileSlice::from(data.as_mut_slice())];
+    disk.write(&slices, 2 * MIB).unwrap();
+    // Nothing was read since: only the write knows how long the file was.
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 65536).unwrap();
+    assert_eq!(disk.read(&slices, 2 * MIB).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    assert_eq!(disk.write(&slices, 2 * MIB).unwrap_err().kind(), ErrorKind::UnexpectedEof);
 }
 
 #[test]

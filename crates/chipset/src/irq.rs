@@ -96,7 +96,7 @@ impl Lines {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn asserted(&self, number: u8) -> bool {
         *self.assertions[usize::from(number)].lock().unwrap() > 0
     }

@@ -32,8 +32,8 @@ pub mod rtc;
 pub mod serial;
 pub mod timer;
 
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 mod chipset;
 

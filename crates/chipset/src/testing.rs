@@ -1,11 +1,15 @@
-//! What the unit tests of several devices share.
+//! What the tests of several devices share, here and (by the feature `testing`) in the crates of devices above.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use memory::Ram;
+use memory::vm_memory::{Bytes, GuestAddress};
 
 use crate::ioapic::IoApic;
 use crate::irq::Lines;
 use crate::pic::Pic;
-use crate::{Device, PowerEvents};
+use crate::{Chipset, ChipsetConfig, Device, HostClock, PowerEvents};
 
 /// Notes what reaches the vCPUs.
 #[derive(Default)]
@@ -64,6 +68,55 @@ impl PowerEvents for Power {
 impl Power {
     pub fn take(&self) -> Vec<&'static str> {
         std::mem::take(&mut self.events.lock().unwrap())
+    }
+}
+
+/// A chipset with memory, for controllers to be plugged into.
+pub struct Board {
+    pub chipset: Arc<Chipset>,
+    pub ram: Ram,
+    pub recorder: Arc<Recorder>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        let recorder = Arc::new(Recorder::default());
+        let ram = Ram::new(16 << 20).unwrap();
+        let config = ChipsetConfig {
+            ram: ram.clone(),
+            cpus: 1,
+            clock: Arc::new(HostClock::new()),
+            serial: [const { None }; 4],
+            firmware: None,
+            debug_console: None,
+            debug_exit: None,
+        };
+        let chipset = Chipset::new(config, recorder.clone(), Arc::new(Power::default())).unwrap();
+        Board { chipset, ram, recorder }
+    }
+}
+
+impl Board {
+    pub fn write(&self, address: u64, data: &[u8]) {
+        self.ram.view().write_slice(data, GuestAddress(address)).unwrap();
+    }
+
+    pub fn read(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut data = vec![0; length];
+        self.ram.view().read_slice(&mut data, GuestAddress(address)).unwrap();
+        data
+    }
+}
+
+/// Waits for what another thread is to do.
+pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_micros(50));
     }
 }
 

@@ -3,10 +3,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use chipset::pci::PciFunction;
-use chipset::{Chipset, ChipsetConfig, HostClock, PowerEvents};
+use chipset::testing::{Board, wait_for};
 use engine::Bus;
-use memory::Ram;
-use memory::vm_memory::{Bytes, GuestAddress};
 use net::{Backend, Header, Offloads, Sink};
 use wake::Event;
 
@@ -20,26 +18,6 @@ const RX: u64 = 0x2_0000;
 const BUFFERS: u64 = 0x10_0000;
 const SLOT: u8 = 3;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
-
-struct NoPower;
-
-impl PowerEvents for NoPower {
-    fn power_off(&self) {}
-    fn reset(&self) {}
-    fn init(&self) {}
-    fn exit(&self, _: u8) {}
-}
-
-#[derive(Default)]
-struct Recorder(Mutex<Vec<(u64, u32)>>);
-
-impl engine::Interrupts for Recorder {
-    fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().push((address, data));
-    }
-    fn set_pic_output(&self, _: bool) {}
-    fn send_nmi(&self, _: u32) {}
-}
 
 /// The other end of the wire.
 struct Wire {
@@ -82,44 +60,21 @@ impl Backend for End {
 }
 
 struct Bench {
-    chipset: Arc<Chipset>,
-    ram: Ram,
-    recorder: Arc<Recorder>,
+    board: Board,
     wire: Arc<Wire>,
     card: Arc<NetworkCard>,
 }
 
-fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(value) = ready() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_micros(100));
-    }
-}
-
 impl Bench {
     fn new(model: Model) -> Self {
-        let recorder = Arc::new(Recorder::default());
-        let ram = Ram::new(16 << 20).unwrap();
-        let config = ChipsetConfig {
-            ram: ram.clone(),
-            cpus: 1,
-            clock: Arc::new(HostClock::new()),
-            serial: [const { None }; 4],
-            firmware: None,
-            debug_console: None,
-            debug_exit: None,
-        };
-        let chipset = Chipset::new(config, recorder.clone(), Arc::new(NoPower)).unwrap();
+        let board = Board::default();
         let wire = Arc::new(Wire { sent: Mutex::default(), waiting: Mutex::default(), event: Event::new().unwrap() });
-        let line = chipset.connect_pci(SLOT, 0);
+        let line = board.chipset.connect_pci(SLOT, 0);
         let end = Box::new(End(wire.clone()));
-        let card = NetworkCard::new(model, MAC, &[], end, ram.view(), recorder.clone(), line).unwrap();
-        chipset.insert_pci(SLOT, 0, card.clone()).unwrap();
-        let bench = Bench { chipset, ram, recorder, wire, card };
+        let (ram, recorder) = (board.ram.view(), board.recorder.clone());
+        let card = NetworkCard::new(model, MAC, &[], end, ram, recorder, line).unwrap();
+        board.chipset.insert_pci(SLOT, 0, card.clone()).unwrap();
+        let bench = Bench { board, wire, card };
         bench.config(0x10, BASE as u32);
         bench.config(0x1c, TABLE as u32);
         bench.config(0x04, 6);
@@ -127,28 +82,26 @@ impl Bench {
     }
 
     fn config(&self, register: u32, value: u32) {
-        self.chipset.pio_write(0xcf8, &(0x8000_0000 | u32::from(SLOT) << 11 | register).to_le_bytes());
-        self.chipset.pio_write(0xcfc, &value.to_le_bytes());
+        self.board.chipset.pio_write(0xcf8, &(0x8000_0000 | u32::from(SLOT) << 11 | register).to_le_bytes());
+        self.board.chipset.pio_write(0xcfc, &value.to_le_bytes());
     }
 
     fn set(&self, offset: u64, value: u32) {
-        self.chipset.mmio_write(BASE + offset, &value.to_le_bytes());
+        self.board.chipset.mmio_write(BASE + offset, &value.to_le_bytes());
     }
 
     fn get(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.chipset.mmio_read(BASE + offset, &mut data);
+        self.board.chipset.mmio_read(BASE + offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&self, address: u64, data: &[u8]) {
-        self.ram.view().write_slice(data, GuestAddress(address)).unwrap();
+        self.board.write(address, data);
     }
 
     fn read<const N: usize>(&self, address: u64) -> [u8; N] {
-        let mut data = [0; N];
-        self.ram.view().read_slice(&mut data, GuestAddress(address)).unwrap();
-        data
+        self.board.read(address, N).try_into().unwrap()
     }
 
     /// Rings of 16 descriptors, all interrupts wanted, both directions on.
@@ -301,7 +254,7 @@ fn each_queue_interrupts_by_its_vector_and_is_masked_until_enabled() {
     bench.start();
     for vector in 0..5u64 {
         for (at, value) in [(0, 0xfee0_0000), (4, 0), (8, 0x40 + vector as u32), (12, 0)] {
-            bench.chipset.mmio_write(TABLE + 16 * vector + at, &u32::to_le_bytes(value));
+            bench.board.chipset.mmio_write(TABLE + 16 * vector + at, &u32::to_le_bytes(value));
         }
     }
     let place = find_capability(&bench, 0x11);
@@ -312,7 +265,7 @@ fn each_queue_interrupts_by_its_vector_and_is_masked_until_enabled() {
     bench.set(IAM, u32::MAX);
     bench.set(CTRL_EXT, CTRL_EXT_EIAME);
     bench.receive(&frame(MAC, 80));
-    let messages = || bench.recorder.0.lock().unwrap().clone();
+    let messages = || bench.board.recorder.messages.lock().unwrap().clone();
     wait_for("the message", || (messages() == [(0xfee0_0000, 0x40)]).then_some(()));
     assert_eq!(bench.get(IMS) & (RX_QUEUE_0 | TX_QUEUE_0), TX_QUEUE_0, "each vector masks its own cause only");
     bench.receive(&frame(MAC, 80));

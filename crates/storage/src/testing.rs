@@ -1,12 +1,8 @@
 //! What the unit tests of drives and controllers share.
 
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use block::{Disk, Options};
-use chipset::{Chipset, ChipsetConfig, HostClock, PowerEvents};
-use memory::Ram;
-use memory::vm_memory::{Bytes, GuestAddress};
 
 use crate::Drive;
 use crate::link::{How, Link, Outcome, Source, Stop, Target, TaskFile};
@@ -79,89 +75,9 @@ pub fn execute(drive: &Drive, command: TaskFile, to_drive: &[u8]) -> (Outcome, V
     (outcome, wire.from_drive)
 }
 
-struct NoPower;
-
-impl PowerEvents for NoPower {
-    fn power_off(&self) {}
-    fn reset(&self) {}
-    fn init(&self) {}
-    fn exit(&self, _: u8) {}
-}
-
-/// Messages that reach the vCPUs.
-#[derive(Default)]
-pub struct Recorder(pub Mutex<Vec<(u64, u32)>>);
-
-impl engine::Interrupts for Recorder {
-    fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().push((address, data));
-    }
-    fn set_pic_output(&self, _: bool) {}
-    fn send_nmi(&self, _: u32) {}
-}
-
-/// A chipset with memory, for controllers to be plugged into.
-pub struct Board {
-    pub chipset: Arc<Chipset>,
-    pub ram: Ram,
-    pub recorder: Arc<Recorder>,
-}
-
-impl Board {
-    pub fn new() -> Self {
-        let recorder = Arc::new(Recorder::default());
-        let ram = Ram::new(16 << 20).unwrap();
-        let config = ChipsetConfig {
-            ram: ram.clone(),
-            cpus: 1,
-            clock: Arc::new(HostClock::new()),
-            serial: [const { None }; 4],
-            firmware: None,
-            debug_console: None,
-            debug_exit: None,
-        };
-        let chipset = Chipset::new(config, recorder.clone(), Arc::new(NoPower)).unwrap();
-        Board { chipset, ram, recorder }
-    }
-
-    pub fn write(&self, address: u64, data: &[u8]) {
-        self.ram.view().write_slice(data, GuestAddress(address)).unwrap();
-    }
-
-    pub fn read(&self, address: u64, length: usize) -> Vec<u8> {
-        let mut data = vec![0; length];
-        self.ram.view().read_slice(&mut data, GuestAddress(address)).unwrap();
-        data
-    }
-}
-
-/// Waits for what another thread is to do.
-pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(value) = ready() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_micros(50));
-    }
-}
-
 /// An image that is gone under the drive's feet: every read fails.
 pub fn truncated(sectors: u32) -> Image {
     let image = Image::numbered(sectors);
     image._file.as_file().set_len(0).unwrap();
     image
-}
-
-/// A small generator of pseudo-random numbers (xorshift).
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
 }

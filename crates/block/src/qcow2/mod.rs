@@ -132,18 +132,26 @@ impl Qcow2 {
     }
 
     pub fn read<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
-        // What somebody has cut off would read as zeros.
-        let length = self.file.metadata()?.len();
-        if length < self.length.fetch_max(length, Ordering::Relaxed) {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image file has become shorter"));
-        }
+        self.not_cut_off()?;
         let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
         self.contain(|| self.access().readv(vector, offset))
     }
 
     pub fn write<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>], offset: u64) -> io::Result<()> {
+        self.not_cut_off()?;
         let (vector, _guard) = IoVector::from_volatile_slice(slices);
-        self.contain(|| self.access().writev(vector, offset))
+        self.contain(|| self.access().writev(vector, offset))?;
+        // The file may have grown: from here on, it has what was written.
+        self.not_cut_off()
+    }
+
+    /// What somebody has cut off would read as zeros.
+    fn not_cut_off(&self) -> io::Result<()> {
+        let length = self.file.metadata()?.len();
+        if length < self.length.fetch_max(length, Ordering::Relaxed) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image file has become shorter"));
+        }
+        Ok(())
     }
 
     pub fn flush(&self) -> io::Result<()> {
@@ -271,6 +279,8 @@ impl Chain {
         if !self.any && !found.starts_with(&home) {
             return Err(Error::BackingOutside { path: path.into(), backing: wanted });
         }
+        // Before it is locked: our own lock on an image that is written would look like that of another process.
+        self.refuse_again(fs::metadata(&found), &found)?;
         let file = open_file(&found, false)?;
         let format = match format {
             Some("raw" | "file") => Format::Raw,
@@ -288,14 +298,20 @@ impl Chain {
         }
     }
 
-    /// Refuses what is open already, and chains that are too long.
+    /// Adds an image to the chain, which must not be too long.
     fn enter(&mut self, file: &File, path: &Path) -> Result<(), Error> {
-        let metadata = file.metadata().map_err(|source| Error::Io { path: path.into(), what: "examine it", source })?;
+        let identity = self.refuse_again(file.metadata(), path)?;
+        self.seen.push(identity);
+        Ok(())
+    }
+
+    /// Refuses what is open already, and one more than there may be. Returns device and inode.
+    fn refuse_again(&self, metadata: io::Result<fs::Metadata>, path: &Path) -> Result<(u64, u64), Error> {
+        let metadata = metadata.map_err(|source| Error::Io { path: path.into(), what: "examine it", source })?;
         let identity = (metadata.dev(), metadata.ino());
         if self.seen.contains(&identity) || self.seen.len() >= DEEPEST {
             return Err(Error::BackingChain { path: path.into(), max: DEEPEST });
         }
-        self.seen.push(identity);
-        Ok(())
+        Ok(identity)
     }
 }

@@ -14,6 +14,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use block::{Disk, Options};
+use memory::vm_memory::VolatileSlice;
 use ringer::guest::{self, Guest, initramfs::Initramfs};
 
 /// What a machine may take, on a busy host, for whatever a test asks of it.
@@ -67,6 +69,17 @@ pub fn debian_disk() -> &'static Path {
 
 pub fn ringer() -> Command {
     Command::new(env!("CARGO_BIN_EXE_ringer"))
+}
+
+pub const MIB: u64 = 1 << 20;
+
+/// What is on the disk of an image.
+pub fn read(path: &Path, offset: u64, length: usize) -> Vec<u8> {
+    let mut options = Options::new(path);
+    options.read_only = true;
+    let mut data = vec![0; length];
+    Disk::open(&options).unwrap().read(&[VolatileSlice::from(data.as_mut_slice())], offset).unwrap();
+    data
 }
 
 /// How a process ended and what it wrote.
@@ -222,6 +235,18 @@ impl Script {
         self
     }
 
+    /// Writes half a MiB of a known program to 2 MiB from the start of each of the `devices`, and reads it again past the
+    /// guest's cache. [`assert_written`] looks whether it is in an image.
+    pub fn copies_to(self, devices: &str) -> Self {
+        let each = format!("for d in {devices}; do dd");
+        self.step("write", &format!("{each} if=/bin/busybox of=$d bs=64k count=8 seek=32 conv=fsync || exit 1; done"))
+            .step("drop", "echo 3 >/proc/sys/vm/drop_caches")
+            .step(
+                "same",
+                &format!("{each} if=$d bs=64k skip=32 count=8 | cmp -n 524288 - /bin/busybox || exit 1; done"),
+            )
+    }
+
     /// Adds a file of the host to the guest's root file system, executable.
     pub fn program(mut self, path: &str, source: &Path) -> Self {
         self.image = self.image.file(path, 0o755, std::fs::read(source).expect("the program can be read"));
@@ -249,6 +274,14 @@ impl Script {
         assert!(ended.status.success(), "{ended:?}");
         steps(&ended.stdout)
     }
+}
+
+/// [`Script::copies_to`] was successful, and what it wrote is in these images.
+pub fn assert_written(steps: &BTreeMap<String, Step>, images: &[&str]) {
+    assert_eq!((steps["write"].status, steps["drop"].status, steps["same"].status), (0, 0, 0), "{steps:?}");
+    let mut written = images.iter().map(|path| read(Path::new(path), 2 * MIB, MIB as usize / 2));
+    let first = written.next().unwrap();
+    assert!(first.starts_with(b"\x7fELF") && written.all(|other| other == first), "{images:?}");
 }
 
 /// Takes the steps out of a serial log.

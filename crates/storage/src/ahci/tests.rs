@@ -6,8 +6,9 @@ use engine::Bus;
 use super::{AhciController, PIN};
 use crate::ata::{AtaDisk, Cable};
 use crate::atapi::CdRom;
-use crate::testing::{Board, Image, Random, numbered, truncated, wait_for};
+use crate::testing::{Image, numbered, truncated};
 use crate::{Drive, Media};
+use chipset::testing::{Board, Random, wait_for};
 
 const BASE: u64 = 0xc000_0000;
 const LIST: u64 = 0x1_0000;
@@ -31,7 +32,7 @@ struct Bench {
 
 impl Bench {
     fn new(drives: [Option<Drive>; 6]) -> Self {
-        let board = Board::new();
+        let board = Board::default();
         let line = board.chipset.connect_pci(0x1f, PIN);
         let controller = AhciController::new(drives, board.ram.view(), board.recorder.clone(), line).unwrap();
         board.chipset.insert_pci(0x1f, 2, controller.clone()).unwrap();
@@ -79,7 +80,7 @@ impl Bench {
         self.set(0x114, u32::MAX);
         self.set(4, 2);
         self.set(0x100 + CMD, 0x11);
-        self.board.recorder.0.lock().unwrap().clear();
+        self.board.recorder.take();
     }
 
     fn set(&self, offset: u64, value: u32) {
@@ -161,7 +162,7 @@ fn dma_goes_where_the_list_says_and_the_end_is_told() {
     assert_eq!(bench.board.read(DATA, 512), expected[..512]);
     assert_eq!(bench.board.read(DATA + 0x1000, 1024), expected[512..]);
     assert_eq!(bench.board.read(LIST + 3 * 32 + 4, 4), 1536u32.to_le_bytes());
-    wait_for("the message", || (*bench.board.recorder.0.lock().unwrap() == [(0xfee0_0000, 0x31)]).then_some(()));
+    wait_for("the message", || (*bench.board.recorder.messages.lock().unwrap() == [(0xfee0_0000, 0x31)]).then_some(()));
     assert_eq!((bench.port(IS), bench.get(8)), (1, 1));
     assert_eq!(bench.board.read(RECEIVED + 0x40, 4), [0x34, 0x40, 0x50, 0]);
     bench.set(8, 1);

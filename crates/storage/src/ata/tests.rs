@@ -188,7 +188,7 @@ fn a_read_only_image_takes_no_writes() {
 fn every_command_ends_whatever_its_registers_say() {
     let image = Image::of(&crate::testing::numbered(64, 512), |options| options.snapshot = true);
     let drive = disk(&image);
-    let mut random = crate::testing::Random(5);
+    let mut random = chipset::testing::Random(5);
     for _ in 0..20_000 {
         let bits = random.next();
         let command = TaskFile {

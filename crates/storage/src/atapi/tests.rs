@@ -149,7 +149,7 @@ fn a_host_that_looks_for_disks_finds_the_signature() {
 fn every_packet_ends_whatever_it_says() {
     let disc = disc(64);
     let bench = Bench::new(Some(&disc));
-    let mut random = crate::testing::Random(9);
+    let mut random = chipset::testing::Random(9);
     for _ in 0..20_000 {
         let mut packet = [0; 12];
         let (a, b) = (random.next().to_le_bytes(), random.next().to_le_bytes());

@@ -4,7 +4,8 @@ use engine::Bus;
 
 use super::{DriveType, FloppyController};
 use crate::Media;
-use crate::testing::{Board, Image, Random, numbered, wait_for};
+use crate::testing::{Image, numbered};
+use chipset::testing::{Board, Random, wait_for};
 
 const BUFFER: u32 = 0x1_0000;
 const BUSY: u8 = 0x10;
@@ -19,7 +20,7 @@ struct Bench {
 
 impl Bench {
     fn new(image: Option<&Image>) -> Self {
-        let board = Board::new();
+        let board = Board::default();
         let media = Media::new(image.map(|image| image.disk.clone()));
         let drives = [Some((DriveType::High3, media.clone())), None];
         let controller = FloppyController::new(drives, &board.chipset).unwrap();

@@ -6,8 +6,9 @@ use engine::Bus;
 use super::{CHANNELS, IdeController};
 use crate::ata::{AtaDisk, Cable};
 use crate::atapi::CdRom;
-use crate::testing::{Board, Image, Random, numbered, wait_for};
+use crate::testing::{Image, numbered};
 use crate::{Drive, Media};
+use chipset::testing::{Board, Random, wait_for};
 
 const BUSY: u8 = 0x80;
 const DATA_REQUEST: u8 = 0x08;
@@ -22,7 +23,7 @@ struct Bench {
 
 impl Bench {
     fn new(drives: super::Drives) -> Self {
-        let board = Board::new();
+        let board = Board::default();
         let controller = IdeController::new(drives, &board.chipset, board.ram.view()).unwrap();
         board.chipset.insert_pci(0x1f, 1, controller.clone()).unwrap();
         let bench = Bench { board, controller };
