@@ -16,14 +16,16 @@ use display::vga::Vga;
 use display::{Frame, png};
 use machine::Handle;
 use storage::Media;
+use virtio::balloon::Balloon;
 
 use crate::cleanup::{self, Guard};
+use crate::units::{parse_size, show_size};
 
 /// The longest line that is taken, in bytes.
 const LONGEST_LINE: u64 = 8192;
 
-const COMMANDS: &str = "drives; eject DRIVE [force]; change DRIVE FILE [force]; screendump FILE; pause; resume; powerdown; \
-                        quit; help";
+const COMMANDS: &str = "drives; eject DRIVE [force]; change DRIVE FILE [force]; balloon [SIZE]; screendump FILE; pause; \
+                        resume; powerdown; quit; help";
 
 /// A drive whose medium can be changed.
 pub struct RemovableDrive {
@@ -40,6 +42,7 @@ pub struct Control {
     pub drives: Vec<RemovableDrive>,
     /// The graphics adapter, if there is one.
     pub vga: Option<Arc<Vga>>,
+    pub balloon: Arc<Balloon>,
 }
 
 /// Parses `unix:PATH`.
@@ -128,6 +131,12 @@ impl Control {
                 Ok(self.drives.iter().map(state).collect::<Vec<_>>().join(" "))
             }
             ["screendump", file] => self.screendump(Path::new(file)),
+            // What the guest does without by now, which may be less than it was asked for.
+            ["balloon"] => Ok(show_size(self.balloon.actual())),
+            ["balloon", size] => {
+                self.balloon.set_target(parse_size(size)?);
+                Ok(String::new())
+            }
             ["pause"] => {
                 self.machine.pause();
                 Ok(String::new())

@@ -86,11 +86,11 @@ pub fn shares(shares: &[ShareArg]) -> Result<Vec<Arc<dyn VirtioDevice>>, ShareEr
     shares.iter().map(device).collect()
 }
 
-/// What every machine has: random numbers, and a balloon that is asked to hold `balloon` bytes.
-pub fn common(balloon: u64) -> Vec<Arc<dyn VirtioDevice>> {
-    let device = Balloon::new();
-    device.set_target(balloon);
-    vec![Arc::new(Entropy::new()), Arc::new(device)]
+/// What every machine has: random numbers, and a balloon that is asked to hold `bytes`, which is also returned by itself.
+pub fn common(bytes: u64) -> ([Arc<dyn VirtioDevice>; 2], Arc<Balloon>) {
+    let balloon = Arc::new(Balloon::new());
+    balloon.set_target(bytes);
+    ([Arc::new(Entropy::new()), balloon.clone()], balloon)
 }
 
 /// Tells the guest how large the terminal on stdout is, now and whenever that changes. Without one, nothing happens.

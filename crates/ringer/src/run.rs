@@ -156,7 +156,8 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         None => None,
     };
     devices.extend(vsock.iter().map(|(device, _)| device.clone()));
-    devices.extend(devices::common(args.balloon));
+    let (common, balloon) = devices::common(args.balloon);
+    devices.extend(common);
     devices.extend(hvc.clone().map(|hvc| hvc as Arc<dyn VirtioDevice>));
     // Cards of real makes come behind the paravirtual devices.
     let numbers = devices.len() + 1..;
@@ -192,7 +193,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     let handle = machine.handle();
     let _control = match control {
         Some((listener, guard)) => {
-            let control = Control { machine: machine.handle(), drives, vga: machine.vga().cloned() };
+            let control = Control { machine: machine.handle(), drives, balloon, vga: machine.vga().cloned() };
             control::serve(listener, control).map_err(Error::Input)?;
             Some(guard)
         }

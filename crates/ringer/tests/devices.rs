@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use support::{LONG, Process, Script, one_machine_at_a_time};
+use support::{LONG, Process, Script, one_machine_at_a_time, tell};
 
 #[test]
 fn a_shared_directory_is_read_and_written() {
@@ -57,18 +57,39 @@ fn random_numbers_and_a_console_come_from_the_host() {
     assert!(fs::read_to_string(log).unwrap().contains("hello by hvc0"), "{steps:?}");
 }
 
+/// Waits in the guest until so much of its memory is free, in KiB.
+fn until_free(condition: &str) -> String {
+    format!("until [ $(awk '/MemFree/ {{ print $2 }}' /proc/meminfo) {condition} ]; do sleep 0.1; done")
+}
+
 #[test]
 fn a_balloon_takes_what_it_is_asked_to() {
-    let steps = Script::new().step("free", "sleep 3; grep MemFree /proc/meminfo").run(&[
-        "--memory",
-        "512M",
-        "--balloon",
-        "256M",
-        "--net",
-        "none",
-    ]);
-    let kib: u64 = steps["free"].output.split_whitespace().nth(1).and_then(|text| text.parse().ok()).unwrap();
-    assert!(kib < 256 << 10, "{steps:?}");
+    let options = ["--memory", "512M", "--balloon", "256M", "--net", "none"];
+    let steps = Script::new().step("free", &until_free("-lt 262144")).run(&options);
+    assert_eq!(steps["free"].status, 0, "{steps:?}");
+}
+
+#[test]
+fn a_balloon_grows_and_shrinks_while_the_machine_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("control");
+    let (mut command, _initrd) = Script::new()
+        .step("small", &format!("echo @@go 1; {}; echo @@go 2", until_free("-lt 262144")))
+        .step("large", &format!("{}; echo @@go 3; sleep 1000", until_free("-gt 262144")))
+        .command("");
+    command.args(["--memory", "512M", "--net", "none", "--control"]);
+    command.arg(format!("unix:{}", socket.display())).stdin(Stdio::null());
+    let _turn = one_machine_at_a_time();
+    let mut machine = Process::start(&mut command);
+    machine.wait_for("@@go 1");
+    assert_eq!(tell(&socket, "balloon"), "ok 0G\n");
+    assert!(tell(&socket, "balloon much").contains("is not a size"));
+    assert_eq!(tell(&socket, "balloon 256M"), "ok\n");
+    machine.wait_for("@@go 2");
+    assert_eq!(tell(&socket, "balloon 0"), "ok\n");
+    machine.wait_for("@@go 3");
+    assert_eq!(tell(&socket, "quit"), "ok\n");
+    assert!(machine.end().status.success());
 }
 
 /// How much of a machine's RAM the host has given it, in MiB.

@@ -1,4 +1,4 @@
-//! A split virtqueue as a device uses it.
+//! A split virtqueue as a device uses it. The `virtio-queue` crate has no packed ones, so they are not offered.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
