@@ -425,7 +425,7 @@ mod tests {
         let places = [IOAPIC_BASE, IOAPIC_BASE + 0x10, ECAM_BASE, ECAM_BASE + 0xf_8000, u64::MAX - 64, 0];
         for round in 0..100_000 {
             let mut data = [0; 64];
-            data.iter_mut().for_each(|byte| *byte = random.next() as u8);
+            data.iter_mut().for_each(|byte| *byte = random.draw() as u8);
             let port: u16 = ports[random.below(ports.len() as u64) as usize];
             let port = port.wrapping_add(random.below(16) as u16);
             let place = places[random.below(places.len() as u64) as usize].wrapping_add(random.below(128));

@@ -358,7 +358,7 @@ mod tests {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = Timers::manual(clock.clone());
-            let all = Controllers::new();
+            let all = Controllers::default();
             let pit = Arc::new(all.lines.connect(PIT_IRQ));
             let hpet = Hpet::new(clock.clone(), &timers, &all.lines, vec![pit.clone()], all.recorder.clone());
             Bench { clock, timers, all, hpet, pit }

@@ -315,7 +315,7 @@ mod tests {
         let (apic, recorder) = io_apic();
         poke(&apic, 0x50, 200_000, |random| {
             apic.set_line(random.below(30) as u8, random.below(2) == 1);
-            apic.end_of_interrupt(random.next() as u8);
+            apic.end_of_interrupt(random.draw() as u8);
             recorder.take();
         });
         apic.reset();

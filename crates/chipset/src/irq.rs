@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_shared_line_stays_asserted_until_the_last_device_lets_go() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let (a, b) = (all.lines.connect(5), all.lines.connect(5));
         a.raise();
         a.raise();
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_timer_reaches_input_2_of_the_io_apic() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         for (register, value) in [(0x14, 0x30u32), (0x10, 0x31)] {
             write8(&*all.ioapic, 0, register);
             crate::Device::write(&*all.ioapic, 0x10, &value.to_le_bytes());
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn lines_from_16_up_leave_the_8259_pair_alone() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let lines: Vec<_> = (16..=255).map(|n| all.lines.connect(n)).collect();
         lines.iter().for_each(|line| line.raise());
         assert_eq!(all.requests(), 0);

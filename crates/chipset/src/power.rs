@@ -227,7 +227,7 @@ mod tests {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = Timers::manual(clock.clone());
-            let all = Controllers::new();
+            let all = Controllers::default();
             let power = Arc::new(Power::default());
             let device = PowerManagement::new(clock.clone(), &timers, all.lines.connect(SCI_IRQ), power.clone());
             Bench { clock, timers, all, power, device }

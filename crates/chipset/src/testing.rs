@@ -128,15 +128,17 @@ pub struct Controllers {
     pub lines: Arc<Lines>,
 }
 
-impl Controllers {
-    pub fn new() -> Self {
+impl Default for Controllers {
+    fn default() -> Self {
         let recorder = Arc::new(Recorder::default());
         let pic = Arc::new(Pic::new(recorder.clone()));
         let ioapic = Arc::new(IoApic::new(recorder.clone()));
         let lines = Arc::new(Lines::new(pic.clone(), ioapic.clone()));
         Controllers { recorder, pic, ioapic, lines }
     }
+}
 
+impl Controllers {
     /// The 8259 pair's requests: what its IRRs say.
     pub fn requests(&self) -> u16 {
         u16::from(read8(&*self.pic, 0)) | u16::from(read8(&*self.pic, 2)) << 8
@@ -167,7 +169,7 @@ pub fn write8(device: &dyn Device, offset: u64, value: u8) {
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -175,7 +177,7 @@ impl Random {
     }
 
     pub fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
+        (self.draw() >> 16) % bound
     }
 }
 
@@ -186,7 +188,7 @@ pub fn poke(device: &dyn Device, size: u64, times: u32, mut between: impl FnMut(
     for _ in 0..times {
         let offset = random.below(size);
         let length = (1 << random.below(4)).min(width - offset % width) as usize;
-        let mut data = random.next().to_le_bytes();
+        let mut data = random.draw().to_le_bytes();
         match random.below(2) {
             0 => device.read(offset, &mut data[..length]),
             _ => device.write(offset, &data[..length]),

@@ -15,7 +15,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let power = Arc::new(Power::default());
         let clock = FakeClock::new();
         let timers = Timers::manual(clock.clone());
@@ -323,11 +323,11 @@ fn random_accesses_do_no_harm() {
     poke(&*bench.device, 2, 200_000, |random| {
         bench.power.take();
         if random.below(16) == 0 {
-            bench.device.mouse(random.next() as i32, random.next() as i32, random.next() as i32, random.next() as u8);
+            bench.device.mouse(random.draw() as i32, random.draw() as i32, random.draw() as i32, random.draw() as u8);
         }
         if random.below(16) == 0 {
             bench.take();
-            bench.device.key(random.next() as u8, random.below(2) == 0);
+            bench.device.key(random.draw() as u8, random.below(2) == 0);
             bench.clock.advance(100_000_000);
             bench.timers.run_due();
         }

@@ -397,8 +397,8 @@ mod tests {
         config.add_bar(0, BarKind::Memory64 { prefetchable: false }, 1 << 20).unwrap();
         let mut random = Random(7);
         for _ in 0..100_000 {
-            config.write(random.next() as u16, &random.next().to_le_bytes());
-            dword(&config, random.next() as u16);
+            config.write(random.draw() as u16, &random.draw().to_le_bytes());
+            dword(&config, random.draw() as u16);
             assert!(config.windows().len() <= 1);
         }
     }

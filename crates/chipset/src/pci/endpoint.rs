@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn without_messages_the_pin_follows_the_level() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let endpoint = endpoint(&all);
         endpoint.set_interrupt(true, false);
         assert!(all.asserted(LINE));
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_message_is_sent_once_for_each_beginning() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let endpoint = endpoint(&all);
         enable(&endpoint);
         endpoint.set_interrupt(true, false);
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn what_waits_is_told_when_messages_are_turned_on() {
-        let all = Controllers::new();
+        let all = Controllers::default();
         let endpoint = endpoint(&all);
         endpoint.set_interrupt(true, false);
         enable(&endpoint);

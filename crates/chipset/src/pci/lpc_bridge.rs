@@ -196,7 +196,7 @@ mod tests {
 
     impl Bench {
         fn new(firmware: bool) -> Self {
-            let (all, clock) = (Controllers::new(), FakeClock::new());
+            let (all, clock) = (Controllers::default(), FakeClock::new());
             let timers = Timers::manual(clock.clone());
             let line = all.lines.connect(SCI_IRQ);
             let power = PowerManagement::new(clock, &timers, line, Arc::new(Power::default()));

@@ -83,7 +83,7 @@ impl Bench {
         let pci = Arc::new(PciBus::new(&memory, &ports));
         let mechanism = Arc::new(ConfigPorts::new(pci.clone(), ResetControl::new(power.clone())));
         ports.insert(PCI_CONFIG_PORT.into(), 8, 0, mechanism).unwrap();
-        let (all, clock) = (Controllers::new(), FakeClock::new());
+        let (all, clock) = (Controllers::default(), FakeClock::new());
         let timers = Timers::manual(clock.clone());
         let management = PowerManagement::new(clock, &timers, all.lines.connect(SCI_IRQ), power.clone());
         let ram = memory::Ram::new(5 << 30).unwrap();
@@ -219,7 +219,7 @@ fn random_accesses_do_no_harm() {
     let bench = Bench::new();
     let mut random = Random(11);
     for _ in 0..100_000 {
-        let data = random.next().to_le_bytes();
+        let data = random.draw().to_le_bytes();
         let length = 1 << random.below(4);
         let slot = [0, 1, 2, 31][random.below(4) as usize] << 15;
         let address = ECAM_BASE + slot + random.below(0x48);
@@ -227,7 +227,7 @@ fn random_accesses_do_no_harm() {
             0 => bench.ports.write(0xcf8 + random.below(8), &data[..length]),
             1 => bench.memory.write(address, &data[..length]),
             2 => bench.memory.read(address, &mut [0; 8][..length]),
-            _ => bench.memory.read(random.next(), &mut [0; 64]),
+            _ => bench.memory.read(random.draw(), &mut [0; 64]),
         }
     }
 }

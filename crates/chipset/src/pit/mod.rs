@@ -190,7 +190,7 @@ mod tests {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = Timers::manual(clock.clone());
-            let all = Controllers::new();
+            let all = Controllers::default();
             // Input 2 of the I/O APIC counts the edges.
             write8(&*all.ioapic, 0, 0x14);
             all.ioapic.write(0x10, &0x30u32.to_le_bytes());

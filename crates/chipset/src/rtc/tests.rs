@@ -18,7 +18,7 @@ impl Bench {
     fn new() -> Self {
         let clock = FakeClock::new();
         let timers = Timers::manual(clock.clone());
-        let all = Controllers::new();
+        let all = Controllers::default();
         let rtc = Rtc::new(clock.clone(), &timers, all.lines.connect(8), 5 * GIB, 4);
         Bench { clock, timers, all, rtc }
     }

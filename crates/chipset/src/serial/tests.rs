@@ -38,7 +38,7 @@ impl Bench {
     fn with_sink(sink: Box<dyn Write + Send>, sent: mpsc::Receiver<u8>) -> Self {
         let clock = FakeClock::new();
         let timers = Timers::manual(clock.clone());
-        let all = Controllers::new();
+        let all = Controllers::default();
         let port = Serial::new(clock.clone(), &timers, all.lines.connect(IRQ), sink).unwrap();
         Bench { clock, timers, all, sent, port }
     }
@@ -326,7 +326,7 @@ fn a_sink_that_is_stuck_leaves_the_transmitter_full_but_blocks_nobody() {
 fn random_accesses_do_no_harm() {
     let bench = Bench::new();
     poke(&*bench.port, 8, 200_000, |random| {
-        bench.port.push_input(&random.next().to_le_bytes()[..random.below(8) as usize]);
+        bench.port.push_input(&random.draw().to_le_bytes()[..random.below(8) as usize]);
         bench.pass(random.below(1 << 20));
     });
     bench.port.reset();

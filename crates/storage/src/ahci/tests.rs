@@ -310,7 +310,7 @@ fn random_accesses_leave_a_controller_that_works_after_a_reset() {
     let bench = Bench::with_disk(&image);
     let mut random = Random(3);
     for round in 0..30_000u32 {
-        let bits = random.next();
+        let bits = random.draw();
         let offset = if bits & 1 == 0 { bits >> 8 & 0x7fc } else { 0x100 + (bits >> 8 & 0x3c) };
         let value = (bits >> 24) as u32;
         match bits >> 1 & 3 {

@@ -190,7 +190,7 @@ fn every_command_ends_whatever_its_registers_say() {
     let drive = disk(&image);
     let mut random = chipset::testing::Random(5);
     for _ in 0..20_000 {
-        let bits = random.next();
+        let bits = random.draw();
         let command = TaskFile {
             features: (bits >> 40) as u16 & 0xff,
             count: bits as u16 & 7,

@@ -213,7 +213,7 @@ fn random_accesses_leave_a_controller_that_works_after_a_reset() {
     let bench = Bench::new(Some(&image));
     let mut random = Random(11);
     for round in 0..50_000u32 {
-        let bits = random.next();
+        let bits = random.draw();
         let port = [0x3f2, 0x3f4, 0x3f5, 0x3f5, 0x3f5, 0x3f7, 0x0a, 0x0b][bits as usize % 8];
         match bits >> 8 & 1 {
             0 => drop(bench.inb(port)),

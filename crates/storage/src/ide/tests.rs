@@ -260,7 +260,7 @@ fn random_accesses_leave_a_drive_that_works_after_a_reset() {
     let bench = Bench::new([[Some(disk), Some(cd)], [None, None]]);
     let mut random = Random(77);
     for _ in 0..30_000 {
-        let bits = random.next();
+        let bits = random.draw();
         let ports = [0x1f0, 0x1f1, 0x1f2, 0x1f3, 0x1f4, 0x1f5, 0x1f6, 0x1f7, 0x3f6, MASTER, MASTER + 2, MASTER + 4];
         let port = ports[(bits % 12) as usize];
         let length = 1 << (bits >> 8 & 1);
