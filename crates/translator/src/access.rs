@@ -582,6 +582,7 @@ fn reads_operand(insn: &Instruction, write: bool) -> bool {
 pub(crate) extern "C" fn access_bounced(cpu: &mut Vcpu) -> i32 {
     let (pieces, write, direct, mask) =
         (cpu.engine.bounce.pieces, cpu.engine.bounce.write, cpu.engine.bounce.direct, cpu.engine.bounce.mask);
+    let known = cpu.tlb.shared_checks();
     if write && direct {
         cpu.ram_stored(pieces[0].0, pieces[0].1);
     } else if write {
@@ -599,7 +600,9 @@ pub(crate) extern "C" fn access_bounced(cpu: &mut Vcpu) -> i32 {
         }
     }
     let bounce = &cpu.engine.bounce;
-    if cpu.pending_debug != 0 || !bounce.block.is_some_and(|id| cpu.engine.cache.is_live(id)) || cpu.mode_is_single() {
+    let live = bounce.block.is_some_and(|id| cpu.engine.cache.is_live(id));
+    // A device that changed the memory map, or a page that lost its write tag: the block's earlier checks hold no longer.
+    if cpu.pending_debug != 0 || !live || cpu.mode_is_single() || cpu.tlb.shared_checks() != known {
         cpu.rip = bounce.next_rip;
         return Left::Event as i32;
     }

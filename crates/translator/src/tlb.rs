@@ -213,6 +213,11 @@ impl Tlb {
         Some(addend)
     }
 
+    /// What checks that later accesses share stand on: it is the same as long as they hold.
+    pub fn shared_checks(&self) -> impl PartialEq + use<> {
+        (self.flushes, self.stack.map(|s| s.page))
+    }
+
     #[cfg(test)]
     pub fn stack(&self, context: Context) -> StackPage {
         self.stack[context as usize]
