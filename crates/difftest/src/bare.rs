@@ -19,6 +19,11 @@ use memory::vm_memory::{Bytes, GuestAddress};
 
 /// Where all of RAM is mapped, writable and executable, for the supervisor.
 pub const DIRECT: u64 = 0xffff_8000_0000_0000;
+/// A register in memory that decides whether RAM at [`AREA`] answers reads (bit 0) and writes (bit 1).
+pub const AREA_REGISTER: u64 = 0xd000_0ff0;
+/// An area below 1 MiB that no test uses.
+pub const AREA: u64 = 0xd_0000;
+const AREA_SIZE: u64 = memory::map::AREA_SIZE;
 /// Console port: OUT of a byte appends it to [`Port::text`].
 pub const CONSOLE: u16 = 0xe9;
 /// OUT of any size stops the machine.
@@ -280,6 +285,8 @@ pub struct Port {
     writes: Mutex<Vec<(u16, u32)>>,
     /// Writes to memory-mapped addresses: address, bytes.
     mmio: Mutex<Vec<(u64, Vec<u8>)>>,
+    /// What [`AREA_REGISTER`] governs.
+    ram: Option<Ram>,
     vcpus: Mutex<Vec<Arc<dyn VcpuControl>>>,
     exited: AtomicBool,
 }
@@ -324,6 +331,9 @@ impl Bus for Port {
     }
     fn mmio_write(&self, address: u64, data: &[u8]) {
         lock(&self.mmio).push((address, data.to_vec()));
+        if let (AREA_REGISTER, Some(ram), [value, ..]) = (address, &self.ram, data) {
+            ram.map().set_area(AREA, AREA_SIZE, value & 1 != 0, value & 2 != 0);
+        }
     }
     fn pio_read(&self, port: u16, data: &mut [u8]) {
         for (i, byte) in data.iter_mut().enumerate() {
@@ -373,7 +383,7 @@ pub enum End {
 impl Machine {
     pub fn new(bare: Bare, cpus: u32) -> Self {
         let engine = crate::guest::engine(&bare.ram, cpus);
-        let port = Arc::new(Port::default());
+        let port = Arc::new(Port { ram: Some(bare.ram.clone()), ..Port::default() });
         let vcpus: Vec<_> = (0..cpus).map(|id| engine.create_vcpu(id, port.clone()).expect("a vCPU")).collect();
         *lock(&port.vcpus) = vcpus.iter().map(|v| v.control()).collect();
         Machine { bare, engine, vcpus, watchdog: Watchdog::start(port.clone()), port }

@@ -336,6 +336,29 @@ fn devices_are_reached_through_any_instruction() {
 }
 
 #[test]
+fn a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is() {
+    let mut bare = Bare::new(8 << 20);
+    bare.map(PAGE, AREA_REGISTER & !0xfff, P | W);
+    let rip = bare.kernel_code(CODE, |a| {
+        a.mov(rsi, PAGE + (AREA_REGISTER & 0xfff))?;
+        a.mov(rbx, 0x1234_5678_9abcu64)?;
+        a.push(rbx)?;
+        a.mov(byte_ptr(rsi), 1)?;
+        a.pop(rcx)?;
+        a.push(rbx)?;
+        a.mov(byte_ptr(rsi), 3)?;
+        a.pop(rdx)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(rip);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    let gpr = m.state().gpr;
+    assert_eq!((gpr[1], gpr[2]), (gpr[3], gpr[3]));
+    assert_eq!(m.port.mmio_writes(), [(AREA_REGISTER, vec![1]), (AREA_REGISTER, vec![3])]);
+}
+
+#[test]
 fn code_that_is_written_runs_as_written() {
     // A loop that patches the immediate of the instruction that follows the store.
     let bare = Bare::new(8 << 20);

@@ -102,6 +102,7 @@ pub const EXCEPTIONS: &[Exception] = &[
             "interrupts::interrupts_that_are_masked_by_the_task_priority_wait",
             "interrupts::nmis_wait_for_iret_while_one_is_handled",
             "interrupts::the_8259s_output_is_what_lint0_says",
+            "paging::a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is",
             "paging::a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written",
             "paging::accessed_and_dirty_bits_are_set_by_what_was_done",
             "paging::code_that_is_written_runs_as_written",
