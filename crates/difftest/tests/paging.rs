@@ -350,7 +350,9 @@ fn a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is() {
         a.pop(rdx)?;
         a.int3()
     });
-    let state = bare.kernel_state(rip);
+    let stack = DIRECT + bare.pages(1) + 0x800;
+    let mut state = bare.kernel_state(rip);
+    state.gpr[4] = stack;
     let mut m = Machine::with_state(bare, &state);
     assert_eq!(outcome(&mut m).0, 3);
     let gpr = m.state().gpr;

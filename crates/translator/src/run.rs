@@ -191,14 +191,15 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     }
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
-    let invalidated = cpu.engine.cache.stats.invalidated;
+    let known = (cpu.engine.cache.stats.invalidated, cpu.tlb.shared_checks());
     match (s.exec)(cpu, &s.insn) {
         Ok(()) if s.ends_block && cpu.next_code().is_some() => CHAINED,
         Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
         Ok(()) if s.loads_segment && cpu.segment_changed_mode() => Left::Event as i32,
-        // It may have stored to the block it is in (a string operation, say): what follows must be translated anew.
-        Ok(()) if cpu.engine.cache.stats.invalidated != invalidated => Left::Event as i32,
+        // It may have stored to the block it is in (a string operation, say): what follows must be translated anew. Or to a
+        // device that changed the memory map: what follows stands on checks that hold no longer.
+        Ok(()) if (cpu.engine.cache.stats.invalidated, cpu.tlb.shared_checks()) != known => Left::Event as i32,
         Ok(()) => -1,
         Err(stop) => {
             cpu.engine.stop = Some(stop);
