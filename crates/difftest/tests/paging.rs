@@ -340,13 +340,15 @@ fn a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is() {
     let mut bare = Bare::new(8 << 20);
     bare.map(PAGE, AREA_REGISTER & !0xfff, P | W);
     let rip = bare.kernel_code(CODE, |a| {
+        // By two registers: accesses that share a check, which then fails, would run in code that shares none.
         a.mov(rsi, PAGE + (AREA_REGISTER & 0xfff))?;
+        a.mov(rdi, rsi)?;
         a.mov(rbx, 0x1234_5678_9abcu64)?;
         a.push(rbx)?;
         a.mov(byte_ptr(rsi), 1)?;
         a.pop(rcx)?;
         a.push(rbx)?;
-        a.mov(byte_ptr(rsi), 3)?;
+        a.mov(byte_ptr(rdi), 3)?;
         a.pop(rdx)?;
         a.int3()
     });
