@@ -122,7 +122,7 @@ fn the_debian_installer_asks_its_questions_on_the_screen() {
     // A second console, to switch the machine off.
     machine.press(&["Alt+F2"], &["Please press Enter to activate this console."]);
     machine.press(&["Return"], &["BusyBox", "~ #"]);
-    machine.screen.view(&["type=poweroff"]);
-    machine.screen.view(&["key=Return"]);
+    // By one viewer: the keys of two overtake each other while the keyboard's buffer is full.
+    machine.screen.view(&["type=poweroff", "key=Return"]);
     machine.ends();
 }
