@@ -33,7 +33,7 @@ impl PowerEvents for Nobody {
 
 /// Time passes when an input says so.
 #[derive(Default)]
-struct Steps(AtomicU64);
+pub struct Steps(pub AtomicU64);
 
 impl Clock for Steps {
     fn now(&self) -> u64 {
@@ -87,7 +87,7 @@ pub fn run(makers: &[fn() -> Target], data: &[u8]) {
 pub struct Board {
     pub chipset: Arc<Chipset>,
     pub ram: Ram,
-    clock: Arc<Steps>,
+    pub clock: Arc<Steps>,
 }
 
 impl Board {

@@ -1,42 +1,15 @@
 //! Any accesses to the graphics adapter and the keyboard controller, while somebody types, points and looks.
 #![no_main]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+mod pc;
 
-use chipset::{Chipset, ChipsetConfig, Clock, PowerEvents};
+use std::sync::atomic::Ordering;
+
 use display::Frame;
 use display::vga::Vga;
-use engine::{Bus, Interrupts};
-use memory::Ram;
+use engine::Bus;
 
-struct Nobody;
-
-impl Interrupts for Nobody {
-    fn send_msi(&self, _address: u64, _data: u32) {}
-    fn set_pic_output(&self, _asserted: bool) {}
-    fn send_nmi(&self, _vcpu: u32) {}
-}
-
-impl PowerEvents for Nobody {
-    fn power_off(&self) {}
-    fn reset(&self) {}
-    fn init(&self) {}
-    fn exit(&self, _value: u8) {}
-}
-
-#[derive(Default)]
-struct Steps(AtomicU64);
-
-impl Clock for Steps {
-    fn now(&self) -> u64 {
-        self.0.load(Ordering::SeqCst)
-    }
-
-    fn utc(&self) -> u64 {
-        self.now()
-    }
-}
+use pc::Board;
 
 /// The adapter's memory is mapped at one of these at times.
 const PLACES: [u64; 4] = [0xa_0000, 0xb_8000, 0xe000_0000, 0xf000_0000];
@@ -44,19 +17,7 @@ const PLACES: [u64; 4] = [0xa_0000, 0xb_8000, 0xe000_0000, 0xf000_0000];
 const PORTS: [u16; 6] = [0x60, 0x64, 0x1ce, 0x1cf, 0xcf8, 0xcfc];
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let ram = Ram::new(4 << 20).expect("there is memory");
-    let clock = Arc::new(Steps::default());
-    let config = ChipsetConfig {
-        ram: ram.clone(),
-        cpus: 1,
-        clock: clock.clone(),
-        serial: [const { None }; 4],
-        firmware: None,
-        debug_console: None,
-        debug_exit: None,
-    };
-    let nobody = Arc::new(Nobody);
-    let chipset = Chipset::new(config, nobody.clone(), nobody).expect("there are threads");
+    let Board { chipset, ram, clock } = Board::new(None);
     let vga = Vga::plug_in(&chipset, &ram, clock.clone(), 2, &[0x55, 0xaa]).expect("the slot is free");
     let mut frame = Frame::default();
     let (mut draws, mut waits) = (0, 0);
