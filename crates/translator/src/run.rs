@@ -301,8 +301,7 @@ impl Vcpu {
             return None;
         }
         let (gpa, global) = self.fetched(self.rip)?;
-        let address = self.frame(gpa) | (gpa % PAGE_SIZE);
-        let origin = Origin { address, mode, segment: CodeSegment::of(self) };
+        let origin = self.origin(gpa, mode);
         let cache = &mut self.engine.cache;
         let id = cache.find(origin, self.rip)?;
         // A block across two pages depends on more than this has looked at; a list that grows is copied.
@@ -313,6 +312,11 @@ impl Vcpu {
         cache.stats.lookups += 1;
         self.hot.branch = NO_BRANCH;
         Some(cache.entry(id))
+    }
+
+    /// What blocks for the code at a guest-physical address are known by.
+    fn origin(&self, gpa: u64, mode: Mode) -> Origin {
+        Origin { address: self.frame(gpa) | (gpa % PAGE_SIZE), mode, segment: CodeSegment::of(self) }
     }
 
     /// The block that is running was translated to run one instruction.
@@ -536,8 +540,7 @@ impl Vcpu {
         }
         let linear = self.linear_rip();
         let (gpa, global) = self.fetch_address(linear)?;
-        let address = self.frame(gpa) | (gpa % PAGE_SIZE);
-        let origin = Origin { address, mode, segment: CodeSegment::of(self) };
+        let origin = self.origin(gpa, mode);
         if let Some(id) = self.engine.cache.find(origin, rip) {
             let second_page = self.engine.cache.second_page(id);
             let same = match second_page {
