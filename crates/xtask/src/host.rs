@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use ringer::guest::{self, Guest, initramfs::Initramfs};
@@ -13,6 +14,9 @@ use crate::build;
 
 /// RAM of the host machine, in MiB: its files are in there too.
 const MEMORY: u32 = 3072;
+
+/// Nothing that the script does takes nearly as long without a line of output.
+const SILENCE: Duration = Duration::from_secs(240);
 
 /// A host machine under construction.
 pub struct Host {
@@ -50,6 +54,9 @@ impl Host {
     }
 
     /// Boots, runs `script`, and shows each line of its output to `line` until the machine powers off.
+    ///
+    /// A machine that falls silent for [`SILENCE`] is started once more: it happens that all its emulated processors go round
+    /// in the host's kernel for good, not even a timer of its own ends, which says nothing of what runs on it.
     pub fn run(mut self, script: &str, limit: Duration, mut line: impl FnMut(&str)) -> Result<(), Error> {
         for library in build::libraries(self.programs.iter().map(PathBuf::as_path))? {
             let path = library.to_string_lossy().into_owned();
@@ -58,6 +65,19 @@ impl Host {
         let image = std::mem::take(&mut self.image).file(guest::RUN_SCRIPT, 0o644, script).build();
         let initrd = self.directory.path().join("initrd.cpio");
         fs::write(&initrd, image).map_err(Error::io(format!("can't write {}", initrd.display())))?;
+        let deadline = Instant::now() + limit;
+        if self.boot(&initrd, deadline, &mut line)? {
+            return Ok(());
+        }
+        println!("the emulated host has stood still for {SILENCE:?}: once more");
+        if self.boot(&initrd, deadline, &mut line)? {
+            return Ok(());
+        }
+        Err(Error::Failed(format!("the emulated host has stood still for {SILENCE:?}, twice")))
+    }
+
+    /// One start; false: it fell silent.
+    fn boot(&self, initrd: &Path, deadline: Instant, line: &mut impl FnMut(&str)) -> Result<bool, Error> {
         // The counters of TCG's processors are one, but Linux does not believe that of AMD's; and KVM keeps the counters of
         // its guests only roughly where it takes the host's for unreliable.
         let mut qemu = Command::new("qemu-system-x86_64")
@@ -66,7 +86,7 @@ impl Host {
             .arg("-kernel")
             .arg(&self.guest.kernel)
             .arg("-initrd")
-            .arg(&initrd)
+            .arg(initrd)
             .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -85,25 +105,35 @@ impl Host {
                 }
             }
         });
-        let deadline = Instant::now() + limit;
         let ended = loop {
-            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(left.min(SILENCE)) {
                 Ok(text) => line(&text),
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break true,
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => break false,
+                Err(RecvTimeoutError::Disconnected) => break Ended::Off,
+                Err(RecvTimeoutError::Timeout) if left > SILENCE => break Ended::Silent,
+                Err(RecvTimeoutError::Timeout) => break Ended::Late,
             }
         };
-        if !ended {
+        if ended != Ended::Off {
             // Whether it can be killed or not, it is waited for.
             _ = qemu.kill();
         }
         let status = qemu.wait().map_err(Error::io("can't wait for QEMU"))?;
         drop(lines);
         _ = reader.join();
-        match (ended, status.success()) {
-            (true, true) => Ok(()),
-            (true, false) => Err(Error::Failed(format!("QEMU: {status}"))),
-            (false, _) => Err(Error::Failed(format!("the nested machine has not come to its end in {limit:?}"))),
+        match ended {
+            Ended::Off if status.success() => Ok(true),
+            Ended::Off => Err(Error::Failed(format!("QEMU: {status}"))),
+            Ended::Silent => Ok(false),
+            Ended::Late => Err(Error::Failed("the nested machine has not come to its end in time".into())),
         }
     }
+}
+
+/// How a start of the machine ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Off,
+    Silent,
+    Late,
 }
