@@ -15,7 +15,7 @@ use crate::build;
 /// RAM of the host machine, in MiB: its files are in there too.
 const MEMORY: u32 = 3072;
 
-/// Nothing that the script does takes nearly as long without a line of output.
+/// More than anything that a script does may take without a line of output.
 const SILENCE: Duration = Duration::from_secs(240);
 
 /// A host machine under construction.
@@ -53,11 +53,8 @@ impl Host {
         Ok(())
     }
 
-    /// Boots, runs `script`, and shows each line of its output to `line` until the machine powers off.
-    ///
-    /// A machine that falls silent for [`SILENCE`] is started once more: it happens that all its emulated processors go round
-    /// in the host's kernel for good, not even a timer of its own ends, which says nothing of what runs on it.
-    pub fn run(mut self, script: &str, limit: Duration, mut line: impl FnMut(&str)) -> Result<(), Error> {
+    /// The machine with all that it needs, which runs `script` when it starts.
+    pub fn ready(mut self, script: &str) -> Result<Machine, Error> {
         for library in build::libraries(self.programs.iter().map(PathBuf::as_path))? {
             let path = library.to_string_lossy().into_owned();
             self.copy(&library, &path)?;
@@ -65,28 +62,30 @@ impl Host {
         let image = std::mem::take(&mut self.image).file(guest::RUN_SCRIPT, 0o644, script).build();
         let initrd = self.directory.path().join("initrd.cpio");
         fs::write(&initrd, image).map_err(Error::io(format!("can't write {}", initrd.display())))?;
-        let deadline = Instant::now() + limit;
-        if self.boot(&initrd, deadline, &mut line)? {
-            return Ok(());
-        }
-        println!("the emulated host has stood still for {SILENCE:?}: once more");
-        if self.boot(&initrd, deadline, &mut line)? {
-            return Ok(());
-        }
-        Err(Error::Failed(format!("the emulated host has stood still for {SILENCE:?}, twice")))
+        Ok(Machine { kernel: self.guest.kernel.clone(), initrd, _directory: self.directory })
     }
+}
 
-    /// One start; false: it fell silent.
-    fn boot(&self, initrd: &Path, deadline: Instant, line: &mut impl FnMut(&str)) -> Result<bool, Error> {
+/// A host machine that is complete. It can be started again.
+pub struct Machine {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    /// Where the initrd is.
+    _directory: tempfile::TempDir,
+}
+
+impl Machine {
+    /// Boots, and shows each line of its output to `line` until it powers off, resets, or is stopped.
+    pub fn run(&self, deadline: Instant, mut line: impl FnMut(&str)) -> Result<Ended, Error> {
         // The counters of TCG's processors are one, but Linux does not believe that of AMD's; and KVM keeps the counters of
         // its guests only roughly where it takes the host's for unreliable.
         let mut qemu = Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", "2", "-m", &MEMORY.to_string()])
             .arg("-kernel")
-            .arg(&self.guest.kernel)
+            .arg(&self.kernel)
             .arg("-initrd")
-            .arg(initrd)
+            .arg(&self.initrd)
             .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -122,18 +121,19 @@ impl Host {
         drop(lines);
         _ = reader.join();
         match ended {
-            Ended::Off if status.success() => Ok(true),
-            Ended::Off => Err(Error::Failed(format!("QEMU: {status}"))),
-            Ended::Silent => Ok(false),
-            Ended::Late => Err(Error::Failed("the nested machine has not come to its end in time".into())),
+            Ended::Off if !status.success() => Err(Error::Failed(format!("QEMU: {status}"))),
+            ended => Ok(ended),
         }
     }
 }
 
-/// How a start of the machine ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ended {
+/// How a run of the machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It powered off or reset, as a kernel that panics does, too.
     Off,
+    /// It fell silent for [`SILENCE`].
     Silent,
+    /// The deadline came first.
     Late,
 }

@@ -1,18 +1,23 @@
 //! `cargo xtask nested`: the kvm engine on hardware virtualization, in a machine whose processor QEMU emulates.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringer::guest::{self, Guest};
 
 use crate::Error;
 use crate::build;
 use crate::conformance::{self, Kind, Results};
-use crate::host::Host;
+use crate::host::{Ended, Host};
 use crate::kernels;
 
 /// All of it, on a host that has other things to do as well.
 const LIMIT: Duration = Duration::from_secs(1800);
+
+/// How often the host is started until it comes to its end. A few times in a hundred its kernel panics or stands still:
+/// QEMU then delivers to it what was meant for a guest, or while it has interrupts off. No program of the host's, as Ringer
+/// is one, can bring that about; what Ringer does wrong ends in a line "FAILED" or in a test that fails.
+const STARTS: u32 = 3;
 
 /// What runs in the machine that is the host. Each line of interest begins with "@@".
 const SCRIPT: &str = include_str!("nested.sh");
@@ -65,27 +70,34 @@ pub fn run() -> Result<(), Error> {
     host.file("/astray.elf", kernels::astray());
     host.file("/reader.elf", kernels::reader());
 
-    let (mut program, mut results) = (String::new(), Results::new());
-    let mut failed = Vec::new();
-    let mut finished = false;
-    host.run(SCRIPT, LIMIT, |line| {
-        println!("{line}");
-        let Some((kind, rest)) = line.strip_prefix("@@ ").and_then(|line| line.split_once(' ')) else {
-            results.extend(conformance::results(&program, line));
-            return;
-        };
-        match kind {
-            "suite" => program = rest.to_owned(),
-            "FAILED" => failed.push(rest.to_owned()),
-            "end" => finished = true,
-            _ => {}
+    let machine = host.ready(SCRIPT)?;
+    let deadline = Instant::now() + LIMIT;
+    let mut start = 1;
+    let (results, failed) = loop {
+        let (mut program, mut results, mut failed, mut finished) = (String::new(), Results::new(), Vec::new(), false);
+        let ended = machine.run(deadline, |line| {
+            println!("{line}");
+            let Some((kind, rest)) = line.strip_prefix("@@ ").and_then(|line| line.split_once(' ')) else {
+                results.extend(conformance::results(&program, line));
+                return;
+            };
+            match kind {
+                "suite" => program = rest.to_owned(),
+                "FAILED" => failed.push(rest.to_owned()),
+                "end" => finished = true,
+                _ => {}
+            }
+        })?;
+        if finished {
+            break (results, failed);
         }
-    })?;
+        if ended == Ended::Late || start == STARTS {
+            return Err(Error::Failed(format!("the script did not come to its end in {start} starts: {ended:?}")));
+        }
+        println!("the emulated host has not come to its end ({ended:?}): once more");
+        start += 1;
+    };
     let translated = conformance::on_this_host("translate", &tests)?;
     conformance::judge(&[("translate", Kind::Translated, translated), ("kvm", Kind::EmulatedAmd, results)])?;
-    match (failed.is_empty(), finished) {
-        (true, true) => Ok(()),
-        (true, false) => Err(Error::Failed("the script did not come to its end".into())),
-        (false, _) => Err(Error::Failed(failed.join("; "))),
-    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::Failed(failed.join("; "))) }
 }

@@ -4,6 +4,8 @@ now() { cut -d' ' -f1 /proc/uptime; }
 since() { echo "$1 $(now)" | awk '{ printf "%.2f", $2 - $1 }'; }
 say() { echo "@@ $*"; }
 mkdir -p /dev/net
+# A kernel that stands still ends, so that it is started again.
+echo 1 >/proc/sys/kernel/panic_on_rcu_stall
 say host "$(uname -r), $(grep -c svm /proc/cpuinfo) processors with AMD-V, up for $(now) s"
 [ -c /dev/kvm ] || say FAILED "no /dev/kvm"
 
@@ -11,7 +13,7 @@ say host "$(uname -r), $(grep -c svm /proc/cpuinfo) processors with AMD-V, up fo
 for cpus in 1 2; do
     begin=$(now)
     printf 'echo shell-$((6 * 7)) $(nproc) processors, up for $(cut -d" " -f1 /proc/uptime) s\nexit\n' |
-        timeout 500 ringer run --accel kvm --cpus $cpus >/tmp/out 2>/tmp/err
+        timeout 200 ringer run --accel kvm --cpus $cpus >/tmp/out 2>/tmp/err
     status=$?
     head -3 /tmp/err
     if [ $status = 0 ] && grep -q "^shell-42 $cpus processors" /tmp/out; then
@@ -23,7 +25,7 @@ for cpus in 1 2; do
 done
 
 # What auto chooses here.
-printf 'exit\n' | timeout 500 ringer run 2>&1 >/dev/null | grep -q "engine kvm" || say FAILED "auto does not take kvm"
+printf 'exit\n' | timeout 200 ringer run 2>&1 >/dev/null | grep -q "engine kvm" || say FAILED "auto does not take kvm"
 
 # A disk, a network, a reset and a power-off.
 mkdir -p /srv
@@ -31,7 +33,7 @@ dd if=/dev/urandom of=/srv/file bs=1M count=8 2>/dev/null
 httpd -p 127.0.0.1:8080 -h /srv
 truncate -s 64M /tmp/disk.raw
 begin=$(now)
-timeout 500 ringer run --accel kvm --cpus 2 --kernel /vmlinuz --initrd /server.cpio --append "console=ttyS0 quiet panic=-1" \
+timeout 200 ringer run --accel kvm --cpus 2 --kernel /vmlinuz --initrd /server.cpio --append "console=ttyS0 quiet panic=-1" \
     --disk /tmp/disk.raw,format=raw </dev/null >/tmp/out 2>/tmp/err
 status=$?
 sum=$(md5sum </srv/file | cut -d' ' -f1)
@@ -109,11 +111,12 @@ mv /kvm /dev/kvm
 # What it costs, compared with another monitor on the same KVM.
 timeout 300 xtask figures 2>&1 | sed 's/^/@@ figure /'
 
-# The bare-metal guests.
+# The bare-metal guests, one at a time: where two virtual machines run at once, QEMU's AMD-V delivers interrupts twice and
+# page faults of one to the other or to the host, whose kernel then panics (QEMU 7.2 and 10.0).
 for test in /tests/*; do
     say suite "${test#/tests/}"
     begin=$(now)
-    RINGER_ENGINE=kvm RINGER_PATIENCE=10 RUST_BACKTRACE=0 timeout 500 $test --test-threads=2 2>&1
+    RINGER_ENGINE=kvm RINGER_PATIENCE=10 RUST_BACKTRACE=0 timeout 200 $test --test-threads=1 2>&1
     say took "${test#/tests/}: $(since $begin) s"
 done
 say end here
