@@ -121,7 +121,7 @@ impl Machine {
         drop(lines);
         _ = reader.join();
         match ended {
-            Ended::Off if !status.success() => Err(Error::Failed(format!("QEMU: {status}"))),
+            Ended::Off if !status.success() => Err(Error::Failed(format!("QEMU: {status} (10.0 is known to work)"))),
             ended => Ok(ended),
         }
     }

@@ -112,7 +112,7 @@ mv /kvm /dev/kvm
 timeout 300 xtask figures 2>&1 | sed 's/^/@@ figure /'
 
 # The bare-metal guests, one at a time: where two virtual machines run at once, QEMU's AMD-V delivers interrupts twice and
-# page faults of one to the other or to the host, whose kernel then panics (QEMU 7.2 and 10.0).
+# page faults of one to the other or to the host, whose kernel then panics (QEMU 10.0).
 for test in /tests/*; do
     say suite "${test#/tests/}"
     begin=$(now)
