@@ -61,10 +61,11 @@ pub fn boot_disk(text: &str) -> Vec<u8> {
         0x8e, 0xd8,             // mov ds, ax
         0x8e, 0xd0,             // mov ss, ax
         0xbc, 0x00, 0x7c,       // mov sp, 0x7c00
-        0xbe, 0x29, 0x7c,       // mov si, packet
+        0xbe, 0x2a, 0x7c,       // mov si, packet
         0xb4, 0x42,             // mov ah, 0x42: extended read
         0xcd, 0x13,             // int 0x13
-        0x72, 0x0e,             // jc end
+        0x72, 0x0f,             // jc end
+        0xfa,                   // cli: at its ticks SeaBIOS sends what it still has for the same port
         0xbe, 0x00, 0x7e,       // mov si, 0x7e00
         0xac,                   // next: lodsb
         0x84, 0xc0,             // test al, al
