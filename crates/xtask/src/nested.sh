@@ -68,7 +68,7 @@ fi
 refuses() {
     words=$1
     shift
-    timeout 60 "$@" </dev/null >/tmp/out 2>/tmp/err
+    timeout 100 "$@" </dev/null >/tmp/out 2>/tmp/err
     status=$?
     if [ $status = 1 ] && grep -q "$words" /tmp/err && [ $(grep -vc "^ringer: engine" /tmp/err) = 1 ]; then
         say refused "$(tail -1 /tmp/err)"
@@ -81,8 +81,8 @@ kernel="--net none --kernel /astray.elf"
 refuses "can't emulate the guest's instruction at .*:0xd0000000" ringer run --accel kvm $kernel
 # The host takes away memory that the guest uses.
 (
+    until process=$(pidof ringer); do sleep 1; done
     sleep 3
-    process=$(pidof ringer)
     for file in /proc/$process/fd/*; do
         case $(readlink $file) in /memfd:guest-ram*) truncate -s 0 $file 2>&1 ;; esac
     done
