@@ -102,6 +102,7 @@ impl Board {
             firmware,
             debug_console: None,
             debug_exit: None,
+            test_device: true,
         };
         let nobody = Arc::new(Nobody);
         let chipset = Chipset::new(config, nobody.clone(), nobody).expect("there are threads");

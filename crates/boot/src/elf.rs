@@ -11,8 +11,8 @@ use object::elf::{EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64
 use object::read::ReadCache;
 use object::read::elf::{FileHeader, ProgramHeader};
 
+use crate::Error;
 use crate::file::Image;
-use crate::{Error, layout};
 
 /// The note's owner and type (Xen `xen/include/public/elfnote.h`).
 const NOTE_OWNER: &[u8] = b"Xen";
@@ -110,9 +110,6 @@ impl Elf {
         }
         if segment.file_size > segment.memory_size {
             return Err(image.bad_header("one of its segments is larger in the file than in memory"));
-        }
-        if segment.address < layout::HIGH_MEMORY {
-            return Err(image.bad_header(format!("it wants to be loaded at {:#x}, below 1 MiB", segment.address)));
         }
         image.need(segment.offset, segment.file_size)?;
         self.end = self.end.max(segment.address.saturating_add(segment.memory_size));

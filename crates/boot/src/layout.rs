@@ -2,7 +2,7 @@
 //!
 //! Below 1 MiB as on a PC: the BIOS data area, room for what the kernel reads once at its start, the extended BIOS data
 //! area, the video window, and the BIOS area, in which kernels look for RSDP and SMBIOS. The kernel itself lies at 1 MiB
-//! or above.
+//! or above; only a Multiboot kernel may ask for low memory.
 
 use memory::{Ram, View};
 
@@ -24,8 +24,10 @@ pub const STACK_TOP: u64 = 0x8ff0;
 /// Page tables for the first 4 GiB: one PML4, one PDPT, four page directories.
 pub const PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
-/// What a Multiboot kernel is told, up to the end of the area.
-pub const MULTIBOOT: std::ops::Range<u64> = 0x3_0000..0x4_0000;
+/// Where a Multiboot kernel may lie, if not in high memory.
+pub const LOW_KERNEL: std::ops::Range<u64> = 0x1000..0x8_0000;
+/// What it is told, up to the end of the area.
+pub const MULTIBOOT: std::ops::Range<u64> = 0x8_0000..0x9_0000;
 /// The extended BIOS data area.
 pub const EBDA: u64 = 0x9_fc00;
 const VIDEO: u64 = 0xa_0000;
@@ -33,7 +35,7 @@ const VIDEO: u64 = 0xa_0000;
 pub const ACPI: u64 = 0xe_0000;
 /// SMBIOS entry point and tables: searched from here on (SMBIOS 3.7, 5.2).
 pub const SMBIOS: u64 = 0xf_0000;
-/// Where kernels may lie.
+/// Where kernels lie.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// What a range of the memory map is; the discriminants are those of E820 (and of PVH, which has taken them over).

@@ -179,9 +179,6 @@ impl Header {
             end => u64::from(end).saturating_sub(load),
         };
         image.need(offset, file_size)?;
-        if load < layout::HIGH_MEMORY {
-            return Err(image.bad_header(format!("it wants to be loaded at {load:#x}, below 1 MiB")));
-        }
         let memory_size = u64::from(addresses.bss_end).saturating_sub(load).max(file_size);
         Ok(Segment { address: load, offset, file_size, memory_size })
     }
@@ -198,19 +195,29 @@ pub fn load(
 ) -> Result<CpuState, Error> {
     let view = ram.view();
     let available = layout::low_end(ram);
-    let check = |end: u64| match end <= available {
-        true => Ok(end),
-        false => Err(Error::KernelTooLarge { path: image.path().to_owned(), needed: end, available }),
+    let check = |segment: &Segment| {
+        let (start, end) = (segment.address, segment.address.saturating_add(segment.memory_size));
+        let low = layout::LOW_KERNEL.contains(&start) && end <= layout::LOW_KERNEL.end;
+        if start < layout::HIGH_MEMORY && !low {
+            let low = layout::LOW_KERNEL;
+            let why =
+                format!("{start:#x} to {end:#x}, is neither from 1 MiB on nor in {:#x} to {:#x}", low.start, low.end);
+            return Err(image.bad_header(format!("where it wants to be loaded, {why}")));
+        }
+        match end <= available {
+            true => Ok(end),
+            false => Err(Error::KernelTooLarge { path: image.path().to_owned(), needed: end, available }),
+        }
     };
     let (end, start) = match (header.addresses, elf) {
         (Some(addresses), _) => {
             let segment = header.segment(image, addresses)?;
-            let end = check(segment.address + segment.memory_size)?;
+            let end = check(&segment)?;
             segment.load(image, view)?;
             (end, header.entry.unwrap_or(addresses.load))
         }
         (None, Some(elf)) => {
-            check(elf.end)?;
+            elf.segments.iter().try_for_each(|segment| check(segment).map(drop))?;
             elf.load(image, view)?;
             // A header with its own entry is about that one; ELF's may be the virtual address of the same place.
             let own = u32::try_from(elf.entry).map_err(|_| image.bad_header("its entry is beyond 4 GiB"))?;
@@ -236,9 +243,10 @@ pub fn load(
     entry::multiboot(view, start, magic, layout::MULTIBOOT.start)
 }
 
-/// Puts the modules behind the kernel, each at a page of its own.
+/// Puts the modules behind the kernel, in high memory, each at a page of its own.
 fn load_modules(ram: &Ram, modules: &[Image], mut next: u64, available: u64) -> Result<Vec<Module>, Error> {
     let mut loaded = Vec::new();
+    next = next.max(layout::HIGH_MEMORY);
     for module in modules {
         let (start, size) = (next.next_multiple_of(PAGE_SIZE), module.size());
         let Some(end) = start.checked_add(size).filter(|end| *end <= available) else {

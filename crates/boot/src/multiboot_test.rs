@@ -94,6 +94,14 @@ fn the_second_kind_gets_a_list_of_tags() {
 }
 
 #[test]
+fn a_kernel_may_ask_for_low_memory_and_finds_its_modules_in_high_memory() {
+    let low = words([2, 24, 0x8000 + 128, 0x8000, 0, 0, 3, 12, 0x8004, 0]);
+    let (ram, state) = boot(&second(&low), &[&[7; 10]]).unwrap();
+    assert_eq!((state.rip, read::<4>(&ram, 0x8000)), (0x8004, [0xf4; 4]));
+    assert_eq!(read::<10>(&ram, layout::HIGH_MEMORY), [7; 10]);
+}
+
+#[test]
 fn what_can_not_be_given_is_refused() {
     let error = |kernel: &[u8]| boot(kernel, &[]).err().unwrap().to_string();
     assert!(error(&first(HAS_ADDRESSES | 8)).contains("unknown"));
@@ -104,7 +112,9 @@ fn what_can_not_be_given_is_refused() {
     let optional = words([1 << 16 | 7, 8]);
     assert!(boot(&second(&[address_tags(), optional].concat()), &[]).is_ok());
     let low = words([2, 24, 128, 0, 0, 0]);
-    assert!(error(&second(&low)).contains("below 1 MiB"));
+    assert!(error(&second(&low)).contains("neither from 1 MiB on nor"));
+    let across = words([2, 24, 0x7_f000 + 128, 0x7_f000, 0, 0x8_0001]);
+    assert!(error(&second(&across)).contains("0x7f000 to 0x80001"));
     let backwards = words([2, 24, LOAD + 200, LOAD, 0, 0]);
     assert!(error(&second(&backwards)).contains("before its beginning"));
     let beyond = words([2, 24, LOAD + 128, LOAD, 0, u32::MAX]);

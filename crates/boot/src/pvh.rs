@@ -25,6 +25,9 @@ pub fn load(
     if !kernel.contains(entry.into()) {
         return Err(image.bad_header(format!("its PVH entry {entry:#x} is in none of its segments")));
     }
+    if let Some(low) = kernel.segments.iter().find(|segment| segment.address < layout::HIGH_MEMORY) {
+        return Err(image.bad_header(format!("it wants to be loaded at {:#x}, below 1 MiB", low.address)));
+    }
     let available = layout::low_end(ram);
     if kernel.end > available {
         return Err(Error::KernelTooLarge { path: image.path().to_owned(), needed: kernel.end, available });

@@ -11,7 +11,7 @@ use crate::constants::*;
 use crate::debug::{DEBUG_CONSOLE_PORTS, DEBUG_EXIT_SIZE, DebugConsole, DebugExit};
 use crate::dma::{self, Dma};
 use crate::flash::{self, Flash, Image, Rom};
-use crate::fw_cfg::{FW_CFG_PORT, FW_CFG_SIZE, FwCfg};
+use crate::fw_cfg::{self, FW_CFG_PORT, FW_CFG_SIZE, FwCfg};
 use crate::hpet::Hpet;
 use crate::i8042::{AUXILIARY_IRQ, KEYBOARD_IRQ, KeyboardController};
 use crate::ioapic::IoApic;
@@ -23,6 +23,7 @@ use crate::power::PowerManagement;
 use crate::reset::{ResetControl, SystemControlA};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
+use crate::test_device::TestDevice;
 use crate::timer::Timers;
 use crate::{ChipsetConfig, Error, Firmware, PowerEvents};
 
@@ -55,7 +56,8 @@ impl Chipset {
         interrupts: Arc<dyn engine::Interrupts>,
         power: Arc<dyn PowerEvents>,
     ) -> Result<Arc<Self>, Error> {
-        let ChipsetConfig { ram, cpus, clock, serial: sinks, firmware, debug_console, debug_exit } = config;
+        let ChipsetConfig { ram, cpus, clock, serial: sinks, firmware, debug_console, debug_exit, test_device } =
+            config;
         let starts_with_firmware = firmware.is_some();
         let timers = Timers::start(clock.clone()).map_err(|source| Error::Thread { what: "timers", source })?;
         let (ports, memory) = (Arc::new(DeviceBus::ports()), Arc::new(DeviceBus::memory()));
@@ -104,9 +106,12 @@ impl Chipset {
         if let Some(port) = debug_exit {
             builder.ports(&[(port, DEBUG_EXIT_SIZE, 0)], Arc::new(DebugExit::new(power.clone())))?;
         }
+        if test_device {
+            builder.ports(&TestDevice::PORTS, Arc::new(TestDevice::new(&lines)))?;
+        }
         let rom = match firmware {
             Some(firmware) => builder.firmware(firmware, &ram)?,
-            None => None,
+            None => builder.fw_cfg(&ram, fw_cfg::facts(ram.size(), cpus)).map(|()| None)?,
         };
 
         let mechanism = ConfigPorts::new(pci.clone(), ResetControl::new(power));
@@ -234,9 +239,14 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// The firmware in memory, and what tells it about the machine.
+    /// What software is told about the machine.
+    fn fw_cfg(&mut self, ram: &Ram, items: Vec<fw_cfg::Item>) -> Result<(), Error> {
+        self.ports(&[(FW_CFG_PORT, FW_CFG_SIZE, 0)], Arc::new(FwCfg::new(ram.view().clone(), items)))
+    }
+
+    /// The firmware in memory, and what it is told.
     fn firmware(&mut self, firmware: Firmware, ram: &Ram) -> Result<Option<Rom>, Error> {
-        self.ports(&[(FW_CFG_PORT, FW_CFG_SIZE, 0)], Arc::new(FwCfg::new(ram.view().clone(), firmware.items)))?;
+        self.fw_cfg(ram, firmware.items)?;
         let chips = match firmware.image {
             Image::Rom(content) => return flash::rom(ram, &content).map(Some),
             Image::Flash(chips) => chips,
@@ -324,6 +334,7 @@ mod tests {
                 firmware: None,
                 debug_console: None,
                 debug_exit: None,
+                test_device: true,
             };
             let chipset = Chipset::new(config, recorder.clone(), power.clone()).unwrap();
             Bench { chipset, recorder, power }
@@ -396,6 +407,8 @@ mod tests {
         assert_eq!(bench.inb(0x3f8 + 5), 0x60);
         assert_eq!(bench.inb(0x2f8 + 5), 0x60);
         assert_eq!(bench.inb(0x3e8 + 5), 0xff, "no such port");
+        bench.chipset.pio_write(FW_CFG_PORT, &fw_cfg::key::CPUS.to_le_bytes());
+        assert_eq!(bench.inb(FW_CFG_PORT + 1), 2);
         assert_eq!(bench.inb(PM1A_CONTROL_PORT) & 1, 1);
         assert_eq!(bench.inb(I8042_COMMAND_PORT) & 1, 0);
         bench.outb(RTC_PORT, 0x0d);
@@ -421,7 +434,8 @@ mod tests {
     fn random_accesses_everywhere_do_no_harm() {
         let bench = Bench::new();
         let mut random = Random(0x1234_5678_9abc_def1);
-        let ports = [0x00, 0x20, 0x40, 0x60, 0x70, 0x90, 0xa0, 0x2f8, 0x3f8, 0x4d0, 0x600, 0xcf8, 0xfffc];
+        let ports =
+            [0, 0x20, 0x40, 0x60, 0x70, 0x90, 0xa0, 0xe0, 0x2f8, 0x3f8, 0x4d0, 0x510, 0x600, 0xcf8, 0x2000, 0xfffc];
         let places = [IOAPIC_BASE, IOAPIC_BASE + 0x10, ECAM_BASE, ECAM_BASE + 0xf_8000, u64::MAX - 64, 0];
         for round in 0..100_000 {
             let mut data = [0; 64];

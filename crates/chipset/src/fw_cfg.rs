@@ -107,6 +107,18 @@ impl Item {
     }
 }
 
+/// What any software can ask of the machine, whether firmware has started it or not.
+pub fn facts(ram_size: u64, cpus: u32) -> Vec<Item> {
+    let cpus = u16::try_from(cpus).unwrap_or(u16::MAX).to_le_bytes();
+    vec![
+        Item::number(key::RAM_SIZE, ram_size.to_le_bytes()),
+        Item::number(key::UUID, [0; 16]),
+        Item::number(key::NO_GRAPHIC, 0u16.to_le_bytes()),
+        Item::number(key::CPUS, cpus),
+        Item::number(key::MAX_CPUS, cpus),
+    ]
+}
+
 #[derive(Default)]
 struct State {
     selected: u16,

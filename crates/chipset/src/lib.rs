@@ -30,6 +30,7 @@ mod ps2;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod test_device;
 pub mod timer;
 
 #[cfg(any(test, feature = "testing"))]
@@ -95,6 +96,8 @@ pub struct ChipsetConfig {
     pub debug_console: Option<Box<dyn Write + Send>>,
     /// The first port by which the guest can end the machine.
     pub debug_exit: Option<u16>,
+    /// Whether there is the device of test programs ([`test_device`]).
+    pub test_device: bool,
 }
 
 /// Firmware, and what it is told.

@@ -90,6 +90,7 @@ impl Default for Board {
             firmware: None,
             debug_console: None,
             debug_exit: None,
+            test_device: false,
         };
         let chipset = Chipset::new(config, recorder.clone(), Arc::new(Power::default())).unwrap();
         Board { chipset, ram, recorder }

@@ -91,6 +91,24 @@ fn a_self_ipi_waits_for_sti_and_for_the_instruction_after_it() {
 }
 
 #[test]
+fn a_deadline_in_the_past_interrupts_before_the_next_instruction() {
+    let mut m = guest(|a| {
+        enable(a)?;
+        wrmsr(a, TIMER, 0x4_0040)?; // TSC deadline, vector 0x40
+        a.mov(rbx, COUNT)?;
+        a.sti()?;
+        a.nop()?;
+        wrmsr(a, msr::TSC_DEADLINE, 1)?;
+        a.mov(rsi, qword_ptr(rbx))?;
+        wrmsr(a, msr::TSC_DEADLINE, 1)?;
+        a.mov(rdi, qword_ptr(rbx))?;
+        a.int3()
+    });
+    assert_eq!(taken(&mut m).0, 2);
+    assert_eq!((m.state().gpr[6], m.state().gpr[7]), (1, 2));
+}
+
+#[test]
 fn interrupts_that_are_masked_by_the_task_priority_wait() {
     let mut m = guest(|a| {
         enable(a)?;

@@ -102,6 +102,8 @@ pub struct Config {
     pub debug_console: SerialOutput,
     /// The first port by which the guest can end the machine.
     pub debug_exit: Option<u16>,
+    /// Whether there is the device of test programs ([`chipset::test_device`]).
+    pub test_device: bool,
 }
 
 /// What the first vCPU executes first.
@@ -175,6 +177,7 @@ impl Machine {
             firmware,
             debug_console: config.debug_console,
             debug_exit: config.debug_exit,
+            test_device: config.test_device,
         };
         let mut machine = Self::assemble(parts, config.no_reboot, ram, engine, loader)?;
         machine.plug_in(config.devices, engine)?;

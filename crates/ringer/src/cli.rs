@@ -110,6 +110,9 @@ pub struct RunArgs {
     /// Let the guest end the machine by a write to this port; the exit status is twice what it writes, plus one
     #[arg(long, value_name = "PORT", value_parser = port)]
     pub debug_exit: Option<u16>,
+    /// The ports by which test programs such as kvm-unit-tests drive interrupt lines
+    #[arg(long)]
+    pub test_device: bool,
     /// A graphics adapter: std (VGA with VESA modes), none [default: std, if there is a display]
     #[arg(long, value_name = "VGA", value_parser = screen::parse_vga)]
     pub vga: Option<VgaArg>,

@@ -180,6 +180,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         no_reboot: args.no_reboot,
         debug_console: output("--debugcon", &args.debugcon, &link)?,
         debug_exit: args.debug_exit,
+        test_device: args.test_device,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
     eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);

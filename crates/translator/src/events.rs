@@ -63,12 +63,19 @@ impl Vcpu {
             deliver(self, Event::Exception(Exception::debug(bits)))?;
         }
         if !self.interrupt_shadow {
-            if !self.nmi_blocked && self.take_request(request::NMI) {
+            if !self.nmi_blocked && self.shared.take_nmi() {
                 deliver(self, Event::Nmi)?;
             }
             self.take_interrupt()?;
         }
         Ok(())
+    }
+
+    /// IRET ends the time in which NMIs are blocked; also if it faults (Intel SDM 3A 6.7.1).
+    pub fn unblock_nmis(&mut self) {
+        if std::mem::take(&mut self.nmi_blocked) {
+            self.shared.merge_nmis();
+        }
     }
 
     /// The event that a state came with. CR2 and DR6 are in place: they stay what they are.

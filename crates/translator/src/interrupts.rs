@@ -85,7 +85,7 @@ impl VcpuShared {
             }
             // There is no system-management mode to enter.
             Delivery::Smi => {}
-            Delivery::Nmi => self.request(request::NMI),
+            Delivery::Nmi => self.request_nmi(),
             Delivery::Init => {
                 // A start-up IPI from before this INIT has no effect after it.
                 self.requests.fetch_and(!request::SIPI, Ordering::SeqCst);
@@ -201,7 +201,7 @@ impl engine::Interrupts for InterruptLines {
             }
             Some(entry) if lvt::delivery(entry) == lvt::NMI => {
                 if was == 0 {
-                    bootstrap.request(request::NMI);
+                    bootstrap.request_nmi();
                 }
             }
             _ => bootstrap.request(request::INTERRUPT),
@@ -210,7 +210,7 @@ impl engine::Interrupts for InterruptLines {
 
     fn send_nmi(&self, vcpu: u32) {
         if let Some(v) = self.0.vcpus().get(vcpu as usize) {
-            v.request(request::NMI);
+            v.request_nmi();
         }
     }
 }

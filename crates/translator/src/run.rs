@@ -194,7 +194,8 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     let known = (cpu.engine.cache.stats.invalidated, cpu.tlb.shared_checks());
     match (s.exec)(cpu, &s.insn) {
         Ok(()) if s.ends_block && cpu.next_code().is_some() => CHAINED,
-        Ok(()) if s.ends_block || cpu.pending_debug != 0 || cpu.rip != s.insn.next_ip() => Left::Event as i32,
+        // An interrupt that it made pending (a deadline in the past, an IPI to itself) comes before the next instruction.
+        Ok(()) if s.ends_block || cpu.event_deliverable() || cpu.rip != s.insn.next_ip() => Left::Event as i32,
         Ok(()) if cpu.mode_is_single() => Left::Event as i32,
         Ok(()) if s.loads_segment && cpu.segment_changed_mode() => Left::Event as i32,
         // It may have stored to the block it is in (a string operation, say): what follows must be translated anew. Or to a

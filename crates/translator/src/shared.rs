@@ -25,6 +25,8 @@ pub mod request {
     pub const TIMER: u32 = 1 << 6;
     /// The memory map has changed.
     pub const MAP: u32 = 1 << 7;
+    /// With [`NMI`]: another one came before that was taken.
+    pub const SECOND_NMI: u32 = 1 << 8;
 }
 
 /// What other threads reach of a vCPU.
@@ -58,6 +60,29 @@ impl VcpuShared {
     pub fn request(&self, bits: u32) {
         self.flag(bits);
         self.parker.wake();
+    }
+
+    /// Makes an NMI pending. A processor takes one at once and remembers one more while it handles that (Intel SDM 3A
+    /// 6.7.1), so two must not become one because this one is slower to take the first.
+    pub fn request_nmi(&self) {
+        let pend = |r| Some(r | if r & request::NMI != 0 { request::SECOND_NMI } else { request::NMI });
+        let _ = self.requests.fetch_update(Ordering::SeqCst, Ordering::SeqCst, pend);
+        self.request(0);
+    }
+
+    /// Takes a pending NMI, if there is one.
+    pub fn take_nmi(&self) -> bool {
+        let take = |r| match r & (request::NMI | request::SECOND_NMI) {
+            0 => None,
+            request::NMI => Some(r & !request::NMI),
+            _ => Some(r & !request::SECOND_NMI),
+        };
+        self.requests.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok()
+    }
+
+    /// Of the NMIs that came while they were blocked, one is left.
+    pub fn merge_nmis(&self) {
+        self.requests.fetch_and(!request::SECOND_NMI, Ordering::SeqCst);
     }
 
     /// [`VcpuShared::request`] from the vCPU's own thread, signal handlers on it included: nobody is to be woken.

@@ -10,7 +10,7 @@ mod linux;
 use std::path::PathBuf;
 
 use chipset::Firmware;
-use chipset::fw_cfg::{Item, key};
+use chipset::fw_cfg::{self, Item, key};
 use memory::Ram;
 
 use crate::acpi::{Inventory, loader};
@@ -52,15 +52,10 @@ const OPTION_ROM: &str = "linuxboot_dma.bin";
 /// Reads everything, and says what the machine is to be made with.
 pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
     let image = image::load(config)?;
-    let cpus = u16::try_from(config.cpus).unwrap_or(u16::MAX).to_le_bytes();
     let acpi = loader::files(ram, Inventory { cpus: config.cpus, vga: config.vga, keyboard: true });
     let (anchor, structures) = smbios::for_firmware(ram, config.cpus);
-    let mut items = vec![
-        Item::number(key::RAM_SIZE, ram.size().to_le_bytes()),
-        Item::number(key::UUID, [0; 16]),
-        Item::number(key::NO_GRAPHIC, 0u16.to_le_bytes()),
-        Item::number(key::CPUS, cpus),
-        Item::number(key::MAX_CPUS, cpus),
+    let mut items = fw_cfg::facts(ram.size(), config.cpus);
+    items.extend([
         Item::number(key::BOOT_MENU, 0u16.to_le_bytes()),
         // The 8254 is at input 2 of the I/O APIC.
         Item::number(key::IRQ0_OVERRIDE, 1u32.to_le_bytes()),
@@ -72,7 +67,7 @@ pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
         Item::file("etc/smbios/smbios-tables", structures),
         // Neither S3 nor S4.
         Item::file("etc/system-states", [0x80, 0, 0, 0x00, 0x00, 0x80 | chipset::constants::S5_SLEEP_TYPE]),
-    ];
+    ]);
     if let Some(port) = config.serial_console {
         items.push(Item::file("etc/sercon-port", port.to_le_bytes()));
     }

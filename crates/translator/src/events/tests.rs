@@ -105,6 +105,24 @@ fn an_nmi_waits_while_nmis_are_blocked() {
     assert_eq!(cpu.rip, handler(2));
 }
 
+#[test]
+fn of_many_nmis_one_is_taken_and_one_remembered() {
+    let mut cpu = ready(&[2]);
+    for _ in 0..3 {
+        cpu.shared.request_nmi();
+    }
+    cpu.take_events().unwrap();
+    assert!(cpu.nmi_blocked && cpu.rip == handler(2));
+    for _ in 0..3 {
+        cpu.shared.request_nmi();
+    }
+    cpu.unblock_nmis();
+    cpu.take_events().unwrap();
+    assert!(cpu.nmi_blocked, "the one that came while the first was handled");
+    cpu.unblock_nmis();
+    assert!(!cpu.event_deliverable());
+}
+
 /// A bus whose 8259 always gives one vector.
 struct Pic(AtomicU32);
 

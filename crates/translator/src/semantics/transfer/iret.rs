@@ -16,8 +16,7 @@ pub fn iret(cpu: &mut Vcpu, size: usize) -> Result<(), Stop> {
     if !cpu.protected_mode() || cpu.v8086() {
         return Ok(iret_real(cpu, size)?);
     }
-    // NMIs are unblocked even if the IRET faults (Intel SDM 3A 6.7.1).
-    cpu.nmi_blocked = false;
+    cpu.unblock_nmis();
     if cpu.rflags & rflags::NT != 0 {
         return Ok(return_to_task(cpu)?);
     }
@@ -28,7 +27,7 @@ fn iret_real(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     if cpu.v8086() && iopl(cpu) < 3 {
         return v8086::iret(cpu, size);
     }
-    cpu.nmi_blocked = false;
+    cpu.unblock_nmis();
     let mut stack = Stack::current(cpu);
     let rip = stack.pop(cpu, size)?;
     let selector = stack.pop(cpu, size)? as u16;

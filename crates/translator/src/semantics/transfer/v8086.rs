@@ -70,7 +70,7 @@ pub fn iret(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     let code = real_code_segment(cpu, selector as u16, rip)?;
     cpu.set_flags(rflags::ARITHMETIC | rflags::TF | rflags::DF | rflags::NT, image);
     cpu.set_flags(rflags::VIF, if enables { rflags::VIF } else { 0 });
-    cpu.nmi_blocked = false;
+    cpu.unblock_nmis();
     cpu.segments[SegmentRegister::Cs as usize] = code;
     cpu.gpr[gpr::RSP] = stack.pointer;
     cpu.rip = rip;
