@@ -262,13 +262,6 @@ impl Vcpu {
         self.interrupt_shadow = false;
         self.debug_shadow = false;
         self.pending_debug = 0;
-        self.mmu_changed();
-    }
-
-    /// Call after anything changed that decides how addresses are translated other than by CR3: CR0.PG/WP, CR4, EFER,
-    /// PKRU. Drops all cached translations.
-    pub fn mmu_changed(&mut self) {
-        self.tlb.flush_all();
-        self.engine.drop_address_caches();
+        self.mmu_flush_all();
     }
 }

@@ -4,29 +4,70 @@ use arch::registers::cr4;
 
 use crate::Vcpu;
 
+/// In a value for CR3 under CR4.PCIDE: what is cached for its PCID stays.
+const NO_FLUSH: u64 = 1 << 63;
+
 impl Vcpu {
-    /// Forgets every translation, or, where the software TLB can tell them apart, all but global pages. Forgetting too
-    /// much is always allowed (Intel SDM 3A 4.10.3.1).
-    pub fn mmu_flush_all(&mut self, keep_global: bool) {
-        if keep_global {
-            self.tlb.flush_local();
-            self.engine.drop_local_addresses();
-        } else {
-            self.tlb.flush_all();
-            self.engine.drop_address_caches();
-        }
+    /// Forgets every translation. To be called as well after anything changed that decides how addresses are translated
+    /// other than by CR3: CR0.PG/WP, CR4, EFER, PKRU.
+    pub fn mmu_flush_all(&mut self) {
+        self.tlb.flush_all();
+        self.engine.drop_address_caches();
+        self.engine.spaces.clear();
     }
 
-    /// Forgets the translation of the page at `va`.
+    /// Forgets every translation but those of global pages, whatever their PCID.
+    pub fn mmu_flush_local(&mut self) {
+        self.flush_current();
+        self.engine.spaces.clear();
+    }
+
+    /// Forgets a PCID's translations, but for those of global pages.
+    pub fn mmu_flush_pcid(&mut self, pcid: u64) {
+        if pcid == self.pcid() {
+            self.flush_current();
+        }
+        self.engine.spaces.forget(pcid);
+    }
+
+    /// Forgets the translation of the page at `va`: the current PCID's, and a global one.
     pub fn mmu_flush_page(&mut self, va: u64) {
         self.tlb.flush_page(va);
         self.engine.drop_address(va);
     }
 
-    /// Sets CR3, already checked, and forgets what that invalidates (Intel SDM 3A 4.10.4.1): with bit 63 under
-    /// CR4.PCIDE nothing needs to be, but the software TLB knows only one address space.
+    /// Sets CR3, already checked, and forgets what that invalidates (Intel SDM 3A 4.10.4.1).
     pub fn mmu_load_cr3(&mut self, value: u64) {
-        self.cr3 = value & !(1 << 63);
-        self.mmu_flush_all(self.cr4 & cr4::PGE != 0);
+        let left = std::mem::replace(&mut self.cr3, value & !NO_FLUSH);
+        let pcids = self.cr4 & cr4::PCIDE != 0;
+        let keep = pcids && value & NO_FLUSH != 0;
+        if keep && self.cr3 == left {
+            return;
+        }
+        if !pcids || left & 0xfff == self.pcid() {
+            return self.flush_current();
+        }
+        let space = self.engine.spaces.leave(left, self.cr3);
+        self.tlb.take_local(&mut space.mappings);
+        self.engine.cache.jumps.take_local(&mut space.jumps);
+        space.fetches.clear();
+        std::mem::swap(&mut self.engine.fetches, &mut space.fetches);
+        if !keep {
+            self.engine.spaces.forget(self.pcid());
+        }
+        let Some(space) = self.engine.spaces.enter(self.cr3) else { return };
+        self.tlb.put_back(&space.mappings);
+        self.engine.cache.jumps.put_back(&space.jumps);
+        std::mem::swap(&mut self.engine.fetches, &mut space.fetches);
+    }
+
+    fn flush_current(&mut self) {
+        self.tlb.flush_local();
+        self.engine.drop_local_addresses();
+    }
+
+    /// The current process-context identifier.
+    fn pcid(&self) -> u64 {
+        if self.cr4 & cr4::PCIDE != 0 { self.cr3 & 0xfff } else { 0 }
     }
 }

@@ -7,6 +7,10 @@ use crate::code_memory::{
     CodeMemory, JUMP_SLOTS, JUMP_TABLE_WORDS, JumpSlot, empty_tag, jump_index, jump_slot_offsets,
 };
 use crate::mode::Mode;
+use crate::spaces::Missed;
+
+/// Entries of an address space that are kept while it is not the current one.
+const MAX_KEPT: usize = 1024;
 
 /// What one vCPU's jump table holds.
 pub struct Jumps {
@@ -15,6 +19,23 @@ pub struct Jumps {
     /// Entries that are in use, for code in global pages and in others.
     global: Listed,
     local: Listed,
+    /// Entries whose blocks are gone.
+    forgotten: Missed<usize>,
+}
+
+/// Entries of an address space that is not the current one.
+#[derive(Default)]
+pub struct Kept {
+    entries: Vec<KeptJump>,
+    /// How many entries had been forgotten when it was left.
+    forgotten: u64,
+}
+
+struct KeptJump {
+    tag_index: usize,
+    tag: u64,
+    code: u64,
+    parked: u64,
 }
 
 /// The part of the table for one mode.
@@ -57,7 +78,7 @@ impl Listed {
 
 impl Jumps {
     pub fn new(memory: Arc<CodeMemory>) -> Self {
-        Jumps { memory, slots: Vec::new(), global: Listed::new(), local: Listed::new() }
+        Jumps { memory, slots: Vec::new(), global: Listed::new(), local: Listed::new(), forgotten: Missed::default() }
     }
 
     /// The part of the table for a mode; none once there are more modes than slots. Careful blocks lead to plain ones.
@@ -111,7 +132,39 @@ impl Jumps {
         self.local.clear(empty);
         if global {
             self.global.clear(empty);
+            self.forgotten.add_many();
             self.release();
+        }
+    }
+
+    /// Takes out what is not in global pages.
+    pub fn take_local(&mut self, kept: &mut Kept) {
+        let memory = &self.memory;
+        kept.entries.clear();
+        kept.forgotten = self.forgotten.count();
+        self.local.clear(|tag_index| {
+            let [code, parked] = targets(tag_index).map(|index| memory.jump_word(index).load(Ordering::Relaxed));
+            let word = memory.jump_word(tag_index);
+            let tag = word.load(Ordering::Relaxed);
+            if tag != empty_tag(tag_index) && kept.entries.len() < MAX_KEPT {
+                kept.entries.push(KeptJump { tag_index, tag, code, parked });
+            }
+            word.store(empty_tag(tag_index), Ordering::Relaxed);
+        });
+    }
+
+    /// Puts back what was taken out, but for what leads to blocks that are gone.
+    pub fn put_back(&mut self, kept: &Kept) {
+        let Some(forgotten) = self.forgotten.since(kept.forgotten) else { return };
+        for jump in &kept.entries {
+            if forgotten.clone().any(|&gone| gone == jump.tag_index) {
+                continue;
+            }
+            self.local.add(jump.tag_index);
+            for (index, code) in targets(jump.tag_index).into_iter().zip([jump.code, jump.parked]) {
+                self.memory.jump_word(index).store(code, Ordering::Relaxed);
+            }
+            self.memory.jump_word(jump.tag_index).store(jump.tag, Ordering::Relaxed);
         }
     }
 
@@ -137,9 +190,10 @@ impl Jumps {
     }
 
     /// Forgets one key.
-    pub fn forget(&self, mode: Mode, key: u64) {
+    pub fn forget(&mut self, mode: Mode, key: u64) {
         if let Some(slot) = self.slots.iter().position(|s| s.mode == mode) {
             let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key, mode);
+            self.forgotten.add(tag_index);
             if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key {
                 self.empty(tag_index);
             }
@@ -149,6 +203,12 @@ impl Jumps {
     fn empty(&self, tag_index: usize) {
         self.memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
     }
+}
+
+/// Where the two host addresses of the entry stand whose tag is at an index.
+fn targets(tag_index: usize) -> [usize; 2] {
+    let JumpSlot { tags, codes, parked } = jump_slot_offsets(0);
+    [codes, parked].map(|array| tag_index + (array - tags) as usize / 8)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //!    the bytes they came from are written.
 //! 3. [`entry`] is the border between Rust and emitted code, in assembly: registers are loaded and saved there.
 //! 4. Emitted code finds memory through [`tlb`]; misses, MMIO and odd accesses come to [`access`], which asks [`mmu`].
+//!    What is known of address spaces that are not the current one waits in [`spaces`].
 //! 5. Faults and sensitive instructions end in [`semantics`] and [`deliver`]; interrupts come from [`apic`].
 //!
 //! `unsafe` is used where host memory and host code are touched: the emitter, the entry code, signal handling and guest
@@ -25,6 +26,7 @@ pub mod deliver;
 pub mod descriptor;
 pub mod entry;
 pub mod events;
+pub mod fetches;
 pub mod flush;
 pub mod host;
 pub mod interrupts;
@@ -41,6 +43,7 @@ pub mod semantics;
 pub mod shared;
 mod signals;
 mod snippets;
+pub mod spaces;
 pub mod stats;
 pub mod task;
 #[cfg(test)]

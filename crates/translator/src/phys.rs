@@ -65,7 +65,7 @@ impl Vcpu {
     pub fn follow_map(&mut self) {
         if self.machine.ram.map().generation() != self.map.generation() {
             self.map = self.machine.ram.map().sections();
-            self.mmu_changed();
+            self.mmu_flush_all();
         }
     }
 

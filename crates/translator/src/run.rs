@@ -21,11 +21,13 @@ use crate::codegen::groups::Sharing;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, NO_BRANCH, enter};
+use crate::fetches::Fetches;
 use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::rewritten::Rewritten;
 use crate::shared::request;
+use crate::spaces::Spaces;
 
 /// Code whose groups' failures are remembered.
 const MAX_FAILURES: usize = 1 << 14;
@@ -35,16 +37,6 @@ const MANY_FAILURES: u8 = 16;
 const CODE_PAGE: usize = PAGE_SIZE as usize + 15;
 /// Code segments whose limits are remembered.
 const MAX_CODE_SEGMENTS: usize = 4096;
-/// Entries of the fetch cache; a power of two.
-const FETCH_ENTRIES: usize = 1024;
-
-/// Where code at a virtual page is, as the page walk said.
-#[derive(Clone, Copy, Default)]
-struct Fetch {
-    /// Page number plus one, with the context in the top bits; 0: empty.
-    tag: u64,
-    gpa: u64,
-}
 
 /// After so many detours to careful code one is looked at...
 const DETOURS: i32 = 1024;
@@ -60,12 +52,11 @@ pub struct EngineState {
     pub bounce: Bounce,
     /// Where in the bounce buffer the operand is.
     pub bounce_at: usize,
-    fetches: Box<[Fetch; FETCH_ENTRIES]>,
-    /// Those of global pages.
-    global_fetches: Box<[Fetch; FETCH_ENTRIES]>,
-    /// The [`area`]s in which code was fetched since the last flush.
-    local_pages: FxHashSet<u64>,
-    global_pages: FxHashSet<u64>,
+    /// The current address space's code pages, and the global ones.
+    pub fetches: Fetches,
+    global_fetches: Fetches,
+    /// Other address spaces.
+    pub spaces: Spaces,
     /// The mode of the block that runs.
     mode: Option<Mode>,
     /// The code segment whose limit the jump table goes by, and the limits of those of other bases.
@@ -99,10 +90,9 @@ impl EngineState {
             counts: Default::default(),
             bounce: Bounce::default(),
             bounce_at: 0,
-            fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
-            global_fetches: Box::new([Fetch::default(); FETCH_ENTRIES]),
-            local_pages: FxHashSet::default(),
-            global_pages: FxHashSet::default(),
+            fetches: Fetches::default(),
+            global_fetches: Fetches::default(),
+            spaces: Spaces::default(),
             mode: None,
             code_segment: CodeSegment::FLAT,
             code_limits: FxHashMap::default(),
@@ -154,25 +144,21 @@ impl EngineState {
     /// Forgets which virtual address leads to which block.
     pub fn drop_address_caches(&mut self) {
         self.cache.jumps.clear(true);
-        self.fetches.fill(Fetch::default());
-        self.global_fetches.fill(Fetch::default());
-        self.local_pages.clear();
-        self.global_pages.clear();
+        self.fetches.clear();
+        self.global_fetches.clear();
     }
 
     /// The same for what is not in global pages.
     pub fn drop_local_addresses(&mut self) {
         self.cache.jumps.clear(false);
-        self.fetches.fill(Fetch::default());
-        self.local_pages.clear();
+        self.fetches.clear();
     }
 
     /// The same for what is in one page, or in a large page around it.
     pub fn drop_address(&mut self, va: u64) {
-        let around = [area(va, false), area(va, true)];
-        if around.iter().any(|a| self.global_pages.contains(a)) {
+        if self.global_fetches.near(va) {
             self.drop_address_caches();
-        } else if around.iter().any(|a| self.local_pages.contains(a)) {
+        } else if self.fetches.near(va) {
             self.drop_local_addresses();
         }
     }
@@ -587,32 +573,19 @@ impl Vcpu {
         if let Some(known) = self.fetched(linear) {
             return Ok(known);
         }
-        let (tag, index) = self.fetch_tag(linear);
-        let mapping = walk(self, linear, Access::Execute, self.fetch_context())?;
+        let context = self.fetch_context();
+        let mapping = walk(self, linear, Access::Execute, context)?;
         let engine = &mut self.engine;
-        let (fetches, pages) = if mapping.global {
-            (&mut engine.global_fetches, &mut engine.global_pages)
-        } else {
-            (&mut engine.fetches, &mut engine.local_pages)
-        };
-        fetches[index] = Fetch { tag, gpa: mapping.gpa & !(PAGE_SIZE - 1) };
-        pages.insert(area(linear, mapping.large));
+        let fetches = if mapping.global { &mut engine.global_fetches } else { &mut engine.fetches };
+        fetches.enter(linear, context, mapping.gpa, mapping.large);
         Ok((mapping.gpa, mapping.global))
     }
 
     /// [`Vcpu::fetch_address`] of code that was fetched before.
     fn fetched(&self, linear: u64) -> Option<(u64, bool)> {
-        let (tag, index) = self.fetch_tag(linear);
-        [(&self.engine.global_fetches, true), (&self.engine.fetches, false)]
-            .into_iter()
-            .find(|(fetches, _)| fetches[index].tag == tag)
-            .map(|(fetches, global)| (fetches[index].gpa | (linear % PAGE_SIZE), global))
-    }
-
-    /// What a page is known by in the fetch cache, and where.
-    fn fetch_tag(&self, linear: u64) -> (u64, usize) {
-        let tag = linear >> 12 << 2 | self.fetch_context() as u64 | 1 << 63;
-        (tag, (linear >> 12) as usize % FETCH_ENTRIES)
+        let context = self.fetch_context();
+        let global = self.engine.global_fetches.find(linear, context).map(|gpa| (gpa, true));
+        global.or_else(|| self.engine.fetches.find(linear, context).map(|gpa| (gpa, false)))
     }
 
     fn fetch_context(&self) -> Context {
@@ -772,11 +745,6 @@ fn least_sharing(mode: Mode) -> Sharing {
     } else {
         Sharing::All
     }
-}
-
-/// What INVLPG of an address concerns: its page, or all of the largest page that there is.
-fn area(linear: u64, large: bool) -> u64 {
-    if large { linear >> 30 << 1 | 1 } else { linear >> 12 << 1 }
 }
 
 fn next_page(linear: u64) -> u64 {

@@ -174,7 +174,7 @@ fn save_state(cpu: &mut Vcpu, wide: bool, flags: u64) -> Result<(), Exception> {
 fn load_state(cpu: &mut Vcpu, new: &TaskState, flags: u64) -> Result<(), Exception> {
     if let Some(cr3) = new.cr3 {
         cpu.cr3 = cr3;
-        cpu.mmu_changed();
+        cpu.mmu_flush_all();
     }
     let known = rflags::ARITHMETIC
         | rflags::TF

@@ -84,7 +84,7 @@ pub fn kernel_vcpu() -> Box<Vcpu> {
     cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(KERNEL_CS, true, 0);
     cpu.segments[SegmentRegister::Ss as usize] = Segment::flat_data(KERNEL_SS, 0);
     cpu.gpr[gpr::RSP] = 0x1_f000;
-    cpu.mmu_changed();
+    cpu.mmu_flush_all();
     cpu
 }
 

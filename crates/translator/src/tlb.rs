@@ -3,13 +3,15 @@
 //! One direct-mapped table for each [`Context`]. An access at `va` takes the entry at `(va >> 12) & mask` and hits if
 //! `va ^ tag` is at most `4096 - size`: one comparison for "same page" and "does not cross its end". Pages that are MMIO,
 //! hold translated code, or are watched have no write (or no read) tag, so that they take the slow path. Bit maps
-//! tell which entries were filled, so that a flush touches only those.
+//! tell which entries were filled, so that a flush touches only those. Entries of other address spaces than the current
+//! one wait elsewhere ([`Kept`]).
 
 use std::ops::Range;
 
 use memory::PAGE_SIZE;
 
 use crate::cpu::{CONTEXTS, Context};
+use crate::spaces::Missed;
 
 /// Entries in each table; a power of two.
 pub const ENTRIES: usize = 16384;
@@ -46,6 +48,9 @@ impl Entry {
         (offset <= PAGE_SIZE.checked_sub(length as u64)?).then(|| self.host + offset)
     }
 }
+
+/// Entries of an address space that are kept while it is not the current one.
+const MAX_KEPT: usize = 1024;
 
 /// In [`Entry::frame`]: the mapping survives a change of CR3.
 const GLOBAL: u64 = 1;
@@ -86,12 +91,13 @@ impl Table {
         self.large = 0;
     }
 
-    fn flush_local(&mut self) {
+    /// Empties what is not global, after showing it.
+    fn flush_local(&mut self, mut each: impl FnMut(usize, Entry)) {
         for word in 0..ENTRIES / 64 {
             for bit in bits(std::mem::take(&mut self.local[word])) {
                 let index = word * 64 + bit;
                 if self.entries[index].frame & GLOBAL == 0 {
-                    self.entries[index] = Entry::empty(index);
+                    each(index, std::mem::replace(&mut self.entries[index], Entry::empty(index)));
                 }
             }
         }
@@ -127,11 +133,25 @@ pub struct StackPage {
 
 const NO_STACK: StackPage = StackPage { page: NO_PAGE, addend: 0, frame: u64::MAX };
 
+/// Mappings of an address space that is not the current one.
+#[derive(Default)]
+pub struct Kept {
+    entries: Vec<(u8, u16, Entry)>,
+    /// As in [`Table`].
+    large: [u64; CONTEXTS],
+    /// How often frames had been protected when it was left.
+    protected: u64,
+}
+
+const _: () = assert!(ENTRIES <= 1 << 16);
+
 /// All of a vCPU's cached mappings.
 #[repr(C)]
 pub struct Tlb {
     stack: [StackPage; CONTEXTS],
     tables: [Table; CONTEXTS],
+    /// Frames whose mappings lost their write tags.
+    protected: Missed<Range<u64>>,
     pub flushes: u64,
     pub fills: u64,
 }
@@ -164,6 +184,7 @@ impl Tlb {
                 (&raw mut (*table).global).write([0; ENTRIES / 64]);
                 (&raw mut (*table).large).write(0);
             }
+            (&raw mut (*place).protected).write(Missed::default());
             (&raw mut (*place).flushes).write(0);
             (&raw mut (*place).fills).write(0);
         }
@@ -232,11 +253,47 @@ impl Tlb {
 
     /// Drops everything but global pages.
     pub fn flush_local(&mut self) {
+        self.leave_local_stacks();
+        self.tables.iter_mut().for_each(|table| table.flush_local(|_, _| ()));
+    }
+
+    fn leave_local_stacks(&mut self) {
         self.flushes += 1;
         for stack in self.stack.iter_mut().filter(|s| s.frame & GLOBAL == 0) {
             *stack = NO_STACK;
         }
-        self.tables.iter_mut().for_each(Table::flush_local);
+    }
+
+    /// Takes everything out but global pages.
+    pub fn take_local(&mut self, kept: &mut Kept) {
+        self.leave_local_stacks();
+        kept.entries.clear();
+        kept.protected = self.protected.count();
+        for (context, table) in self.tables.iter_mut().enumerate() {
+            kept.large[context] = table.large;
+            table.flush_local(|index, entry| {
+                if kept.entries.len() < MAX_KEPT {
+                    kept.entries.push((context as u8, index as u16, entry));
+                }
+            });
+        }
+    }
+
+    /// Puts back what was taken out. Where it can't be known which frames were protected meanwhile, nothing has a write tag.
+    pub fn put_back(&mut self, kept: &Kept) {
+        let protected = self.protected.since(kept.protected);
+        for &(context, index, mut entry) in &kept.entries {
+            let (table, index) = (&mut self.tables[context as usize], index as usize);
+            let frame = entry.frame & !0xfff;
+            if protected.clone().is_none_or(|mut ranges| ranges.any(|r| r.contains(&frame))) {
+                entry.write = invalid(index);
+            }
+            table.local[index / 64] |= 1 << (index % 64);
+            table.entries[index] = entry;
+        }
+        for (table, large) in self.tables.iter_mut().zip(kept.large) {
+            table.large |= large;
+        }
     }
 
     /// Drops the mapping of one page in every context.
@@ -257,6 +314,7 @@ impl Tlb {
 
     /// Takes the write tag off one entry, if it maps this frame, and off the stack pages that do.
     pub fn protect_entry(&mut self, context: Context, index: usize, frame: u64) {
+        self.protected.add(frame..frame + PAGE_SIZE);
         for stack in self.stack.iter_mut().filter(|s| s.frame & !0xfff == frame) {
             *stack = NO_STACK;
         }
@@ -269,6 +327,7 @@ impl Tlb {
 
     /// Takes the write tags off all mappings of these frames: what is written there is to be seen.
     pub fn protect(&mut self, frames: Range<u64>) {
+        self.protected.add(frames.clone());
         for stack in self.stack.iter_mut().filter(|s| frames.contains(&(s.frame & !0xfff))) {
             *stack = NO_STACK;
         }

@@ -84,7 +84,7 @@ impl Vcpu {
         });
         // SAFETY: `emplace` has written every field, the TLB among them.
         let mut vcpu = unsafe { place.assume_init() };
-        vcpu.mmu_changed();
+        vcpu.mmu_flush_all();
         Ok(vcpu)
     }
 }
@@ -216,7 +216,7 @@ impl Vcpu {
             self.shared.flag(request::NMI);
         }
         self.shared.flag(request::TIMER | request::INTERRUPT);
-        self.mmu_changed();
+        self.mmu_flush_all();
         Ok(())
     }
 }

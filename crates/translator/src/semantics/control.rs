@@ -95,7 +95,7 @@ impl Vcpu {
         }
         // PE alone changes nothing about addresses: paging is off before and after. Firmware goes to and fro all the time.
         if changed & (cr0::PG | cr0::WP) != 0 {
-            self.mmu_changed();
+            self.mmu_flush_all();
         }
         Ok(())
     }
@@ -162,7 +162,7 @@ impl Vcpu {
         }
         self.cr4 = value;
         if changed & PAGING != 0 {
-            self.mmu_changed();
+            self.mmu_flush_all();
         }
         Ok(())
     }

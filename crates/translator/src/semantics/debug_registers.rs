@@ -67,7 +67,7 @@ fn write(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
     if number != 6 {
         // Watched pages take the slow path: which ones may have changed.
-        cpu.mmu_flush_all(false);
+        cpu.mmu_flush_all();
     }
     Ok(())
 }

@@ -123,7 +123,7 @@ fn wrpkru(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
     let value = cpu.gpr[gpr::RAX] as u32;
     if value != cpu.pkru {
         cpu.pkru = value;
-        cpu.mmu_changed();
+        cpu.mmu_flush_all();
     }
     Ok(())
 }

@@ -205,7 +205,7 @@ impl Vcpu {
         }
         self.msrs.efer = value & !efer::LMA | self.msrs.efer & efer::LMA;
         if changed & efer::NXE != 0 {
-            self.mmu_changed();
+            self.mmu_flush_all();
         }
         Ok(())
     }

@@ -89,10 +89,10 @@ fn invpcid(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
     match kind {
         0 if pcid == cpu.cr3 & 0xfff || cpu.cr4 & cr4::PCIDE == 0 => cpu.mmu_flush_page(target),
-        // Of other PCIDs nothing is cached.
-        0 => {}
-        1 | 3 => cpu.mmu_flush_all(true),
-        _ => cpu.mmu_flush_all(false),
+        // Forgetting too much is always allowed (Intel SDM 3A 4.10.4.1).
+        0 | 1 => cpu.mmu_flush_pcid(pcid),
+        3 => cpu.mmu_flush_local(),
+        _ => cpu.mmu_flush_all(),
     }
     Ok(())
 }

@@ -477,7 +477,7 @@ fn initialize(cpu: &mut Vcpu, components: u64, registers: usize) {
 fn set_pkru(cpu: &mut Vcpu, value: u32) {
     if cpu.pkru != value {
         cpu.pkru = value;
-        cpu.mmu_changed();
+        cpu.mmu_flush_all();
     }
 }
 

@@ -477,7 +477,7 @@ fn arbitrary_vcpu(numbers: &mut Numbers) -> Box<Vcpu> {
     cpu.cr4 ^= numbers.next() & (cr4::SMAP | cr4::SMEP | cr4::VME | cr4::UMIP);
     cpu.dr7 = if numbers.next().is_multiple_of(8) { numbers.next() } else { 0x400 };
     cpu.msrs.sysenter_cs = numbers.next();
-    cpu.mmu_changed();
+    cpu.mmu_flush_all();
     cpu
 }
 
