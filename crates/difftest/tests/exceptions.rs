@@ -356,3 +356,40 @@ fn a_page_fault_during_delivery_of_a_page_fault_keeps_the_second_address() {
     let address = machine.state().cr2;
     assert!((0x7000_0000_0fd0..0x7000_0000_1000).contains(&address), "CR2 is {address:#x}");
 }
+
+#[test]
+fn protection_keys_are_read_where_cr4_has_them_and_ecx_is_0() {
+    let (frame, _) = kernel_exception(|a| {
+        a.xor(ecx, ecx)?;
+        a.rdpkru()
+    });
+    assert_eq!(frame.vector, 6);
+    let (frame, machine) = kernel_exception(|a| {
+        a.mov(eax, 7)?;
+        a.xor(ecx, ecx)?;
+        a.cpuid()?;
+        a.mov(r8d, ecx)?;
+        a.xor(ebx, ebx)?;
+        a.mov(rax, cr4)?;
+        a.bts(rax, 22)?;
+        a.mov(cr4, rax)?;
+        a.xor(ecx, ecx)?;
+        a.xor(edx, edx)?;
+        a.mov(eax, 0x5554)?;
+        a.wrpkru()?;
+        a.mov(rax, -1i64)?;
+        a.mov(rdx, -1i64)?;
+        a.stc()?;
+        a.rdpkru()?;
+        a.adc(rbx, 6)?;
+        a.mov(rsi, rax)?;
+        a.mov(rdi, rdx)?;
+        a.mov(ecx, 1)?;
+        a.rdpkru()
+    });
+    let gpr = machine.state().gpr;
+    // PKU (Intel SDM 2A, CPUID): where there are no such keys, CR4 can't have them.
+    let expected = if gpr[8] & 1 << 3 != 0 { (7, 0x5554, 0) } else { (0, 0, 0) };
+    assert_eq!((frame.vector, frame.error), (13, 0));
+    assert_eq!((gpr[3], gpr[6], gpr[7]), expected);
+}

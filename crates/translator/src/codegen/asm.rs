@@ -56,6 +56,7 @@ pub enum Alu {
 
 /// Condition codes, as encoded.
 pub mod cc {
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
     pub const A: u8 = 7;

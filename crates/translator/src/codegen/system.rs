@@ -10,13 +10,15 @@ use crate::entry::context_offset;
 use crate::mmu::operand::segment_register;
 use crate::mode::Mode;
 use crate::shared::request;
-use arch::registers::rflags;
+use arch::registers::{cr4, rflags};
 
 const GS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 5 * size_of::<arch::Segment>() as i32);
 const KERNEL_GS_BASE: Mem =
     Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
 const TSC_AUX: Mem = Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, tsc_aux) as i32);
 const RFLAGS: Mem = Mem::Base(RSP, context_offset!(rflags));
+const PKRU: Mem = Mem::Base(RSP, context_offset!(pkru));
+const CR4: Mem = Mem::Base(RSP, context_offset!(cr4));
 /// See [`Builder::push_flags`].
 const LENT: Mem = Mem::Base(RSP, context_offset!(hot.lent));
 
@@ -35,7 +37,7 @@ pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
         Mnemonic::Swapgs => privileged && mode.long(),
         Mnemonic::Cli | Mnemonic::Sti => privileged,
         Mnemonic::Rdtsc | Mnemonic::Rdtscp => mode.reads_tsc() && inline_tsc,
-        Mnemonic::Cld | Mnemonic::Std => true,
+        Mnemonic::Cld | Mnemonic::Std | Mnemonic::Rdpkru => true,
         Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op1_kind() == OpKind::Register => {
             insn.op1_register().is_segment_register() || privileged && control_register(insn.op1_register()).is_some()
         }
@@ -58,7 +60,7 @@ fn control_register(register: Register) -> Option<Mem> {
         Register::CR0 => context_offset!(cr0),
         Register::CR2 => context_offset!(cr2),
         Register::CR3 => context_offset!(cr3),
-        Register::CR4 => context_offset!(cr4),
+        Register::CR4 => return Some(CR4),
         _ => return None,
     };
     Some(Mem::Base(RSP, at))
@@ -122,6 +124,7 @@ impl Builder<'_> {
                 self.free_flags();
                 self.asm.or_mem32_imm(RFLAGS, rflags::DF as i32);
             }
+            Mnemonic::Rdpkru => self.read_protection_keys(),
             Mnemonic::Mov => self.read_system_register(insn),
             _ if is_push(insn) => self.push_flags(image_size(insn)),
             _ => self.pop_flags(image_size(insn)),
@@ -138,6 +141,19 @@ impl Builder<'_> {
             None => self.asm.load16(S0, selector(from)),
         }
         self.write_sized_register(to.full_register().number() as u8, to.size(), S0);
+    }
+
+    /// RDPKRU, which Linux executes for each page that it pins for a device. What makes it fault, Rust finds out.
+    fn read_protection_keys(&mut self) {
+        self.free_flags();
+        let slow = self.sensitive_stub(None);
+        self.asm.test_mem32_imm(CR4, cr4::PKE as i32);
+        self.asm.jcc(cc::E, slow);
+        self.asm.mov32(S0, RCX);
+        self.asm.alu_imm32(Alu::Cmp, S0, 0);
+        self.asm.jcc(cc::NE, slow);
+        self.asm.load32(RAX, PKRU);
+        self.asm.mov_imm(RDX, 0);
     }
 
     fn read_tsc(&mut self) {
