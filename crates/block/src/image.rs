@@ -121,7 +121,8 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<Info, Error> {
     Ok(Info { format, size: header.size, allocated, qcow2: Some(qcow2) })
 }
 
-/// Copies what is on the disk of one image to a new image. `progress` hears of bytes done and of all.
+/// Copies what is on the disk of one image to a new image. `progress` hears of bytes done and of all, for the first time
+/// when the new image has been made and nothing is in it.
 pub fn convert(from: &Options, to: &Path, format: Format, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
     let mut source = from.clone();
     (source.read_only, source.snapshot) = (true, false);
@@ -138,6 +139,7 @@ fn copy(source: &Disk, target: &Disk, progress: &mut dyn FnMut(u64, u64)) -> io:
     let size = source.size();
     let mut buffer = vec![0; CHUNK];
     let mut offset = 0;
+    progress(offset, size);
     while let Some(next) = source.next_data(offset)?.filter(|next| *next < size) {
         // Whole pieces, so that a target's clusters are written at once.
         offset = next / PIECE as u64 * PIECE as u64;

@@ -164,7 +164,7 @@ pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<
         }
         match error.kind() {
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => eprint!("{error}"),
-            _ => eprintln!("ringer: {}", one_line(&error.to_string())),
+            _ => say!("ringer: {}", one_line(&error.to_string())),
         }
         2
     })

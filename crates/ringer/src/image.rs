@@ -1,5 +1,8 @@
 //! `ringer image`: makes, describes, copies, resizes and checks disk images.
 
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use block::image::{self, Info, Report};
@@ -8,8 +11,8 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::debian;
 use crate::units::{parse_size, show_size};
+use crate::{cleanup, debian};
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum ImageCommand {
@@ -96,6 +99,8 @@ pub enum Error {
     Damaged { path: PathBuf, errors: u64, repaired: bool },
     #[error(transparent)]
     Debian(#[from] debian::Error),
+    #[error("can't write to stdout: {0}")]
+    Output(io::Error),
 }
 
 pub fn format(text: &str) -> Result<Format, String> {
@@ -118,23 +123,23 @@ pub fn run(command: &ImageCommand) -> Result<(), Error> {
         ImageCommand::Create(args) => {
             let backing = args.backing.clone().map(|backing| (backing, args.backing_format));
             let size = image::create(&args.image, args.format, args.size, backing)?;
-            eprintln!("ringer: {}: a disk of {}", args.image.display(), show_size(size));
+            say!("ringer: {}: a disk of {}", args.image.display(), show_size(size));
         }
         ImageCommand::Info { image, format, json } => {
             let info = image::info(image, *format)?;
-            if *json { println!("{}", info_json(&info)) } else { print_info(image, &info) }
+            print(&if *json { format!("{}\n", info_json(&info)) } else { info_text(image, &info) })?;
         }
         ImageCommand::Convert(args) => convert(args)?,
         ImageCommand::Resize(args) => {
             let mut options = Options::new(&args.image);
             options.format = args.format;
             let before = image::resize(&options, args.size, args.shrink)?;
-            eprintln!("ringer: {}: {} instead of {}", args.image.display(), show_size(args.size), show_size(before));
+            say!("ringer: {}: {} instead of {}", args.image.display(), show_size(args.size), show_size(before));
         }
         ImageCommand::Check { image, repair, json } => check(image, *repair, *json)?,
         ImageCommand::Debian(args) => {
             debian::build(args)?;
-            eprintln!("ringer: {} is ready; log in as root, without a password", args.output.display());
+            say!("ringer: {} is ready; log in as root, without a password", args.output.display());
         }
     }
     Ok(())
@@ -147,35 +152,59 @@ fn convert(args: &ConvertArgs) -> Result<(), Error> {
     if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {eta}") {
         bar.set_style(style);
     }
+    let (mut size, mut removal) = (0, None);
     let mut progress = |done, all| {
+        size = all;
+        // From its beginning on, half a copy is ours to remove.
+        removal.get_or_insert_with(|| {
+            let half = args.to.clone();
+            cleanup::register(move || _ = fs::remove_file(half))
+        });
         bar.set_length(all);
         bar.set_position(done);
     };
     let result = image::convert(&from, &args.to, args.output_format, &mut progress);
+    removal.into_iter().for_each(cleanup::Guard::cancel);
     bar.finish_and_clear();
-    Ok(result?)
+    result?;
+    say!("ringer: {}: a {} image of a disk of {}", args.to.display(), name(args.output_format), show_size(size));
+    Ok(())
 }
 
-fn print_info(path: &Path, info: &Info) {
-    println!("image:      {}", path.display());
-    println!("format:     {}", name(info.format));
-    println!("disk:       {} ({} bytes)", show_size(info.size), info.size);
-    println!("takes:      {} KiB", info.allocated >> 10);
-    let Some(qcow2) = &info.qcow2 else { return };
-    println!("version:    {}", qcow2.version);
-    println!("clusters:   {}, compressed ones by {}", show_size(qcow2.cluster_size), qcow2.compression);
+/// Writes to stdout. It is no error when nobody wants to read all of it.
+fn print(text: &str) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+fn info_text(path: &Path, info: &Info) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &dyn std::fmt::Display| _ = writeln!(text, "{:<12}{value}", format!("{name}:"));
+    line("image", &path.display());
+    line("format", &name(info.format));
+    line("disk", &format_args!("{} ({} bytes)", show_size(info.size), info.size));
+    line("takes", &format_args!("{} KiB", info.allocated >> 10));
+    let Some(qcow2) = &info.qcow2 else { return text };
+    line("version", &qcow2.version);
+    let cluster_size = show_size(qcow2.cluster_size);
+    line("clusters", &format_args!("{cluster_size}, compressed ones by {}", qcow2.compression));
     if let Some(backing) = &qcow2.backing_file {
-        println!("backing:    {backing:?} ({})", qcow2.backing_format.as_deref().unwrap_or("format not said"));
+        let format = qcow2.backing_format.as_deref().unwrap_or("format not said");
+        line("backing", &format_args!("{backing:?} ({format})"));
     }
     if qcow2.snapshots > 0 {
-        println!("snapshots:  {}", qcow2.snapshots);
+        line("snapshots", &qcow2.snapshots);
     }
     if qcow2.dirty {
-        println!("state:      not closed properly; ringer image check --repair");
+        line("state", &"not closed properly; ringer image check --repair");
     }
     if qcow2.corrupt {
-        println!("state:      marked as damaged; ringer image check --repair");
+        line("state", &"marked as damaged; ringer image check --repair");
     }
+    text
 }
 
 fn info_json(info: &Info) -> serde_json::Value {
@@ -197,18 +226,17 @@ fn info_json(info: &Info) -> serde_json::Value {
 
 fn check(path: &Path, repair: bool, json: bool) -> Result<(), Error> {
     let Report { errors, leaks, data_clusters, compressed_clusters, details, dirty } = image::check(path, repair)?;
+    let mut text = String::new();
     if json {
-        println!(
-            "{}",
-            json!({ "errors": errors, "leaks": leaks, "clusters": data_clusters,
-                    "compressed": compressed_clusters, "dirty": dirty, "details": details })
-        );
+        let report = json!({ "errors": errors, "leaks": leaks, "clusters": data_clusters,
+                             "compressed": compressed_clusters, "dirty": dirty, "details": details });
+        _ = writeln!(text, "{report}");
     } else {
-        details.iter().for_each(|detail| println!("error: {detail}"));
-        println!(
-            "{data_clusters} clusters of data ({compressed_clusters} compressed), {errors} errors, {leaks} leaked clusters"
-        );
+        details.iter().for_each(|detail| _ = writeln!(text, "error: {detail}"));
+        let clusters = format!("{data_clusters} clusters of data ({compressed_clusters} compressed)");
+        _ = writeln!(text, "{clusters}, {errors} errors, {leaks} leaked clusters");
     }
+    print(&text)?;
     if errors > 0 || dirty {
         return Err(Error::Damaged { path: path.into(), errors, repaired: repair });
     }

@@ -7,6 +7,14 @@
 //! It is a library besides a program so that its tests can make guests.
 #![forbid(unsafe_code)]
 
+/// Tells the user something on stderr, if anybody reads that.
+macro_rules! say {
+    ($($arguments:tt)*) => {{
+        use std::io::Write as _;
+        _ = writeln!(std::io::stderr(), $($arguments)*);
+    }};
+}
+
 mod boot_order;
 pub mod cleanup;
 mod cli;
@@ -54,7 +62,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(Ok(status)) => status.into(),
         Ok(Err(error)) => {
-            eprintln!("ringer: {error}");
+            say!("ringer: {error}");
             ExitCode::FAILURE
         }
         Err(_) => ExitCode::FAILURE,

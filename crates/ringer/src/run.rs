@@ -183,7 +183,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         test_device: args.test_device,
     };
     let mut machine = Machine::new(config, ram, &*selection.engine)?;
-    eprintln!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
+    say!("ringer: engine {} ({})", selection.engine.name(), selection.reason);
     // A signal ends the process in the middle of everything: what disks hold back is to be in their images then.
     let closing = cleanup::register(move || {
         devices.iter().for_each(|device| device.reset());
@@ -218,7 +218,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     tracing::info!(?outcome, "the machine has ended");
     if outcome == Outcome::Ended {
         // The guest's last line may be unfinished.
-        eprintln!("\nringer: ended by Ctrl-a x");
+        say!("\nringer: ended by Ctrl-a x");
     }
     Ok(match outcome {
         // Never 0, which says that all is well: as the port has it elsewhere.

@@ -122,9 +122,7 @@ fn option_rom() -> Result<Vec<u8>, Error> {
     match fs::read(OPTION_ROM) {
         Ok(rom) => Ok(rom),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            eprintln!(
-                "ringer: {OPTION_ROM} is missing (package seabios): a BIOS shows nothing on the screen without it"
-            );
+            say!("ringer: {OPTION_ROM} is missing (package seabios): a BIOS shows nothing on the screen without it");
             Ok(Vec::new())
         }
         Err(error) => Err(Error::OptionRom(error)),
@@ -144,7 +142,7 @@ pub fn serve(display: &DisplayArg, machine: &Machine) -> Result<Option<Display>,
     let password = password.as_deref().map(read_password).transpose()?;
     let open = matches!(address, Address::Tcp(address) if !address.ip().is_loopback());
     if open && password.is_none() {
-        eprintln!("ringer: whoever reaches {address} can use the machine: there is no password (,password=FILE)");
+        say!("ringer: whoever reaches {address} can use the machine: there is no password (,password=FILE)");
     }
     let desktop = Arc::new(Screen { vga, keyboard: machine.keyboard().clone(), pointer: Mutex::default() });
     let server = Server::start(address, password, desktop)
@@ -156,7 +154,7 @@ pub fn serve(display: &DisplayArg, machine: &Machine) -> Result<Option<Display>,
         }
         Address::Tcp(_) => None,
     };
-    eprintln!("ringer: the screen is at vnc {}", server.address());
+    say!("ringer: the screen is at vnc {}", server.address());
     Ok(Some(Display { _server: server, _socket: socket }))
 }
 
@@ -167,7 +165,7 @@ fn read_password(path: &Path) -> Result<Password, Error> {
         return Err(Error::NoPassword { path: path.into() });
     }
     if line.len() > MAX_PASSWORD {
-        eprintln!("ringer: of the password in {}, VNC uses the first {MAX_PASSWORD} bytes", path.display());
+        say!("ringer: of the password in {}, VNC uses the first {MAX_PASSWORD} bytes", path.display());
     }
     Ok(Password::new(line))
 }

@@ -250,7 +250,7 @@ impl Steps {
     fn start(&self, what: &str) {
         self.bar.set_message(what.to_owned());
         if self.bar.is_hidden() {
-            eprintln!("ringer: {what}");
+            say!("ringer: {what}");
         }
     }
 }

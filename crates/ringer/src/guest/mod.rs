@@ -281,7 +281,7 @@ impl Steps {
         self.bar.set_position(0);
         self.bar.set_message(what.to_owned());
         if self.bar.is_hidden() {
-            eprintln!("ringer: fetching the default guest (once): {what}");
+            say!("ringer: fetching the default guest (once): {what}");
         }
     }
 
