@@ -23,7 +23,7 @@ use crate::power::PowerManagement;
 use crate::reset::{ResetControl, SystemControlA};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
-use crate::test_device::TestDevice;
+use crate::test_device::{self, TestDevice, TestMemory};
 use crate::timer::Timers;
 use crate::{ChipsetConfig, Error, Firmware, PowerEvents};
 
@@ -108,6 +108,7 @@ impl Chipset {
         }
         if test_device {
             builder.ports(&TestDevice::PORTS, Arc::new(TestDevice::new(&lines)))?;
+            builder.memory(test_device::MEMORY_BASE, test_device::MEMORY_SIZE, Arc::new(TestMemory::default()))?;
         }
         let rom = match firmware {
             Some(firmware) => builder.firmware(firmware, &ram)?,

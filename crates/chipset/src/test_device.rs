@@ -2,10 +2,10 @@
 //! of QEMU's `pc-testdev`.
 //!
 //! A byte written to port 2000H + n asserts interrupt line n, or, if it is 0, lets go of it. Four ports from E0H on give
-//! back what was written to them, in accesses of any width.
+//! back what was written to them, in accesses of any width, as do 64 KiB of device memory at FF000000H.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Device;
 use crate::constants::IOAPIC_PINS;
@@ -16,8 +16,10 @@ const LATCH_SIZE: u16 = 4;
 const LINES_PORT: u16 = 0x2000;
 /// Offset of the first line's port.
 const LINES: u64 = 0x10;
+pub const MEMORY_BASE: u64 = 0xff00_0000;
+pub const MEMORY_SIZE: u64 = 0x1_0000;
 
-/// The device.
+/// The ports.
 pub struct TestDevice {
     lines: Vec<InterruptLine>,
     latch: AtomicU32,
@@ -62,6 +64,35 @@ impl Device for TestDevice {
     }
 }
 
+/// The device memory.
+pub struct TestMemory(Mutex<Box<[u8]>>);
+
+impl Default for TestMemory {
+    fn default() -> Self {
+        TestMemory(Mutex::new(vec![0; MEMORY_SIZE as usize].into()))
+    }
+}
+
+impl Device for TestMemory {
+    fn width(&self) -> usize {
+        8
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        data.iter_mut().zip(memory.iter().skip(offset as usize)).for_each(|(to, from)| *to = *from);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.iter_mut().skip(offset as usize).zip(data).for_each(|(to, from)| *to = *from);
+    }
+
+    fn reset(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).fill(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +109,15 @@ mod tests {
         write8(&device, LINES + 23, 1);
         device.reset();
         assert!(!all.lines.asserted(23));
+    }
+
+    #[test]
+    fn the_device_memory_keeps_what_is_written() {
+        let memory = TestMemory::default();
+        memory.write(0xfffc, &[1, 2, 3, 4, 5]);
+        assert_eq!(read::<2>(&memory, 0xfffe), [3, 4]);
+        memory.reset();
+        assert_eq!(read::<4>(&memory, 0xfffc), [0; 4]);
     }
 
     #[test]
