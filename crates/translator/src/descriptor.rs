@@ -172,11 +172,16 @@ impl Vcpu {
         Ok(())
     }
 
+    /// What `register` holds in real mode with this selector. Limit and attributes stay, for CS, too: this is what makes
+    /// "unreal" mode (Intel SDM 3A 10.9.2, 21.1.1).
+    pub fn real_mode_segment(&self, register: SegmentRegister, selector: u16) -> Segment {
+        Segment { base: u64::from(selector) << 4, selector, ..*self.seg(register) }
+    }
+
     /// What [`Vcpu::load_data_segment`] would load.
     pub fn data_segment(&mut self, register: SegmentRegister, selector: u16) -> Result<Segment, Exception> {
         if !self.protected_mode() {
-            // Limit and attributes stay: this is what makes "unreal" mode (Intel SDM 3A 20.1.1).
-            return Ok(Segment { base: u64::from(selector) << 4, selector, ..*self.seg(register) });
+            return Ok(self.real_mode_segment(register, selector));
         }
         if self.v8086() {
             return Ok(v8086_segment(selector));

@@ -210,7 +210,7 @@ fn enter_real_mode(cpu: &mut Vcpu, delivery: &Delivery) -> Result<(), Exception>
     stack.push_all(cpu, 2, &[delivery.flags, code_selector, cpu.rip])?;
     cpu.gpr[arch::registers::gpr::RSP] = stack.pointer;
     cpu.rflags &= !(rflags::IF | rflags::TF | rflags::AC | rflags::RF);
-    cpu.segments[SegmentRegister::Cs as usize] = arch::Segment::real_mode((target >> 16) as u16, true);
+    cpu.segments[SegmentRegister::Cs as usize] = cpu.real_mode_segment(SegmentRegister::Cs, (target >> 16) as u16);
     cpu.rip = target & 0xffff;
     Ok(())
 }

@@ -70,8 +70,10 @@ fn not_present(selector: u16) -> Exception {
 
 /// CS for a transfer in real or virtual-8086 mode; `offset` has to be within its limit.
 fn real_code_segment(cpu: &Vcpu, selector: u16, offset: u64) -> Result<Segment, Exception> {
-    let segment =
-        if cpu.v8086() { crate::descriptor::v8086_segment(selector) } else { Segment::real_mode(selector, true) };
+    let segment = match cpu.v8086() {
+        true => crate::descriptor::v8086_segment(selector),
+        false => cpu.real_mode_segment(SegmentRegister::Cs, selector),
+    };
     if offset > u64::from(segment.limit) {
         return Err(Exception::general_protection(0));
     }

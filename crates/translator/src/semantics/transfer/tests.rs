@@ -288,6 +288,21 @@ fn a_far_call_whose_push_faults_changes_nothing() {
 }
 
 #[test]
+fn real_mode_far_transfers_keep_the_limit_of_the_code_segment() {
+    let mut cpu = test_vcpu(4 << 20);
+    let unreal = Segment { limit: 0xf_ffff, ..Segment::real_mode(0x700, true) };
+    cpu.segments[SegmentRegister::Cs as usize] = unreal;
+    cpu.gpr[gpr::RSP] = 0x8000;
+    // JMP FAR 1234:00056789.
+    execute(&mut cpu, &[0x66, 0xea, 0x89, 0x67, 5, 0, 0x34, 0x12]).unwrap();
+    assert_eq!(cpu.rip, 0x5_6789);
+    assert_eq!(*cpu.seg(SegmentRegister::Cs), Segment { base: 0x1_2340, selector: 0x1234, ..unreal });
+    cpu.segments[SegmentRegister::Cs as usize].limit = 0xffff;
+    let e = fault_of(&mut cpu, &[0x66, 0xea, 0x89, 0x67, 5, 0, 0x34, 0x12]);
+    assert_eq!(e.vector, Vector::GeneralProtection);
+}
+
+#[test]
 fn real_mode_far_transfers_set_the_base() {
     let mut cpu = test_vcpu(4 << 20);
     cpu.segments[SegmentRegister::Cs as usize] = Segment::real_mode(0x700, true);
