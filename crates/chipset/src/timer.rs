@@ -90,7 +90,7 @@ impl Timers {
     pub fn start(clock: Arc<dyn Clock>) -> std::io::Result<Self> {
         let mut timers = Self::without_thread(clock);
         let shared = timers.shared.clone();
-        timers.thread = Some(std::thread::Builder::new().name("timers".into()).spawn(move || shared.run())?);
+        timers.thread = Some(wake::thread("timers").spawn(move || shared.run())?);
         Ok(timers)
     }
 

@@ -9,7 +9,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use arch::registers::{cr0, cr4, efer, gpr, pte, rflags};
@@ -224,7 +223,7 @@ fn outside() -> u64 {
 fn watched(vcpu: &mut Vcpu, control: &Arc<dyn VcpuControl>) -> Exit {
     let (finished, waiting) = mpsc::channel::<()>();
     let watchdog = control.clone();
-    let thread = thread::Builder::new().name("kvm-probe".into()).spawn(move || {
+    let thread = wake::thread("kvm-probe").spawn(move || {
         // Emulated, the guest would take much longer still: to wait for all of it shows nothing more.
         if waiting.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
             watchdog.stop();

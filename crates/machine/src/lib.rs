@@ -311,7 +311,7 @@ impl Machine {
         let control = &self.control;
         thread::scope(|scope| {
             for (id, vcpu) in (0..).zip(&mut self.vcpus) {
-                let thread = thread::Builder::new().name(format!("vcpu{id}"));
+                let thread = wake::thread(format!("vcpu{id}"));
                 let started = thread.spawn_scoped(scope, move || control.run_vcpu(id, vcpu.as_mut()));
                 if let Err(source) = started {
                     control.request(Request::End);

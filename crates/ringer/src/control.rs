@@ -9,7 +9,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
 
 use block::{Disk, Options};
 use display::vga::Vga;
@@ -74,7 +73,7 @@ pub fn serve(listener: UnixListener, control: Control) -> io::Result<()> {
             }
         }
     };
-    thread::Builder::new().name("control".into()).spawn(work).map(drop)
+    wake::thread("control").spawn(work).map(drop)
 }
 
 fn converse(stream: &UnixStream, control: &Control) -> io::Result<()> {

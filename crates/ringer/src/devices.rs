@@ -4,7 +4,6 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
 
 use rustix::stdio::stdout;
 use rustix::termios::tcgetwinsize;
@@ -103,7 +102,7 @@ pub fn follow_terminal_size(console: &Arc<Console>) -> io::Result<()> {
     tell(console);
     let mut changes = Signals::new([SIGWINCH])?;
     let console = Arc::downgrade(console);
-    thread::Builder::new().name("terminal-size".into()).spawn(move || {
+    wake::thread("terminal-size").spawn(move || {
         for _ in changes.forever() {
             let Some(console) = console.upgrade() else { return };
             tell(&console);

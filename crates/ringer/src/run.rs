@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, mpsc};
-use std::thread;
 
 use block::Disk;
 use boot::{BootConfig, Framebuffer};
@@ -307,7 +306,7 @@ fn output(flag: &'static str, to: &Serial, link: &Arc<Link>) -> Result<SerialOut
 /// Makes stdin the input of a port. Its threads are left behind in blocking calls when the machine ends.
 fn attach_stdin(machine: Handle, input: impl Fn(&[u8]) + Send + 'static) -> Result<Option<cleanup::Guard>, Error> {
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-        thread::Builder::new().name(name.into()).spawn(work).map_err(Error::Input)
+        wake::thread(name).spawn(work).map_err(Error::Input)
     };
     if !isatty(stdin()) {
         spawn("stdin", Box::new(move || console::read_input(None, input)))?;

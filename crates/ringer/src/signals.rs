@@ -3,7 +3,7 @@
 //! Only signals that come from outside are handled, on a thread of their own. Those that faults raise belong to the
 //! engines.
 
-use std::{io, thread};
+use std::io;
 
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
@@ -14,7 +14,7 @@ use crate::{cleanup, terminal};
 /// Starts the thread that handles signals, and restores the terminal before a panic is reported.
 pub fn install() -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT])?;
-    thread::Builder::new().name("signals".into()).spawn(move || {
+    wake::thread("signals").spawn(move || {
         for signal in signals.forever() {
             match signal {
                 SIGTSTP => {

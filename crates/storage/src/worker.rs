@@ -16,7 +16,7 @@ impl Worker {
         work: impl FnOnce() + Send + 'static,
         stop: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, Error> {
-        let thread = std::thread::Builder::new().name(what.into()).spawn(work);
+        let thread = wake::thread(what).spawn(work);
         let thread = thread.map_err(|source| Error::Thread { what, source })?;
         Ok(Worker { stop: Box::new(stop), thread: Some(thread) })
     }

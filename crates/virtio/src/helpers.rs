@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use crate::{Chain, Event};
 
@@ -98,7 +98,7 @@ impl Helpers {
             return;
         }
         let shared = self.shared.clone();
-        match thread::Builder::new().name(self.name.into()).spawn(move || shared.help()) {
+        match wake::thread(self.name).spawn(move || shared.help()) {
             Ok(thread) => self.threads.push(thread),
             Err(_) if !self.threads.is_empty() => {}
             Err(_) => {

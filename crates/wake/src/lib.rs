@@ -1,15 +1,24 @@
-//! Waking a device's thread, and telling it to end.
+//! Threads of a machine: how they are made, woken, and told to end.
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
+
+/// Bytes of a thread's stack. Stacks of 2 MiB, which they have if nothing is said, happen to begin at a multiple of that,
+/// and where the host uses transparent huge pages the first write takes all of it (until Linux 6.7, which excepts stacks).
+const STACK: usize = 1 << 20;
+
+/// What makes a thread of this name; all threads of a machine come from here.
+pub fn thread(name: impl Into<String>) -> thread::Builder {
+    thread::Builder::new().name(name.into()).stack_size(STACK)
+}
 
 /// Something that has happened and that a thread can wait for: a flag with a file descriptor, readable while it is set.
 ///
@@ -91,7 +100,7 @@ impl Worker {
     pub fn start(name: &str, work: impl FnOnce(&Event) + Send + 'static) -> io::Result<Self> {
         let stop = Arc::new(Event::new()?);
         let told = stop.clone();
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || work(&told))?;
+        let thread = thread(name).spawn(move || work(&told))?;
         Ok(Worker { stop, thread: Some(thread) })
     }
 }

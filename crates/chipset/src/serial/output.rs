@@ -62,7 +62,7 @@ impl Output {
     pub fn start(mut sink: Box<dyn Write + Send>, space: impl Fn() + Send + 'static) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let thread = shared.clone();
-        std::thread::Builder::new().name("serial output".into()).spawn(move || {
+        wake::thread("serial output").spawn(move || {
             let mut broken = false;
             while let Some(bytes) = thread.take() {
                 space();

@@ -29,7 +29,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -153,7 +153,7 @@ impl Server {
         let shared = Arc::new(Shared { screen: Screen::new(desktop), password, viewers: Mutex::default() });
         let (stop, stopped) = UnixStream::pair()?;
         let mut server = Server { address, shared: shared.clone(), threads: Vec::new(), stop };
-        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| thread::Builder::new().name(name.into()).spawn(work);
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| wake::thread(name).spawn(work);
         let screen = shared.clone();
         server.threads.push(spawn("vnc-screen", Box::new(move || screen.screen.run()))?);
         server.threads.push(spawn("vnc-listener", Box::new(move || listen(&listener, &stopped, &shared)))?);
@@ -202,7 +202,7 @@ fn listen(listener: &Listener, stopped: &UnixStream, shared: &Arc<Shared>) {
             Err(error) => {
                 // Of this connection, or for want of descriptors, which come back.
                 tracing::warn!("a VNC viewer can't connect: {error}");
-                thread::sleep(std::time::Duration::from_millis(100));
+                std::thread::sleep(std::time::Duration::from_millis(100));
             }
         }
     }
@@ -218,7 +218,7 @@ fn admit(id: u64, stream: Stream, shared: &Arc<Shared>) {
     }
     let stream = Arc::new(stream);
     let (own, server) = (stream.clone(), shared.clone());
-    let thread = thread::Builder::new().name("vnc-viewer".into()).spawn(move || {
+    let thread = wake::thread("vnc-viewer").spawn(move || {
         let result = viewer::serve(&own, server.password.as_ref(), &server.screen);
         own.shutdown();
         match result {

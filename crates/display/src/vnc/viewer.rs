@@ -134,8 +134,7 @@ pub fn serve(stream: &Stream, password: Option<&Password>, screen: &Screen) -> R
     });
     screen.add(&viewer);
     std::thread::scope(|scope| {
-        let writer = std::thread::Builder::new().name("vnc-writer".into());
-        let writing = writer.spawn_scoped(scope, || {
+        let writing = wake::thread("vnc-writer").spawn_scoped(scope, || {
             let mut writer = Writer { stream, viewer: &viewer, size, encoder: Encoder::new(), out: Vec::new() };
             let result = writer.run();
             // The reader is to leave, too.
