@@ -77,17 +77,31 @@ impl Slots {
         Slots { used: Vec::new(), sections, most, read_only_possible }
     }
 
-    /// Makes the kernel's slots those of `sections`.
-    pub fn update(&mut self, vm: &VmFd, sections: &Arc<Sections>) -> Result<(), Error> {
+    /// Makes the kernel's slots those of `sections`. A slot that goes takes along what the kernel has noted of its writes:
+    /// all its pages count as written.
+    pub fn update(&mut self, vm: &VmFd, tracker: &PageTracker, sections: &Arc<Sections>) -> Result<(), Error> {
+        self.update_by(|number, slot| set(vm, number, slot, false), tracker, sections)
+    }
+
+    /// [`Slots::update`], where `set` is what changes a slot in the kernel.
+    fn update_by(
+        &mut self,
+        mut set: impl FnMut(u32, &Slot) -> Result<(), Error>,
+        tracker: &PageTracker,
+        sections: &Arc<Sections>,
+    ) -> Result<(), Error> {
         self.sections = sections.clone();
         let wanted = wanted(sections, self.read_only_possible);
         if wanted.len() > self.most {
             return Err(Error::Slots { needed: wanted.len(), most: self.most });
         }
-        let (stay, go): (Vec<_>, Vec<_>) = self.used.drain(..).partition(|used| wanted.contains(&used.slot));
-        self.used = stay;
-        for used in go {
-            set(vm, used.number, &Slot { size: 0, ..used.slot }, false)?;
+        while let Some(index) = self.used.iter().position(|used| !wanted.contains(&used.slot)) {
+            let Used { slot, number, .. } = self.used[index];
+            set(number, &Slot { size: 0, ..slot })?;
+            self.used.swap_remove(index);
+            if !slot.read_only {
+                slot.pages().for_each(|page| tracker.mark_dirty(page));
+            }
         }
         for slot in wanted {
             if self.used.iter().any(|used| used.slot == slot) {
@@ -95,7 +109,7 @@ impl Slots {
             }
             // The least that is free: there are no more numbers than slots.
             let number = (0..).find(|number| self.used.iter().all(|used| used.number != *number)).unwrap_or_default();
-            set(vm, number, &slot, false)?;
+            set(number, &slot)?;
             self.used.push(Used { slot, number, logged: false });
         }
         Ok(())
@@ -200,6 +214,35 @@ mod tests {
         window.map(0xffff_0000);
         assert_eq!(ranges(&ram).last(), Some(&(0xffff_0000, 0x1_0000, true)));
         assert!(wanted(&ram.map().sections(), false).iter().all(|slot| slot.start != 0xffff_0000));
+    }
+
+    #[test]
+    fn a_slot_that_goes_leaves_its_pages_written_and_one_that_the_kernel_keeps_stays_known() {
+        let ram = Ram::new(16 << 20).unwrap();
+        let video = ram.device_memory(0x2000).unwrap();
+        let window = video.window(0, 0x2000, Access::ReadWrite).unwrap();
+        window.map(0xe000_0000);
+        let mut slots = Slots::new(ram.map().sections(), 32, true);
+        let mut numbers = Vec::new();
+        let mut taken = |number, slot: &Slot| {
+            numbers.push((number, slot.start, slot.size));
+            Ok(())
+        };
+        slots.update_by(&mut taken, ram.tracker(), &ram.map().sections()).unwrap();
+        assert_eq!(numbers.last(), Some(&(4, 0xe000_0000, 0x2000)));
+        video.take_dirty();
+        window.map(0xf000_0000);
+        let refused = |_, _: &Slot| Err(Error::State("refused".into()));
+        assert!(slots.update_by(refused, ram.tracker(), &ram.map().sections()).is_err());
+        assert_eq!((slots.used.len(), video.take_dirty().len()), (5, 0));
+        let mut numbers = Vec::new();
+        let taken = |number, slot: &Slot| {
+            numbers.push((number, slot.start, slot.size));
+            Ok(())
+        };
+        slots.update_by(taken, ram.tracker(), &ram.map().sections()).unwrap();
+        assert_eq!(numbers, [(4, 0xe000_0000, 0), (4, 0xf000_0000, 0x2000)]);
+        assert_eq!(video.take_dirty().first(), Some(&(0..0x2000)));
     }
 
     #[test]

@@ -94,7 +94,7 @@ impl Vm {
             msrs: OnceLock::new(),
         };
         let sections = vm.ram.map().sections();
-        vm.slots().update(&vm.fd, &sections)?;
+        vm.slots().update(&vm.fd, vm.ram.tracker(), &sections)?;
         Ok(vm)
     }
 
@@ -146,7 +146,7 @@ impl Vm {
 impl MapObserver for Vm {
     fn map_changed(&self, sections: &Arc<Sections>) {
         // The vCPUs come out of the guest for as long as that takes.
-        if let Err(error) = self.slots().update(&self.fd, sections) {
+        if let Err(error) = self.slots().update(&self.fd, self.ram.tracker(), sections) {
             tracing::error!("the guest's memory map is not what it should be: {error}");
         }
     }
