@@ -13,6 +13,12 @@ use crate::{Error, kernels};
 
 /// How often a start is timed; the least counts, which other work has disturbed least.
 const STARTS: usize = 7;
+/// How often memory is measured; the most counts: it depends on where the kernel happens to put things.
+const MACHINES: usize = 3;
+/// What SPECIFICATION.md promises: KiB, and the part of QEMU's time.
+const MOST_MEMORY: u64 = 8 << 10;
+const MOST_TIME: f64 = 0.25;
+
 /// A process that does not outlive what looks at it.
 struct Started(Child);
 
@@ -44,12 +50,19 @@ fn until(command: &mut Command, wanted: &str) -> Result<(Started, Duration), Err
     }
 }
 
-fn least(command: impl Fn() -> Command) -> Result<Duration, Error> {
-    let times: Result<Vec<_>, Error> = (0..STARTS).map(|_| Ok(until(&mut command(), "!")?.1)).collect();
-    Ok(times?.into_iter().min().unwrap_or_default())
+/// The least time of each program, which take turns, so that what else the host does hits all of them.
+fn least(programs: &[&dyn Fn() -> Command]) -> Result<Vec<Duration>, Error> {
+    let mut least = vec![Duration::MAX; programs.len()];
+    for _ in 0..STARTS {
+        for (least, program) in least.iter_mut().zip(programs) {
+            *least = until(&mut program(), "!")?.1.min(*least);
+        }
+    }
+    Ok(least)
 }
 
-/// Resident memory of a process besides the guest's pages, in KiB: all of it, and what is in no file.
+/// Resident memory of a process besides the guest's pages, in KiB: all of it, pages of its program and of libraries
+/// included, though other processes may have the same ones; and the part that is in no file.
 fn own_memory(process: u32) -> Result<(u64, u64), Error> {
     let path = format!("/proc/{process}/smaps");
     let text = fs::read_to_string(&path).map_err(Error::io(path))?;
@@ -76,21 +89,32 @@ pub fn run() -> Result<(), Error> {
         command.args(["run", "--accel", "kvm", "--net", "none", "--kernel"]).arg(&kernel);
         command
     };
-    let own = least(ringer)?;
-    println!("exec to first guest instruction: {:.1} ms", own.as_secs_f64() * 1e3);
+    let qemu = || {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "512M", "-nodefaults"]);
+        command.args(["-no-user-config", "-display", "none", "-serial", "stdio", "-kernel"]).arg(&kernel);
+        command
+    };
+    let mut programs: Vec<&dyn Fn() -> Command> = vec![&ringer];
     if Path::new("/usr/bin/qemu-system-x86_64").exists() {
-        let qemu = || {
-            let mut command = Command::new("qemu-system-x86_64");
-            command.args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "512M", "-nodefaults"]);
-            command.args(["-no-user-config", "-display", "none", "-serial", "stdio", "-kernel"]).arg(&kernel);
-            command
-        };
-        let other = least(qemu)?;
-        let ratio = own.as_secs_f64() / other.as_secs_f64();
-        println!("QEMU microvm: {:.1} ms; ratio {ratio:.2}", other.as_secs_f64() * 1e3);
+        programs.push(&qemu);
     }
-    let (machine, _) = until(Command::new("ringer").args(["run", "--accel", "kvm"]), "ringer:")?;
-    let (all, anonymous) = own_memory(machine.0.id())?;
+    let times: Vec<_> = least(&programs)?.into_iter().map(|time| time.as_secs_f64()).collect();
+    let mut too_much = false;
+    if let Some(own) = times.first() {
+        println!("exec to first guest instruction: {:.1} ms", own * 1e3);
+        if let Some(other) = times.get(1) {
+            println!("QEMU microvm: {:.1} ms; ratio {:.2}", other * 1e3, own / other);
+            too_much = own / other > MOST_TIME;
+        }
+    }
+    let shell = || -> Result<(u64, u64), Error> {
+        let (machine, _) = until(Command::new("ringer").args(["run", "--accel", "kvm"]), "ringer:")?;
+        own_memory(machine.0.id())
+    };
+    let machines: Vec<_> = (0..MACHINES).map(|_| shell()).collect::<Result<_, _>>()?;
+    let (all, anonymous) = machines.into_iter().max().unwrap_or_default();
     println!("memory beyond the guest's: {all} KiB, {anonymous} KiB without pages of its program and libraries");
-    Ok(())
+    too_much |= all > MOST_MEMORY;
+    if too_much { Err(Error::Failed("more than SPECIFICATION.md promises".into())) } else { Ok(()) }
 }

@@ -44,7 +44,8 @@ else
     cat /tmp/out /tmp/err
 fi
 
-# Firmware: SeaBIOS drives a disk and starts its first sector; then it starts a kernel by an option ROM.
+# Firmware: SeaBIOS drives a disk and starts its first sector, which is a small one or GRUB's, who loads a kernel from a file
+# system; then it starts a kernel by an option ROM.
 begin=$(now)
 timeout 200 ringer run --accel kvm --firmware seabios --net none --no-reboot --disk /boot.raw,format=raw \
     </dev/null >/tmp/out 2>/tmp/err
@@ -52,6 +53,15 @@ if [ $? = 0 ] && grep -q "by INT 13h" /tmp/out; then
     say firmware "a disk's first sector: $(since $begin) s"
 else
     say FAILED "a disk by SeaBIOS"
+    cat /tmp/out /tmp/err
+fi
+begin=$(now)
+timeout 200 ringer run --accel kvm --firmware seabios --cpus 2 --net none --no-reboot --disk /grub.raw,format=raw \
+    </dev/null >/tmp/out 2>/tmp/err
+if [ $? = 0 ] && grep -q "GRUB loading" /tmp/out && grep -q "^installed-42 2" /tmp/out; then
+    say firmware "GRUB on a disk, its kernel and RAM disk to the shell with 2 vCPUs: $(since $begin) s"
+else
+    say FAILED "GRUB on a disk"
     cat /tmp/out /tmp/err
 fi
 begin=$(now)
@@ -109,7 +119,8 @@ rm /dev/kvm
 mv /kvm /dev/kvm
 
 # What it costs, compared with another monitor on the same KVM.
-timeout 300 xtask figures 2>&1 | sed 's/^/@@ figure /'
+timeout 300 xtask figures >/tmp/out 2>&1 || say FAILED "figures: $(tail -1 /tmp/out)"
+sed 's/^/@@ figure /' /tmp/out
 
 # The bare-metal guests, one at a time: where two virtual machines run at once, QEMU's AMD-V delivers interrupts twice and
 # page faults of one to the other or to the host, whose kernel then panics (QEMU 10.0).
