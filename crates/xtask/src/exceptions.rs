@@ -59,7 +59,16 @@ pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
         why: "TCG's processor has no PCID and no INVPCID, and so KVM can't give them",
-        tests: &["paging::each_pcid_has_its_own_translations", "paging::translations_are_dropped_by_what_drops_them"],
+        tests: &[
+            "paging::each_pcid_has_its_own_translations",
+            "paging::translations_are_dropped_by_what_drops_them",
+            "pcids::a_pcid_that_is_given_to_other_tables_is_flushed_by_its_new_owner",
+            "pcids::a_switch_within_a_pcid_flushes_it_unless_told_not_to",
+            "pcids::code_that_another_pcid_writes_is_new_in_this_one",
+            "pcids::stores_are_seen_by_code_that_another_pcid_has_run_meanwhile",
+            "pcids::turning_pcids_off_and_on_drops_them_all",
+            "pcids::what_drops_translations_of_another_pcid",
+        ],
     },
     // Left to itself it comes to a privileged CS with both L and D, which VMRUN then refuses.
     Exception {
@@ -90,6 +99,7 @@ pub const EXCEPTIONS: &[Exception] = &[
             "debug::single_step_traps_after_each_instruction_from_the_next_one_on",
             "exceptions::a_double_fault_that_can_not_be_delivered_resets_the_machine",
             "exceptions::faults_save_the_rip_of_their_instruction_and_traps_that_of_the_next",
+            "interrupts::a_deadline_in_the_past_interrupts_before_the_next_instruction",
             "interrupts::a_halt_in_the_shadow_of_sti_is_ended_by_the_interrupt_that_was_pending",
             "interrupts::a_loop_without_calls_or_exits_is_interrupted",
             "interrupts::a_popf_that_enables_interrupts_takes_a_pending_one_before_the_next_instruction",
@@ -118,8 +128,11 @@ pub const EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         kind: Kind::Emulating,
-        why: "its emulator has no STAC and CLAC",
-        tests: &["paging::stac_lets_the_kernel_reach_user_pages_until_clac"],
+        why: "its emulator has no STAC, CLAC and RDPKRU",
+        tests: &[
+            "exceptions::protection_keys_are_read_where_cr4_has_them_and_ecx_is_0",
+            "paging::stac_lets_the_kernel_reach_user_pages_until_clac",
+        ],
     },
     Exception {
         kind: Kind::Emulating,
@@ -158,6 +171,12 @@ pub const EXCEPTIONS: &[Exception] = &[
             "paging::a_write_across_pages_is_done_whole_or_not_at_all",
             "paging::each_pcid_has_its_own_translations",
             "paging::large_pages_map_their_whole_range",
+            "pcids::a_pcid_that_is_given_to_other_tables_is_flushed_by_its_new_owner",
+            "pcids::a_switch_within_a_pcid_flushes_it_unless_told_not_to",
+            "pcids::code_that_another_pcid_writes_is_new_in_this_one",
+            "pcids::stores_are_seen_by_code_that_another_pcid_has_run_meanwhile",
+            "pcids::turning_pcids_off_and_on_drops_them_all",
+            "pcids::what_drops_translations_of_another_pcid",
         ],
     },
 ];
