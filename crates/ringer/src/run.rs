@@ -305,9 +305,7 @@ fn output(flag: &'static str, to: &Serial, link: &Arc<Link>) -> Result<SerialOut
 
 /// Makes stdin the input of a port. Its threads are left behind in blocking calls when the machine ends.
 fn attach_stdin(machine: Handle, input: impl Fn(&[u8]) + Send + 'static) -> Result<Option<cleanup::Guard>, Error> {
-    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-        wake::thread(name).spawn(work).map_err(Error::Input)
-    };
+    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| wake::thread(name).spawn(work).map_err(Error::Input);
     if !isatty(stdin()) {
         spawn("stdin", Box::new(move || console::read_input(None, input)))?;
         return Ok(None);
