@@ -114,6 +114,56 @@ fn stac_lets_the_kernel_reach_user_pages_until_clac() {
 }
 
 #[test]
+fn stac_and_clac_leave_the_arithmetic_flags_alone_and_need_smap_to_matter() {
+    let toggle_smap: Code = |a| {
+        a.mov(rdi, cr4)?;
+        a.btc(rdi, 21)?;
+        a.mov(cr4, rdi)
+    };
+    let mut m = machine(P | U | W, false, |a| {
+        let (mut again, mut read) = (a.create_label(), a.create_label());
+        a.mov(rax, PAGE)?;
+        a.xor(ebx, ebx)?;
+        a.mov(ecx, 50)?;
+        a.jmp(again)?;
+        a.set_label(&mut read)?;
+        a.mov(r9, qword_ptr(rax))?;
+        a.inc(rbx)?;
+        a.ret()?;
+        a.set_label(&mut again)?;
+        a.stc()?;
+        a.stac()?;
+        a.adc(rbx, 0)?;
+        a.stac()?;
+        // Calls and returns in the mode that STAC led to.
+        a.call(read)?;
+        a.cmp(ecx, 1)?;
+        a.clac()?;
+        a.setz(dl)?;
+        a.clac()?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        toggle_smap(a)?;
+        for _ in 0..2 {
+            a.clac()?;
+            a.call(read)?;
+            a.stac()?;
+            a.call(read)?;
+        }
+        toggle_smap(a)?;
+        a.call(read)?;
+        a.clac()?;
+        a.call(read)?;
+        a.int3()
+    });
+    let (vector, error, address) = outcome(&mut m);
+    assert_eq!((vector, error, address), (14, 1, PAGE));
+    let gpr = m.state().gpr;
+    assert_eq!((gpr[3], gpr[2] & 0xff), (105, 1));
+    assert_eq!(m.frame().rflags & rflags::AC, 0);
+}
+
+#[test]
 fn without_wp_the_kernel_writes_read_only_pages() {
     let mut m = machine(P, false, |a| {
         a.mov(rcx, cr0)?;

@@ -21,6 +21,8 @@ const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
 /// RDTSC and RDTSCP fault.
 const TIMELESS: u32 = 1 << 16;
+/// STAC and CLAC switch between contexts: level 0 under CR4.SMAP.
+const SMAP: u32 = 1 << 17;
 const MORE_CAREFUL: u32 = 1 << 30;
 const CAREFUL: u32 = 1 << 31;
 
@@ -69,6 +71,7 @@ impl Mode {
         m |= flag(cpu.avx_enabled() && cpu.xcr0 & xcr0::AVX512 == xcr0::AVX512, AVX512);
         m |= flag(cpu.cpl() == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0, ALIGN);
         m |= flag(cpu.cpl() != 0 && cpu.cr4 & cr4::TSD != 0, TIMELESS);
+        m |= flag(cpu.cpl() == 0 && cpu.cr4 & cr4::SMAP != 0, SMAP);
         Mode(m)
     }
 
@@ -139,6 +142,12 @@ impl Mode {
             1 => Context::Supervisor,
             _ => Context::SupervisorUser,
         }
+    }
+
+    /// The mode that STAC or CLAC leads to, where there is SMAP.
+    pub fn with_user_pages(self, allowed: bool) -> Option<Mode> {
+        let context = if allowed { Context::SupervisorUser } else { Context::Supervisor };
+        (self.0 & SMAP != 0).then_some(Mode(self.0 & !(3 << 5) | (context as u32) << 5))
     }
 
     /// Misaligned accesses raise #AC (CPL 3, CR0.AM, RFLAGS.AC).

@@ -283,8 +283,12 @@ impl Vcpu {
 
     /// For [`find_code_light`].
     fn find_known_code(&mut self) -> Option<u64> {
-        let mode = self.engine.mode?.plain();
-        if !mode.long() || mode.is_single() || self.shared.poll.is_set() || !canonical(self.rip) {
+        if self.mode_is_single() || self.shared.poll.is_set() || !canonical(self.rip) {
+            return None;
+        }
+        // Not that of the block that ran: STAC and CLAC change it on their way.
+        let mode = Mode::of(self);
+        if !mode.long() {
             return None;
         }
         let (gpa, global) = self.fetched(self.rip)?;
@@ -297,6 +301,7 @@ impl Vcpu {
         }
         cache.enter_jump(id, global);
         cache.stats.lookups += 1;
+        self.engine.mode = Some(mode);
         self.hot.branch = NO_BRANCH;
         Some(cache.entry(id))
     }
@@ -648,11 +653,13 @@ impl Vcpu {
     }
 
     fn setting(&mut self, origin: Origin, mode: Mode) -> Setting {
+        let other_access = mode.with_user_pages(mode.context() == Context::Supervisor);
         Setting {
             mode,
             inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
             sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.0).max(least_sharing(mode)),
             jump_slot: self.engine.cache.jumps.slot(mode),
+            access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
         }
     }

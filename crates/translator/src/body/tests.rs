@@ -24,7 +24,14 @@ fn relocate(t: &mut Translated, origin: Origin, from: Position, to: Position) ->
 /// Translates what every few bytes of the corpus may be as code in this mode, at several addresses, and compares what
 /// relocation makes of each with what translation does; how often it could be relocated.
 fn compare(mode: Mode, addresses: &[u64]) -> usize {
-    let setting = Setting { mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(1), template: false };
+    let setting = Setting {
+        mode,
+        inline_tsc: true,
+        sharing: Sharing::All,
+        jump_slot: Some(1),
+        access_slot: None,
+        template: false,
+    };
     let origin = Origin { address: 0, mode, segment: CodeSegment::FLAT };
     let mut relocated = 0;
     for (i, page) in corpus().chunks(4096).enumerate() {
@@ -69,7 +76,14 @@ fn code_whose_addresses_are_shorter_or_longer_elsewhere_is_not_relocated() {
     let mode = Mode::of(&kernel_vcpu());
     // call +0
     let page = [0xe8, 0, 0, 0, 0, 0xc3].repeat(10);
-    let setting = Setting { mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(1), template: false };
+    let setting = Setting {
+        mode,
+        inline_tsc: true,
+        sharing: Sharing::All,
+        jump_slot: Some(1),
+        access_slot: None,
+        template: false,
+    };
     let addresses = [0x40_0000, 0xffff_ffff_8100_0000, 0x7fff_0000_0000];
     let code = GuestCode { page: &page, offset: 0, segment: CodeSegment::FLAT };
     let origin = Origin { address: 0, mode, segment: CodeSegment::FLAT };

@@ -109,6 +109,8 @@ pub struct Setting {
     pub sharing: Sharing,
     /// Which part of the jump table this mode uses; none: indirect branches leave to the dispatcher.
     pub jump_slot: Option<usize>,
+    /// The same for the mode that STAC or CLAC leads to.
+    pub access_slot: Option<usize>,
     /// The code is rewritten often: it is noted what a block needs to follow that.
     pub template: bool,
 }
@@ -411,6 +413,10 @@ impl Builder<'_> {
                 false
             }
             Kind::System => self.system_instruction(insn),
+            Kind::Access => {
+                self.switch_access(insn);
+                true
+            }
             Kind::String => {
                 self.string_instruction(insn);
                 false

@@ -23,6 +23,8 @@ pub enum Kind {
     Stack,
     /// A privileged instruction, emitted inline.
     System,
+    /// STAC or CLAC, emitted inline: the block ends, since what follows runs in another mode.
+    Access,
     /// MOVS, STOS or LODS, emitted inline.
     String,
     Skip,
@@ -52,6 +54,9 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     }
     if super::system::emits(insn, mode, inline_tsc) {
         return Kind::System;
+    }
+    if let Some(next) = super::system::access_mode(insn, mode) {
+        return if next == mode { Kind::Skip } else { Kind::Access };
     }
     if super::strings::emits(insn, mode) {
         return Kind::String;

@@ -171,6 +171,11 @@ impl Builder<'_> {
     }
 
     fn lookup_known(&mut self, target: Option<u64>) {
+        self.lookup_in(self.setting.jump_slot, target);
+    }
+
+    /// The same by the part of the jump table for another mode: that of the vCPU from here on.
+    pub fn lookup_in(&mut self, slot: Option<usize>, target: Option<u64>) {
         let ip = self.current_ip();
         // Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment.
         let note = |asm: &mut Asm| {
@@ -179,7 +184,7 @@ impl Builder<'_> {
                 asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
             }
         };
-        let (Some(slot), false) = (self.setting.jump_slot, self.mode.is_single()) else {
+        let (Some(slot), false) = (slot, self.mode.is_single()) else {
             self.need_flags();
             note(&mut self.asm);
             let exit =

@@ -123,7 +123,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::Sensitive(..) => Effect::SENSITIVE,
             // Where a conditional branch leads every flag may be needed.
             Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
-            Kind::Skip => Effect::NONE,
+            Kind::Skip | Kind::Access => Effect::NONE,
             // An event that Rust finds then or meanwhile shows all of them.
             Kind::System if system::is_push(&insn) || insn.mnemonic() == Mnemonic::Sti => Effect::LOOKS,
             Kind::System if !system::is_pop(&insn) => Effect::NONE,
@@ -173,6 +173,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
                 !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes
             }
             Kind::Sensitive(_, ends) => ends,
+            Kind::Access => true,
             _ => false,
         };
         if ends || offset + insn.len() > page {
@@ -202,7 +203,7 @@ pub fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahe
             live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
         }
         Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
-        Kind::Branch | Kind::Sensitive(_, true) => Flags::ALL,
+        Kind::Branch | Kind::Access | Kind::Sensitive(_, true) => Flags::ALL,
         _ => live_at(next, code, start, mode, lookahead),
     }
 }
@@ -255,7 +256,7 @@ pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
             _ if system::is_pop(insn) => Step::Stack { access: Some(pop), moves: word },
             _ => Step::Plain(None),
         },
-        Kind::String => Step::Plain(None),
+        Kind::String | Kind::Access => Step::Plain(None),
         Kind::Sensitive(..) => Step::Barrier,
         Kind::Native => Step::Plain(based_access(insn)),
         Kind::Stack => match insn.mnemonic() {

@@ -31,11 +31,12 @@ const LINEAR: u64 = 0x6000;
 type Make = fn() -> Box<Vcpu>;
 
 /// The modes that the table names.
-const MODES: [(&str, Make); 7] = [
+const MODES: [(&str, Make); 8] = [
     ("user64", user_vcpu),
     ("user64-careful", user_vcpu),
     ("user64-aligned", aligned_vcpu),
     ("kernel64", kernel_vcpu),
+    ("kernel64-smap", smap_vcpu),
     ("user32", user32_vcpu),
     ("kernel32-segmented", segmented_vcpu),
     ("real16", real_vcpu),
@@ -45,6 +46,12 @@ fn aligned_vcpu() -> Box<Vcpu> {
     let mut cpu = user_vcpu();
     cpu.cr0 |= cr0::AM;
     cpu.rflags |= rflags::AC;
+    cpu
+}
+
+fn smap_vcpu() -> Box<Vcpu> {
+    let mut cpu = kernel_vcpu();
+    cpu.cr4 |= cr4::SMAP;
     cpu
 }
 
@@ -102,7 +109,8 @@ impl Fragment {
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
         let sharing = if mode.is_careful() { Sharing::Near } else { Sharing::All };
-        let setting = Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0), template: false };
+        let setting =
+            Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0), access_slot: Some(1), template: false };
         let start = LINEAR - u64::from(segment.base);
         let mut blocks = Vec::new();
         let mut offset = 0;

@@ -47,6 +47,16 @@ pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
     }
 }
 
+/// The mode that STAC or CLAC leads to, where emitted code can switch to it.
+pub fn access_mode(insn: &Instruction, mode: Mode) -> Option<Mode> {
+    let on = match insn.mnemonic() {
+        Mnemonic::Stac => true,
+        Mnemonic::Clac => false,
+        _ => return None,
+    };
+    mode.with_user_pages(on).filter(|_| mode.long() && !mode.is_single())
+}
+
 /// Where a segment register's selector stands.
 fn selector(register: Register) -> Mem {
     let segment = segment_register(register) as usize * size_of::<arch::Segment>();
@@ -130,6 +140,17 @@ impl Builder<'_> {
             _ => self.pop_flags(image_size(insn)),
         }
         false
+    }
+
+    /// STAC and CLAC. The mode says how AC is before, so that the arithmetic flags need not be touched to change it.
+    pub fn switch_access(&mut self, insn: &Instruction) {
+        let distance = rflags::AC as i32;
+        self.asm.load32(S0, RFLAGS);
+        self.asm.lea32(S0, Mem::Base(S0, if insn.mnemonic() == Mnemonic::Stac { distance } else { -distance }));
+        self.asm.store32(RFLAGS, S0);
+        let next = insn.next_ip();
+        self.asm.mov_address(S0, next);
+        self.lookup_in(self.setting.access_slot, Some(next));
     }
 
     /// MOV from a control or a segment register to a general-purpose one.

@@ -10,7 +10,14 @@ fn a_record_says_what_translation_said() {
     let program = std::fs::read("/proc/self/exe").unwrap();
     let start = (program.len() / 8) & !0xfff;
     let mode = Mode::of(&kernel_vcpu());
-    let setting = Setting { mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(1), template: false };
+    let setting = Setting {
+        mode,
+        inline_tsc: true,
+        sharing: Sharing::All,
+        jump_slot: Some(1),
+        access_slot: None,
+        template: false,
+    };
     let (mut writer, mut sites, mut packed) = (Writer::default(), 0, 0);
     for (i, page) in program[start..start + (64 << 12)].chunks(4096).enumerate() {
         for offset in (i % 7..4000).step_by(37) {
