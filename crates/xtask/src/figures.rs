@@ -13,9 +13,11 @@ use crate::{Error, kernels};
 
 /// How often a start is timed; the least counts, which other work has disturbed least.
 const STARTS: usize = 7;
+/// How often that is done again while it looks like too long: on a host that has much else to do, seven are few.
+const ROUNDS: usize = 3;
 /// How often memory is measured; the most counts: it depends on where the kernel happens to put things.
 const MACHINES: usize = 3;
-/// What SPECIFICATION.md promises: KiB, and the part of QEMU's time.
+/// What SPECIFICATION.md promises at most: KiB, and the part of QEMU's time.
 const MOST_MEMORY: u64 = 8 << 10;
 const MOST_TIME: f64 = 0.25;
 
@@ -53,12 +55,22 @@ fn until(command: &mut Command, wanted: &str) -> Result<(Started, Duration), Err
 /// The least time of each program, which take turns, so that what else the host does hits all of them.
 fn least(programs: &[&dyn Fn() -> Command]) -> Result<Vec<Duration>, Error> {
     let mut least = vec![Duration::MAX; programs.len()];
-    for _ in 0..STARTS {
-        for (least, program) in least.iter_mut().zip(programs) {
-            *least = until(&mut program(), "!")?.1.min(*least);
+    for _ in 0..ROUNDS {
+        for _ in 0..STARTS {
+            for (least, program) in least.iter_mut().zip(programs) {
+                *least = until(&mut program(), "!")?.1.min(*least);
+            }
+        }
+        if !matches!(least[..], [own, other] if too_long(own, other)) {
+            break;
         }
     }
     Ok(least)
+}
+
+/// Whether one start took more than its part of the other's time.
+fn too_long(own: Duration, other: Duration) -> bool {
+    own.as_secs_f64() > MOST_TIME * other.as_secs_f64()
 }
 
 /// Resident memory of a process besides the guest's pages, in KiB: all of it, pages of its program and of libraries
@@ -99,13 +111,18 @@ pub fn run() -> Result<(), Error> {
     if Path::new("/usr/bin/qemu-system-x86_64").exists() {
         programs.push(&qemu);
     }
-    let times: Vec<_> = least(&programs)?.into_iter().map(|time| time.as_secs_f64()).collect();
+    let times = least(&programs)?;
+    let milliseconds = |time: &Duration| time.as_secs_f64() * 1e3;
     let mut too_much = false;
     if let Some(own) = times.first() {
-        println!("exec to first guest instruction: {:.1} ms", own * 1e3);
+        println!("exec to first guest instruction: {:.1} ms", milliseconds(own));
         if let Some(other) = times.get(1) {
-            println!("QEMU microvm: {:.1} ms; ratio {:.2}", other * 1e3, own / other);
-            too_much = own / other > MOST_TIME;
+            println!(
+                "QEMU microvm: {:.1} ms; ratio {:.2}",
+                milliseconds(other),
+                milliseconds(own) / milliseconds(other)
+            );
+            too_much = too_long(*own, *other);
         }
     }
     let shell = || -> Result<(u64, u64), Error> {
