@@ -1,5 +1,6 @@
 //! The paravirtual devices besides disks and network, as the command line asks for them.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -76,6 +77,12 @@ pub fn vsock(arg: &VsockArg) -> io::Result<(Arc<dyn VirtioDevice>, Guard)> {
     Ok((Arc::new(device), cleanup::register(move || _ = fs::remove_file(path))))
 }
 
+/// A tag that more than one directory has.
+pub fn tag_of_two(shares: &[ShareArg]) -> Option<&str> {
+    let mut tags = HashSet::new();
+    shares.iter().map(|share| share.tag.as_str()).find(|tag| !tags.insert(*tag))
+}
+
 /// Makes a device of each directory.
 pub fn shares(shares: &[ShareArg]) -> Result<Vec<Arc<dyn VirtioDevice>>, ShareError> {
     let device = |share: &ShareArg| {
@@ -120,6 +127,9 @@ mod tests {
         let share = parse_share("/home/a,,b,tag=home,ro").unwrap();
         assert_eq!((share.path.to_str(), share.tag.as_str(), share.read_only), (Some("/home/a,b"), "home", true));
         assert_eq!(parse_share(".").unwrap().tag, "share");
+        let shares = |texts: &[&str]| texts.iter().map(|text| parse_share(text).unwrap()).collect::<Vec<_>>();
+        assert_eq!(tag_of_two(&shares(&["a", "b,tag=b", "c"])), Some("share"));
+        assert_eq!(tag_of_two(&shares(&["a", "b,tag=b"])), None);
         for text in ["", ",ro", "x,rw", "x,tag=", "x,tag=a b", "x,tag=1234567890123456789012345678901234567"] {
             assert!(parse_share(text).is_err(), "{text}");
         }

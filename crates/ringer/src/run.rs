@@ -59,6 +59,12 @@ pub enum Error {
     Screen(#[from] screen::Error),
     #[error("only one of --serial, --console and --debugcon can lead to stdio")]
     TwoOnStdio,
+    #[error(
+        "--share: two directories have the tag \"{0}\", by which the guest mounts them; give one another by tag=NAME"
+    )]
+    TwoOfOneTag(String),
+    #[error("--balloon: it can't hold all of the guest's memory; the size must be less than that of --memory")]
+    BalloonTooLarge,
     #[error("can't make the console: {0}")]
     Console(io::Error),
     #[error("can't make the terminal raw: {0}")]
@@ -73,6 +79,12 @@ pub enum Error {
 
 /// Boots a machine and waits for its end. Returns the exit status.
 pub fn run(args: RunArgs) -> Result<u8, Error> {
+    if args.balloon >= args.memory {
+        return Err(Error::BalloonTooLarge);
+    }
+    if let Some(tag) = devices::tag_of_two(&args.share) {
+        return Err(Error::TwoOfOneTag(tag.into()));
+    }
     let disks = disk::open(&args.disk)?;
     let firmware = firmware::wanted(&args);
     let vga = screen::vga(args.vga, &args.display, firmware.is_some())?;

@@ -102,6 +102,17 @@ fn networks_that_are_not_known_are_usage_errors_that_name_the_known_ones() {
 }
 
 #[test]
+fn directories_of_one_tag_are_refused_by_it() {
+    refuses(&["run", "--share", "/a", "--share", "/b"], 1, &["--share", "\"share\"", "tag=NAME"]);
+    refuses(&["run", "--share", "/a,tag=x", "--share", "/b,tag=x"], 1, &["--share", "\"x\""]);
+}
+
+#[test]
+fn a_balloon_as_large_as_memory_is_refused() {
+    refuses(&["run", "--memory", "256M", "--balloon", "256M"], 1, &["--balloon", "--memory"]);
+}
+
+#[test]
 fn flags_that_need_a_kernel_say_so() {
     refuses(&["run", "--initrd", "x"], 2, &["--kernel"]);
     refuses(&["run", "--append", "quiet"], 2, &["--kernel"]);
