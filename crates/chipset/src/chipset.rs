@@ -8,6 +8,7 @@ use memory::Ram;
 use crate::a20::A20Gate;
 use crate::bus::{Device, DeviceBus};
 use crate::constants::*;
+use crate::coprocessor::{CoprocessorError, ERROR_IRQ, ERROR_PORT};
 use crate::debug::{DEBUG_CONSOLE_PORTS, DEBUG_EXIT_SIZE, DebugConsole, DebugExit};
 use crate::dma::{self, Dma};
 use crate::flash::{self, Flash, Image, Rom};
@@ -41,6 +42,7 @@ pub struct Chipset {
     timers: Timers,
     rtc: Arc<Rtc>,
     dma: Arc<Dma>,
+    coprocessor: Arc<CoprocessorError>,
     debug_console: Option<Arc<DebugConsole>>,
     /// What keeps firmware in the memory map.
     _rom: Option<Rom>,
@@ -75,6 +77,8 @@ impl Chipset {
         builder.ports(&[(RTC_PORT, 2, 0)], rtc.clone())?;
         let dma = Dma::new(ram.view().clone());
         builder.ports(&[(0x00, 16, dma::FIRST), (0xc0, 32, dma::SECOND), (0x80, 16, dma::PAGES)], dma.clone())?;
+        let coprocessor = Arc::new(CoprocessorError::new(lines.connect(ERROR_IRQ)));
+        builder.ports(&[(ERROR_PORT, 1, 0)], coprocessor.clone())?;
         let hpet = Hpet::new(clock.clone(), &timers, &lines, vec![pit_line, rtc_line], interrupts.clone());
         builder.memory(HPET_BASE, HPET_SIZE, hpet)?;
         let management = PowerManagement::new(clock.clone(), &timers, lines.connect(SCI_IRQ), power.clone());
@@ -137,6 +141,7 @@ impl Chipset {
             timers,
             rtc,
             dma,
+            coprocessor,
             debug_console,
             _rom: rom,
             devices,
@@ -306,6 +311,10 @@ impl engine::Bus for Chipset {
 
     fn end_of_interrupt(&self, vector: u8) {
         self.ioapic.end_of_interrupt(vector);
+    }
+
+    fn set_ferr(&self, asserted: bool) -> bool {
+        self.coprocessor.set_ferr(asserted)
     }
 }
 

@@ -37,6 +37,7 @@ pub mod timer;
 pub mod testing;
 
 mod chipset;
+mod coprocessor;
 
 use std::io::Write;
 use std::sync::Arc;

@@ -29,6 +29,11 @@ pub trait Bus: Send + Sync {
     fn acknowledge_pic(&self) -> u8;
     /// A local APIC broadcasts the end of a level-triggered interrupt (Intel SDM 3A 10.8.5): for I/O APICs.
     fn end_of_interrupt(&self, vector: u8);
+    /// A vCPU drives its FERR# output, by which it tells of x87 errors while CR0.NE is clear, and reads its IGNNE# input:
+    /// whether to go on regardless (Intel SDM 1 8.7.2). Where nothing is wired to them it is to.
+    fn set_ferr(&self, _asserted: bool) -> bool {
+        true
+    }
 }
 
 /// How devices interrupt vCPUs. Called from any thread; never blocks on a running vCPU.

@@ -26,6 +26,7 @@ pub mod deliver;
 pub mod descriptor;
 pub mod entry;
 pub mod events;
+mod ferr;
 pub mod fetches;
 pub mod flush;
 pub mod host;

@@ -322,6 +322,7 @@ impl Vcpu {
             match self.run_until_stop() {
                 Ok(()) => return Exit::Stopped,
                 Err(Stop::Exit(exit)) => return exit,
+                Err(Stop::Fault(e)) if self.told_by_ferr(e.vector) => self.assert_ferr(),
                 Err(Stop::Fault(e)) => {
                     if let Err(Stop::Exit(exit)) = deliver(self, Event::Exception(e)) {
                         return exit;

@@ -96,6 +96,11 @@ impl Apic {
         for register in reg::LVTS {
             self.set(register, lvt::MASKED);
         }
+        if self.id == 0 {
+            // Virtual wire mode, in which firmware leaves it, and KVM and QEMU start it: systems that know of no APIC get
+            // the 8259's interrupts (MultiProcessor Specification 1.4, 3.6.2.2).
+            self.set(reg::LVT_LINT0, lvt::EXTINT << 8);
+        }
         self.set(reg::DFR, u32::MAX);
         self.set(reg::SVR, 0xff);
         self.errors.store(0, Ordering::Relaxed);

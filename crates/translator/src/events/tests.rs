@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use arch::registers::debug;
+use arch::registers::{cr0, debug};
 use engine::Interrupts;
 
 use super::*;
@@ -142,12 +142,63 @@ impl engine::Bus for Pic {
     fn end_of_interrupt(&self, _: u8) {}
 }
 
+/// Devices that assert IGNNE# from a write to any port on until FERR# goes.
+#[derive(Default)]
+struct Coprocessor(AtomicU32);
+
+impl engine::Bus for Coprocessor {
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {
+        self.0.store(1, Ordering::SeqCst);
+    }
+    fn acknowledge_pic(&self) -> u8 {
+        0x75
+    }
+    fn end_of_interrupt(&self, _: u8) {}
+    fn set_ferr(&self, asserted: bool) -> bool {
+        if !asserted {
+            self.0.store(0, Ordering::SeqCst);
+        }
+        self.0.load(Ordering::SeqCst) != 0
+    }
+}
+
+#[test]
+fn without_ne_an_x87_error_holds_the_processor_until_an_interrupt_and_ignne_lets_it_go_on() {
+    let mut cpu = ready(&[0x75]);
+    let devices = Arc::new(Coprocessor::default());
+    cpu.machine.set_bus(devices.clone());
+    assert!(!cpu.told_by_ferr(Vector::X87FloatingPoint), "with NE it is an exception");
+    cpu.cr0 &= !cr0::NE;
+    assert!(cpu.told_by_ferr(Vector::X87FloatingPoint) && !cpu.told_by_ferr(Vector::GeneralProtection));
+    cpu.xsave.set_x87_words(0x37b, 4);
+    cpu.assert_ferr();
+    assert_eq!((cpu.activity, cpu.rip), (Activity::Halted, 0x6000));
+    cpu.shared.post_interrupt(0x75, false);
+    cpu.take_events().unwrap();
+    assert_eq!((cpu.activity, cpu.rip), (Activity::Running, handler(0x75)));
+    assert!(cpu.xsave.x87_pending());
+    cpu.machine.bus().pio_write(0xf0, &[0]);
+    cpu.assert_ferr();
+    assert_eq!((cpu.activity, cpu.xsave.x87_pending()), (Activity::Running, false));
+    cpu.settle_ferr();
+    assert_eq!(devices.0.load(Ordering::SeqCst), 0);
+}
+
 #[test]
 fn the_pic_gets_through_lint0_only_as_extint() {
     let mut cpu = ready(&[0x30]);
     let pic = Arc::new(Pic(AtomicU32::new(0)));
     cpu.machine.set_bus(pic.clone());
     let lines = InterruptLines(cpu.machine.clone());
+    assert!(cpu.shared.apic.accepts_pic(), "as it starts");
+    cpu.apic_mmio_write(0xfee0_0000 + reg::LVT_LINT0 as u64 * 16, &0x1_0700u32.to_le_bytes());
     lines.set_pic_output(true);
     cpu.take_events().unwrap();
     assert_eq!((cpu.rip, pic.0.load(Ordering::SeqCst)), (0x6000, 0));

@@ -1,11 +1,12 @@
-//! FNSTENV, FLDENV, FNSAVE and FRSTOR: x87 state in its oldest format (Intel SDM 1 8.1.10).
+//! FNSTENV, FLDENV, FNSAVE and FRSTOR: x87 state in its oldest format (Intel SDM 1 8.1.10). And FNCLEX and FNINIT where
+//! CR0.NE may be clear, outside 64-bit mode: they end what FERR# tells (`ferr`).
 //!
 //! They are not run natively because the environment has the addresses of the last instruction and operand, which would be
 //! the host's.
 
 use arch::registers::{cr0, xcr0};
 use arch::{Exception, Vector};
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, CodeSize, Instruction};
 
 use super::Sensitive;
 use crate::cpu::{Stop, Vcpu, XsaveArea};
@@ -19,6 +20,8 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
         Fldenv_m14byte | Fldenv_m28byte => fldenv,
         Fnsave_m94byte | Fnsave_m108byte => fnsave,
         Frstor_m94byte | Frstor_m108byte => frstor,
+        Fnclex if insn.code_size() != CodeSize::Code64 => fnclex,
+        Fninit if insn.code_size() != CodeSize::Code64 => fninit,
         _ => return None,
     };
     Some(Sensitive { exec, ends_block: false, fp: true })
@@ -143,6 +146,7 @@ fn fnstenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     // All exceptions are masked afterwards.
     let (fcw, fsw) = (cpu.xsave.fcw(), cpu.xsave.fsw());
     cpu.xsave.set_x87_words(fcw | 0x3f, fsw);
+    cpu.settle_ferr();
     Ok(())
 }
 
@@ -154,6 +158,7 @@ fn fldenv(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let context = cpu.context();
     cpu.read_linear(va, &mut bytes[..layout.size()], context)?;
     layout.decode(&bytes, &mut cpu.xsave);
+    cpu.settle_ferr();
     Ok(())
 }
 
@@ -169,10 +174,31 @@ fn fnsave(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     }
     let context = cpu.context();
     cpu.write_linear(va, &image, context)?;
-    // FNINIT: what the registers hold stays, though they are empty.
+    initialize(cpu);
+    Ok(())
+}
+
+/// What the registers hold stays, though they are empty.
+fn initialize(cpu: &mut Vcpu) {
     cpu.xsave.set_x87_top(0);
     cpu.xsave.set_x87_words(crate::xstate::FCW_INIT, 0);
     cpu.xsave.put(legacy::FTW, &[0; legacy::MXCSR - legacy::FTW]);
+    cpu.settle_ferr();
+}
+
+fn fninit(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    require_x87(cpu)?;
+    cpu.xsave.materialize(component::X87);
+    initialize(cpu);
+    Ok(())
+}
+
+fn fnclex(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    const EXCEPTIONS: u16 = 0x80ff;
+    require_x87(cpu)?;
+    let (fcw, fsw) = (cpu.xsave.fcw(), cpu.xsave.fsw());
+    cpu.xsave.set_x87_words(fcw, fsw & !EXCEPTIONS);
+    cpu.settle_ferr();
     Ok(())
 }
 
@@ -189,5 +215,6 @@ fn frstor(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         cpu.xsave.put(legacy::ST + i * 16, value);
         cpu.xsave.put(legacy::ST + i * 16 + 10, &[0; 6]);
     }
+    cpu.settle_ferr();
     Ok(())
 }
