@@ -107,11 +107,13 @@ fn each_byte_sent_is_a_new_edge() {
 }
 
 #[test]
-fn without_out2_no_interrupt_reaches_the_line() {
+fn interrupts_reach_the_line_without_out2_but_not_in_loop_mode() {
     let bench = Bench::new();
     bench.set_up(0x02);
     assert!(bench.interrupting());
     bench.write(4, 0x03);
+    assert!(bench.interrupting());
+    bench.write(4, 0x1b);
     assert!(!bench.interrupting());
 }
 

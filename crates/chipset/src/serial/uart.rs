@@ -291,9 +291,10 @@ impl Uart {
         }
     }
 
-    /// The level of the interrupt line. On a PC, OUT2 connects it; in loop mode OUT2 is off.
+    /// The level of the interrupt line, which loop mode cuts off. The first PCs' OUT2 did so, too; systems that never set it
+    /// (xv6) have come to rely on ports without that gate.
     pub fn interrupt(&self) -> bool {
-        self.interrupt_id() != ID_NONE && self.modem_control & (OUT2 | LOOP) == OUT2
+        self.interrupt_id() != ID_NONE && self.modem_control & LOOP == 0
     }
 
     /// The byte has left: the transmitter is empty.
