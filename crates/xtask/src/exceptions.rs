@@ -131,6 +131,7 @@ pub const EXCEPTIONS: &[Exception] = &[
         why: "its emulator has no STAC, CLAC and RDPKRU",
         tests: &[
             "exceptions::protection_keys_are_read_where_cr4_has_them_and_ecx_is_0",
+            "paging::stac_and_clac_leave_the_arithmetic_flags_alone_and_need_smap_to_matter",
             "paging::stac_lets_the_kernel_reach_user_pages_until_clac",
         ],
     },
