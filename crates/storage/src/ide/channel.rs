@@ -8,6 +8,7 @@
 //! next step; until then the drives stay busy, so that no DMA of old comes after a reset.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use chipset::InterruptLine;
 use memory::View;
@@ -21,6 +22,9 @@ use crate::{Drive, Error, worker::Worker};
 
 /// What is read ahead of software in PIO, and written behind it.
 const PIECE: usize = 128 << 10;
+
+/// The longest that a drive stretches a cycle of its data register (IORDY) until it has found what a command wants.
+const STRETCH: Duration = Duration::from_millis(100);
 
 /// Bus master command and status registers (Bus Master IDE 1.0, 2).
 pub const START: u8 = 1;
@@ -289,9 +293,21 @@ impl Channel {
         self.sign(&mut state);
     }
 
+    /// The state, once the drive is not about to ask for data any more: there is software that moves data behind a command
+    /// without a look at DRQ, and it should not lose any.
+    fn lock_for_data(&self) -> MutexGuard<'_, State> {
+        let about_to_ask = |state: &mut State| {
+            let status = state.registers.get(selected(state)).map_or(0, |registers| registers.status);
+            let at_work = (state.request.is_some() || state.working) && !state.reset_pending && !state.stopped;
+            at_work && status & (status::BUSY | status::DATA_REQUEST) == status::BUSY
+        };
+        let waited = self.changed.wait_timeout_while(self.lock(), STRETCH, about_to_ask);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     pub fn read_data(&self, data: &mut [u8]) {
         data.fill(0);
-        let mut state = self.lock();
+        let mut state = self.lock_for_data();
         if state.pio.out {
             return;
         }
@@ -310,7 +326,7 @@ impl Channel {
     }
 
     pub fn write_data(&self, data: &[u8]) {
-        let mut state = self.lock();
+        let mut state = self.lock_for_data();
         if !state.pio.out {
             return;
         }
@@ -492,6 +508,7 @@ impl<'a> Cable<'a> {
         let length = pio.data.len();
         state.pio = pio;
         self.channel.offer_block(&mut state, self.drive, tell);
+        self.channel.changed.notify_all();
         while state.pio.at < length {
             state = self.wanted(self.channel.wait(state))?;
         }
@@ -592,6 +609,7 @@ impl Link for Cable<'_> {
         if let Some(registers) = state.registers.get_mut(self.drive) {
             registers.show_reason(REASON_COMMAND);
         }
+        self.channel.changed.notify_all();
         while state.pio.at < 12 {
             state = self.wanted(self.channel.wait(state))?;
         }

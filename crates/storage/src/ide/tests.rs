@@ -151,6 +151,20 @@ fn written_words_reach_the_image() {
     assert_eq!(image.read(8 * 512, 512), [0xa1, 0x55].repeat(256));
 }
 
+#[test]
+fn words_that_follow_a_command_without_a_look_at_the_status_are_not_lost() {
+    let image = Image::numbered(1000);
+    let bench = Bench::with_disk(&image);
+    for sector in 0..20u8 {
+        bench.command(0x30, 0xe0, u32::from(sector), 1);
+        (0..128).for_each(|_| bench.board.chipset.pio_write(0x1f0, &[sector, 1, 2, 3]));
+        assert_eq!(bench.status(), READY);
+    }
+    for sector in 0..20u8 {
+        assert_eq!(image.read(u64::from(sector) * 512, 512), [sector, 1, 2, 3].repeat(128));
+    }
+}
+
 /// Two pieces of memory for 2048 bytes.
 fn descriptors(board: &Board, second: u32) {
     for (index, value) in [0x2_0000u32, 0x600, 0x3_0000, 0x8000_0000 | second].iter().enumerate() {
