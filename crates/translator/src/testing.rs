@@ -11,7 +11,10 @@ use arch::state::{DescriptorTable, Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderOptions};
 
 use crate::Config;
+use crate::codegen::block::Setting;
+use crate::codegen::groups::Sharing;
 use crate::cpu::{Stop, Vcpu};
+use crate::mode::Mode;
 use crate::shared::Machine;
 
 pub const PML4: u64 = 0x1000;
@@ -139,4 +142,9 @@ pub fn fault_of(cpu: &mut Vcpu, bytes: &[u8]) -> arch::Exception {
         Err(Stop::Fault(e)) => e,
         other => unreachable!("expected a fault, got {other:?}"),
     }
+}
+
+/// How code that runs in a mode is translated, with the second part of the jump table for it.
+pub fn setting(mode: Mode) -> Setting {
+    Setting { mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(1), access_slot: None, template: false }
 }

@@ -1,9 +1,8 @@
 use super::*;
-use crate::codegen::block::{Setting, Translated, Workspace, translate};
+use crate::codegen::block::{Translated, Workspace, translate};
 use crate::codegen::decode::GuestCode;
-use crate::codegen::groups::Sharing;
 use crate::record::Writer;
-use crate::testing::{kernel_vcpu, test_vcpu};
+use crate::testing::{kernel_vcpu, setting, test_vcpu};
 
 /// The code of this very test program: real code, of which every byte may begin a block.
 fn corpus() -> Vec<u8> {
@@ -24,14 +23,7 @@ fn relocate(t: &mut Translated, origin: Origin, from: Position, to: Position) ->
 /// Translates what every few bytes of the corpus may be as code in this mode, at several addresses, and compares what
 /// relocation makes of each with what translation does; how often it could be relocated.
 fn compare(mode: Mode, addresses: &[u64]) -> usize {
-    let setting = Setting {
-        mode,
-        inline_tsc: true,
-        sharing: Sharing::All,
-        jump_slot: Some(1),
-        access_slot: None,
-        template: false,
-    };
+    let setting = setting(mode);
     let origin = Origin { address: 0, mode, segment: CodeSegment::FLAT };
     let mut relocated = 0;
     for (i, page) in corpus().chunks(4096).enumerate() {
@@ -76,14 +68,7 @@ fn code_whose_addresses_are_shorter_or_longer_elsewhere_is_not_relocated() {
     let mode = Mode::of(&kernel_vcpu());
     // call +0
     let page = [0xe8, 0, 0, 0, 0, 0xc3].repeat(10);
-    let setting = Setting {
-        mode,
-        inline_tsc: true,
-        sharing: Sharing::All,
-        jump_slot: Some(1),
-        access_slot: None,
-        template: false,
-    };
+    let setting = setting(mode);
     let addresses = [0x40_0000, 0xffff_ffff_8100_0000, 0x7fff_0000_0000];
     let code = GuestCode { page: &page, offset: 0, segment: CodeSegment::FLAT };
     let origin = Origin { address: 0, mode, segment: CodeSegment::FLAT };

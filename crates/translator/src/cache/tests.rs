@@ -3,9 +3,8 @@ use std::sync::OnceLock;
 use super::*;
 use crate::codegen::block::{Setting, Workspace, translate};
 use crate::codegen::decode::GuestCode;
-use crate::codegen::groups::Sharing;
 use crate::mode::Mode;
-use crate::testing::kernel_vcpu;
+use crate::testing::{kernel_vcpu, setting};
 
 use super::copies::MAX_COPIES;
 
@@ -31,14 +30,7 @@ fn add(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64) -> BlockId {
 
 /// The same; with what is needed to take it up again.
 fn add_with(cache: &mut Cache, origin: Origin, page: &[u8], rip: u64, template: bool) -> BlockId {
-    let setting = Setting {
-        mode: origin.mode,
-        inline_tsc: true,
-        sharing: Sharing::All,
-        jump_slot: Some(0),
-        access_slot: None,
-        template,
-    };
+    let setting = Setting { jump_slot: Some(0), template, ..setting(origin.mode) };
     let offset = (origin.address & 0xfff) as usize;
     let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
     let mut t = translate(code, rip, &setting, &mut Workspace::default()).unwrap();

@@ -1,23 +1,15 @@
 use super::*;
-use crate::codegen::block::{Setting, Workspace, translate};
+use crate::codegen::block::{Workspace, translate};
 use crate::codegen::decode::GuestCode;
-use crate::codegen::groups::Sharing;
 use crate::mode::{CodeSegment, Mode};
-use crate::testing::kernel_vcpu;
+use crate::testing::{kernel_vcpu, setting};
 
 #[test]
 fn a_record_says_what_translation_said() {
     let program = std::fs::read("/proc/self/exe").unwrap();
     let start = (program.len() / 8) & !0xfff;
     let mode = Mode::of(&kernel_vcpu());
-    let setting = Setting {
-        mode,
-        inline_tsc: true,
-        sharing: Sharing::All,
-        jump_slot: Some(1),
-        access_slot: None,
-        template: false,
-    };
+    let setting = setting(mode);
     let (mut writer, mut sites, mut packed) = (Writer::default(), 0, 0);
     for (i, page) in program[start..start + (64 << 12)].chunks(4096).enumerate() {
         for offset in (i % 7..4000).step_by(37) {
