@@ -37,6 +37,8 @@ const BIOS: [&str; 3] =
 
 /// Boots the host and runs the proof in it, or only a script of the caller's own.
 pub fn run(own_script: Option<&Path>) -> Result<(), Error> {
+    let read = |path: &Path| fs::read_to_string(path).map_err(Error::io(format!("can't read {}", path.display())));
+    let own_script = own_script.map(read).transpose()?;
     let ringer = build::ringer()?;
     let tests = if own_script.is_none() { build::bare_metal_tests()? } else { Vec::new() };
     let mut host = Host::new()?;
@@ -78,8 +80,7 @@ pub fn run(own_script: Option<&Path>) -> Result<(), Error> {
     host.file("/reader.elf", kernels::reader());
 
     let deadline = Instant::now() + LIMIT;
-    if let Some(path) = own_script {
-        let script = fs::read_to_string(path).map_err(Error::io(format!("can't read {}", path.display())))?;
+    if let Some(script) = own_script {
         let ended = host.ready(&script)?.run(deadline, |line| println!("{line}"))?;
         return if ended == Ended::Off { Ok(()) } else { Err(Error::Failed(format!("the script's end: {ended:?}"))) };
     }

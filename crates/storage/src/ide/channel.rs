@@ -53,6 +53,8 @@ struct Pio {
     /// Software writes.
     out: bool,
     packet: bool,
+    /// It is the packet itself, not its command's data.
+    command: bool,
     /// When all is taken the command has ended: nothing more is told.
     ends_command: bool,
 }
@@ -364,12 +366,14 @@ impl Channel {
         let pio = &mut state.pio;
         pio.at = pio.block_end;
         pio.block_end = (pio.at + pio.block).min(pio.data.len());
-        let (length, out, packet) = (pio.block_end - pio.at, pio.out, pio.packet);
+        let (length, out, packet, command) = (pio.block_end - pio.at, pio.out, pio.packet, pio.command);
         if let Some(registers) = state.registers.get_mut(drive) {
             registers.status = status::READY | status::SEEK_COMPLETE | status::DATA_REQUEST;
             if packet {
                 let reason = if out { REASON_OUT } else { REASON_IN };
                 registers.show_packet_phase(reason, length.min(0xffff) as u16);
+            } else if command {
+                registers.show_reason(REASON_COMMAND);
             }
         }
         if tell {
@@ -603,17 +607,7 @@ impl Link for Cable<'_> {
     }
 
     fn packet(&mut self) -> Result<[u8; 12], Stop> {
-        let mut state = self.lock()?;
-        state.pio = Pio { data: vec![0; 12], block: 12, out: true, ..Pio::default() };
-        self.channel.offer_block(&mut state, self.drive, false);
-        if let Some(registers) = state.registers.get_mut(self.drive) {
-            registers.show_reason(REASON_COMMAND);
-        }
-        self.channel.changed.notify_all();
-        while state.pio.at < 12 {
-            state = self.wanted(self.channel.wait(state))?;
-        }
-        let data = std::mem::take(&mut state.pio).data;
-        Ok(data.try_into().unwrap_or_default())
+        let pio = Pio { data: vec![0; 12], block: 12, out: true, command: true, ..Pio::default() };
+        Ok(self.exchange(pio, false)?.try_into().unwrap_or_default())
     }
 }
