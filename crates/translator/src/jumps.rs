@@ -1,4 +1,8 @@
 //! The jump table's contents: which guest addresses lead to which host code, per mode, and how they are forgotten.
+//!
+//! Emitted code searches the table itself. Where two addresses share an entry, the one that had to give way is remembered
+//! here ([`Displaced`]): a large program's branches drive each other out all the time, and finding a block by its origin
+//! takes longer.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,6 +16,9 @@ use crate::spaces::Missed;
 /// Entries of an address space that are kept while it is not the current one.
 const MAX_KEPT: usize = 1024;
 
+/// Displaced entries that are remembered; a power of two.
+const DISPLACED: usize = 1 << 15;
+
 /// What one vCPU's jump table holds.
 pub struct Jumps {
     memory: Arc<CodeMemory>,
@@ -19,8 +26,19 @@ pub struct Jumps {
     /// Entries that are in use, for code in global pages and in others.
     global: Listed,
     local: Listed,
+    displaced: Box<[Displaced]>,
     /// Entries whose blocks are gone.
     forgotten: Missed<usize>,
+}
+
+/// An entry that another one took the place of.
+#[derive(Clone, Copy, Default)]
+struct Displaced {
+    key: u64,
+    entry: u64,
+    parked_entry: u64,
+    /// See [`Jumps::stamp`]; zero: nothing is here.
+    stamp: u64,
 }
 
 /// Entries of an address space that is not the current one.
@@ -52,11 +70,17 @@ struct Listed {
     entries: Vec<u32>,
     /// A bit each.
     known: Vec<u64>,
+    /// How often all were forgotten, counted from one.
+    generation: u64,
 }
 
 impl Listed {
     fn new() -> Self {
-        Listed { entries: Vec::new(), known: vec![0; JUMP_TABLE_WORDS / 64] }
+        Listed { entries: Vec::new(), known: vec![0; JUMP_TABLE_WORDS / 64], generation: 1 }
+    }
+
+    fn contains(&self, entry: usize) -> bool {
+        self.known[entry / 64] & 1 << (entry % 64) != 0
     }
 
     fn add(&mut self, entry: usize) {
@@ -68,6 +92,7 @@ impl Listed {
     }
 
     fn clear(&mut self, mut each: impl FnMut(usize)) {
+        self.generation += 1;
         for entry in self.entries.drain(..) {
             let entry = entry as usize;
             self.known[entry / 64] &= !(1 << (entry % 64));
@@ -78,7 +103,10 @@ impl Listed {
 
 impl Jumps {
     pub fn new(memory: Arc<CodeMemory>) -> Self {
-        Jumps { memory, slots: Vec::new(), global: Listed::new(), local: Listed::new(), forgotten: Missed::default() }
+        // SAFETY: all of an entry's fields are integers, of which zero is one. Memory that is never used is never touched.
+        let displaced = unsafe { Box::new_zeroed_slice(DISPLACED).assume_init() };
+        let (global, local) = (Listed::new(), Listed::new());
+        Jumps { memory, slots: Vec::new(), global, local, displaced, forgotten: Missed::default() }
     }
 
     /// The part of the table for a mode; none once there are more modes than slots. Careful blocks lead to plain ones.
@@ -117,12 +145,51 @@ impl Jumps {
         (self.slots[slot].used, self.slots[slot].resident) = (true, true);
         let index = jump_index(key, mode);
         let tag_index = tags as usize / 8 + index;
+        self.displace(slot, tag_index, key);
         // An entry may be listed for what it held before as well: clearing it too often does no harm.
         if global { &mut self.global } else { &mut self.local }.add(tag_index);
         self.empty(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
         self.memory.jump_word(tag_index).store(!key, Ordering::Relaxed);
+    }
+
+    /// Remembers what an entry holds that is about to be `key`'s.
+    fn displace(&mut self, slot: usize, tag_index: usize, key: u64) {
+        let tag = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
+        if tag == empty_tag(tag_index) || tag == !key {
+            return;
+        }
+        let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
+        let word = |array: i32| {
+            let index = tag_index - tags as usize / 8 + array as usize / 8;
+            self.memory.jump_word(index).load(Ordering::Relaxed)
+        };
+        // Listed as both, it may be either: then it is forgotten with the first.
+        let stamp = self.stamp(slot, !self.local.contains(tag_index));
+        let displaced = Displaced { key: !tag, entry: word(codes), parked_entry: word(parked), stamp };
+        self.displaced[displaced_index(slot, !tag)] = displaced;
+    }
+
+    /// What tells which mode a displaced entry is of, and whether it still holds: no two generations have the same.
+    fn stamp(&self, slot: usize, global: bool) -> u64 {
+        const { assert!(JUMP_SLOTS <= 32) };
+        let generation = if global { self.global.generation } else { self.local.generation };
+        generation << 6 | u64::from(global) << 5 | slot as u64
+    }
+
+    /// Puts a displaced entry for a key back into the table: its host code. Nothing is allocated.
+    pub fn recall(&mut self, mode: Mode, key: u64) -> Option<u64> {
+        let slot = self.slots.iter().position(|s| s.mode == mode)?;
+        let place = displaced_index(slot, key);
+        let found = self.displaced[place];
+        let global = [false, true].into_iter().find(|&global| found.stamp == self.stamp(slot, global))?;
+        if found.key != key || !self.has_room(global) {
+            return None;
+        }
+        self.displaced[place] = Displaced::default();
+        self.enter(mode, key, found.entry, found.parked_entry, global);
+        Some(found.entry)
     }
 
     /// Forgets which addresses lead where, those in global pages perhaps excepted.
@@ -197,6 +264,10 @@ impl Jumps {
             if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key {
                 self.empty(tag_index);
             }
+            let displaced = &mut self.displaced[displaced_index(slot, key)];
+            if displaced.key == key {
+                *displaced = Displaced::default();
+            }
         }
     }
 
@@ -209,6 +280,12 @@ impl Jumps {
 fn targets(tag_index: usize) -> [usize; 2] {
     let JumpSlot { tags, codes, parked } = jump_slot_offsets(0);
     [codes, parked].map(|array| tag_index + (array - tags) as usize / 8)
+}
+
+/// Where a displaced entry is remembered: by other bits of its address than those that it shares with what displaced it.
+fn displaced_index(slot: usize, key: u64) -> usize {
+    let mixed = (key ^ (slot as u64) << 56).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> 48) as usize % DISPLACED
 }
 
 #[cfg(test)]

@@ -291,6 +291,13 @@ impl Vcpu {
         if !mode.long() {
             return None;
         }
+        let key = jump_key(self.rip, CodeSegment::FLAT);
+        if let Some(entry) = self.engine.cache.jumps.recall(mode, key) {
+            self.engine.cache.stats.lookups += 1;
+            self.engine.mode = Some(mode);
+            self.hot.branch = NO_BRANCH;
+            return Some(entry);
+        }
         let (gpa, global) = self.fetched(self.rip)?;
         let origin = self.origin(gpa, mode);
         let cache = &mut self.engine.cache;
@@ -758,3 +765,6 @@ fn least_sharing(mode: Mode) -> Sharing {
 fn next_page(linear: u64) -> u64 {
     (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
 }
+
+#[cfg(test)]
+mod tests;
