@@ -20,9 +20,10 @@ pub const ENTRIES: usize = 16384;
 /// non-canonical too, and the processor raises the #GP that the guest is due.
 const NO_PAGE: u64 = 1 << 63;
 
-/// The tag of an entry that maps nothing: a page that belongs to another entry, so that no address matches.
+/// The tag of an entry that maps nothing: a page that belongs to another entry, so that no address matches. That is page
+/// zero but for the entry where page zero belongs: memory that is all zeros is an empty table, and takes none of the host's.
 pub const fn invalid(index: usize) -> u64 {
-    NO_PAGE | ((index ^ 1) as u64) << 12
+    if index == 0 { NO_PAGE | 1 << 12 } else { 0 }
 }
 
 /// One mapping.
@@ -167,26 +168,19 @@ pub fn table_offset(context: Context) -> usize {
 }
 
 impl Tlb {
-    /// Writes an empty TLB to where it will stay.
+    /// Makes an empty TLB where it will stay.
     ///
     /// # Safety
-    /// `place` must be valid for writing a [`Tlb`].
+    /// `place` must be valid for writing a [`Tlb`], and all zeros.
     pub unsafe fn initialize(place: *mut Tlb) {
-        // SAFETY: every field is written, entry by entry, since the whole is too large for a thread's stack.
+        // SAFETY: zeros are entries of a table, bit maps without a bit, and counts of nothing; all else is written. Entries are left
+        // alone since memory that is never touched is never taken from the host.
         unsafe {
             (&raw mut (*place).stack).write([NO_STACK; CONTEXTS]);
             for context in 0..CONTEXTS {
-                let table = &raw mut (*place).tables[context];
-                for index in 0..ENTRIES {
-                    (&raw mut (*table).entries[index]).write(Entry::empty(index));
-                }
-                (&raw mut (*table).local).write([0; ENTRIES / 64]);
-                (&raw mut (*table).global).write([0; ENTRIES / 64]);
-                (&raw mut (*table).large).write(0);
+                (&raw mut (*place).tables[context].entries[0]).write(Entry::empty(0));
             }
             (&raw mut (*place).protected).write(Missed::default());
-            (&raw mut (*place).flushes).write(0);
-            (&raw mut (*place).fills).write(0);
         }
     }
 }

@@ -24,7 +24,7 @@ macro_rules! emplace {
         let _all = |vcpu: &Vcpu| {
             let Vcpu { $tlb: _, $($field: _),* } = vcpu;
         };
-        // SAFETY: the place is an allocation for one vCPU, and writing does not read or drop what was there.
+        // SAFETY: the place is an allocation for one vCPU, all zeros, and writing does not read or drop what was there.
         unsafe {
             Tlb::initialize(&raw mut (*$place).$tlb);
             $((&raw mut (*$place).$field).write($value);)*
@@ -42,7 +42,7 @@ impl Vcpu {
         machine.add_vcpu(shared.clone());
         shared.poll.attach(memory.clone());
         let reset = CpuState::reset();
-        let mut place = Box::<Vcpu>::new_uninit();
+        let mut place = Box::<Vcpu>::new_zeroed();
         let p = place.as_mut_ptr();
         // `shared` and `machine` are used by other fields, which come first.
         emplace!(p, tlb, {
