@@ -56,7 +56,7 @@ pub struct Site {
 /// A direct branch to a guest address in the same page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// The stub that leaves to the dispatcher, and where its call returns to.
+    /// The stub that leaves to the dispatcher (of a detour: nothing), and where its call returns to.
     pub stub_offset: u16,
     pub return_offset: u16,
     /// The branch's rel32.
@@ -65,8 +65,24 @@ pub struct Link {
     pub target: i16,
     /// The branch leaves with the flags parked.
     pub parked: bool,
-    /// The branch is that of a group's failed check to careful code (see [`crate::codegen::groups`]), the stub its slow path.
+    /// The branch is that of a group's failed check to careful code (see [`crate::codegen::groups`]), the call its slow path's.
     pub detour: bool,
+}
+
+impl Link {
+    /// The link of a group's failed check. Behind its slow path's call stand two jumps: back to the body, and the one that a link
+    /// leads to careful code; `end` is their end, where that one leads while there is no link.
+    pub fn detour(end: u16, target: i16, parked: bool) -> Self {
+        const JUMP: u16 = 5;
+        Link {
+            stub_offset: end,
+            return_offset: end.saturating_sub(2 * JUMP),
+            patch_offset: end.saturating_sub(4),
+            target,
+            parked,
+            detour: true,
+        }
+    }
 }
 
 /// How a field of host code depends on where the code stands.

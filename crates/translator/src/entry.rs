@@ -9,6 +9,8 @@
 //! - `helper`, called with the index of a sensitive instruction in r14;
 //! - `slow`, called with a guest-virtual address in r14 and an [`AccessKind`](crate::access::AccessKind) in r10d; comes back with
 //!   the host address in r14;
+//! - `slow_or_detour`, the same for a group, behind whose call stand two jumps: the second leads to careful code, and is taken
+//!   where the group crosses a page's end, once it is linked;
 //! - `resolve`, the same for operands whose address only Rust computes;
 //! - `bounced`, jumped to when an instruction has run on the bounce buffer, and `stored_split`, the same for a store to two
 //!   pages of RAM;
@@ -64,6 +66,7 @@ pub struct Hot {
     pub exit_event: u64,
     pub helper: u64,
     pub slow: u64,
+    pub slow_or_detour: u64,
     pub resolve: u64,
     pub bounced: u64,
     pub stored_split: u64,
@@ -120,6 +123,7 @@ unsafe extern "C" {
     fn ringer_exit_event();
     fn ringer_helper();
     fn ringer_slow();
+    fn ringer_slow_or_detour();
     fn ringer_resolve();
     fn ringer_bounced();
     fn ringer_stored_split();
@@ -147,6 +151,7 @@ impl Hot {
             exit_event: address(ringer_exit_event),
             helper: address(ringer_helper),
             slow: address(ringer_slow),
+            slow_or_detour: address(ringer_slow_or_detour),
             resolve: address(ringer_resolve),
             bounced: address(ringer_bounced),
             stored_split: address(ringer_stored_split),
@@ -407,6 +412,25 @@ global_asm!(
     "1:",
     "LOAD_ALL",
     "jmp [rsp + {return_address}]",
+    // A group's check failed. The low word of the kind is its span; the second jump's distance is zero until it is linked.
+    ".global ringer_slow_or_detour",
+    "ringer_slow_or_detour:",
+    "mov [rsp + 8 + {held}], r11",
+    "mov r11d, r14d",
+    "and r11d, 0xfff",
+    "add r11w, r10w",
+    "cmp r11d, 0x1000",
+    "jbe 1f",
+    "mov r11, [rsp]",
+    "cmp dword ptr [r11 + 6], 0",
+    "je 1f",
+    "sub dword ptr [rsp + 8 + {detours}], 1",
+    "js 1f",
+    "add r11, 5",
+    "add rsp, 8",
+    "jmp r11",
+    "1:",
+    "mov r11, [rsp + 8 + {held}]",
     // A TLB miss: rdi = vCPU, rsi = address, edx = kind.
     ".global ringer_slow",
     "ringer_slow:",
@@ -544,6 +568,7 @@ global_asm!(
     xsaveopt = const context_offset!(hot.xsaveopt),
     xmm = const context_offset!(hot.xmm),
     held = const context_offset!(hot.held),
+    detours = const context_offset!(hot.detours),
     split_from = const context_offset!(hot.split.from),
     split_first = const context_offset!(hot.split.first),
     split_first_length = const context_offset!(hot.split.first_length),

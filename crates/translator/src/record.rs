@@ -58,10 +58,14 @@ impl<'a> Record<'a> {
         Reader(self.links).entries(move |r| {
             let first = r.number();
             stub_offset += (first >> 2) as u16;
+            let parked = first & 1 != 0;
+            if first & 2 != 0 {
+                return Link::detour(stub_offset, r.signed() as i16, parked);
+            }
             let return_offset = stub_offset + r.number() as u16;
             let patch_offset = (i32::from(stub_offset) - r.signed()) as u16;
             let target = r.signed() as i16;
-            Link { stub_offset, return_offset, patch_offset, target, parked: first & 1 != 0, detour: first & 2 != 0 }
+            Link { stub_offset, return_offset, patch_offset, target, parked, detour: false }
         })
     }
 
@@ -178,8 +182,11 @@ impl Writer {
                 &mut self.body,
                 u32::from(l.stub_offset - before) << 2 | u32::from(l.detour) << 1 | u32::from(l.parked),
             );
-            number(&mut self.body, u32::from(l.return_offset - l.stub_offset));
-            signed(&mut self.body, i32::from(l.stub_offset) - i32::from(l.patch_offset));
+            // Of a detour all lies where it has to.
+            if !l.detour {
+                number(&mut self.body, u32::from(l.return_offset - l.stub_offset));
+                signed(&mut self.body, i32::from(l.stub_offset) - i32::from(l.patch_offset));
+            }
             signed(&mut self.body, l.target.into());
             before = l.stub_offset;
         }

@@ -58,9 +58,7 @@ pub enum Alu {
 pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
-    pub const BE: u8 = 6;
     pub const A: u8 = 7;
-    pub const S: u8 = 8;
 }
 
 /// A place in the code, perhaps not known yet.
@@ -417,14 +415,6 @@ impl Asm {
 
     pub fn alu32(&mut self, op: Alu, to: Reg, from: Reg) {
         self.op_reg(false, (op as u8) << 3 | 3, to.0, from);
-    }
-
-    /// `sub dword [mem], 1`
-    pub fn count_down(&mut self, mem: Mem) {
-        self.rex(false, 5, mem);
-        self.byte(0x83);
-        self.modrm(5, mem, 1);
-        self.byte(1);
     }
 
     /// `and dword [mem], imm32`

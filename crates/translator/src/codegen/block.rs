@@ -554,19 +554,14 @@ impl Builder<'_> {
         live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
     }
 
-    /// A jump to careful code if so many bytes at the address in S0 cross a page's end; until it is linked it leads to what
-    /// comes next. Where its rel32 is.
-    fn detour(&mut self, span: usize) -> u16 {
-        let slow = self.asm.label();
-        self.asm.mov32(S1, S0);
-        self.asm.alu_imm32(Alu::And, S1, 0xfff);
-        self.asm.alu_imm32(Alu::Cmp, S1, 4096 - span as i32);
-        self.asm.jcc(cc::BE, slow);
-        self.asm.count_down(Mem::Base(RSP, context_offset!(hot.detours)));
-        self.asm.jcc(cc::S, slow);
-        self.asm.jmp(slow);
-        self.asm.bind(slow);
-        self.position() - 4
+    /// A jump to careful code, which the slow path takes where a page's end is in the way. Until it is linked it leads nowhere: to
+    /// what stands behind it.
+    fn detour(&mut self, return_offset: u16, target: i16, parked: bool) {
+        let behind = self.asm.label();
+        self.asm.jmp(behind);
+        self.asm.bind(behind);
+        self.links.push(Link::detour(self.position(), target, parked));
+        debug_assert_eq!(self.links.last().map(|l| l.return_offset), Some(return_offset));
     }
 
     fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
@@ -576,30 +571,20 @@ impl Builder<'_> {
             match behind {
                 Behind::Slow { stub, point, parked } => {
                     self.asm.bind(stub.entry);
-                    let mut patch = None;
-                    let mut call = context_offset!(hot.resolve);
-                    let mut stub_offset = self.position();
+                    let (mut call, mut detours) = (context_offset!(hot.resolve), false);
                     if let Slow::Miss { tag, detour } = stub.why {
                         self.asm.alu_mem(Alu::Xor, S0, tag);
-                        patch = detour.then(|| self.detour(stub.kind.size()));
-                        call = context_offset!(hot.slow);
-                        stub_offset = self.position();
+                        detours = detour;
+                        call = if detour { context_offset!(hot.slow_or_detour) } else { context_offset!(hot.slow) };
                     }
                     self.asm.mov_imm(S1, stub.kind.bits() as u64);
                     self.asm.call_mem(Mem::Base(RSP, call));
                     let return_offset = self.position();
                     self.sites.push(Site { return_offset, point, parked });
                     self.asm.jmp(stub.back);
-                    if let Some(patch_offset) = patch {
+                    if detours {
                         let target = self.points[usize::from(point)].guest_offset as i16;
-                        self.links.push(Link {
-                            stub_offset,
-                            return_offset,
-                            patch_offset,
-                            target,
-                            parked,
-                            detour: true,
-                        });
+                        self.detour(return_offset, target, parked);
                     }
                 }
                 Behind::Sensitive { entry, item, parked, back } => {
