@@ -9,7 +9,7 @@ use std::time::Duration;
 use support::{Process, default_guest, one_machine_at_a_time, ringer};
 
 /// The most that the monitor may take with a shell running, in KiB.
-const MOST: usize = 50 << 10;
+const MOST: usize = 48 << 10;
 
 /// What a process has in memory, in KiB: each page once, however often it is mapped, and shared ones in parts; without the
 /// guest's own memory.
@@ -32,7 +32,7 @@ fn own_memory(pid: u32) -> usize {
 }
 
 #[test]
-fn with_a_shell_running_the_monitor_takes_at_most_50_mib_beyond_the_guests_memory() {
+fn with_a_shell_running_the_monitor_takes_at_most_48_mib_beyond_the_guests_memory() {
     default_guest();
     let _turn = one_machine_at_a_time();
     let mut machine = Process::start(ringer().args(["run", "--accel", "translate"]).stdin(Stdio::piped()));

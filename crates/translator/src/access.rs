@@ -353,7 +353,7 @@ pub struct SiteInfo {
     pub block: crate::cache::BlockId,
     pub insn: Instruction,
     pub bytes: [u8; 15],
-    /// The true arithmetic flags are in `hot.saved_ax`.
+    /// The true arithmetic flags are in `near.saved_ax`.
     pub parked: bool,
     /// Host address after the instruction.
     pub end: u64,
@@ -372,7 +372,7 @@ impl Vcpu {
     /// Takes the arithmetic flags from where emitted code parked them.
     pub fn unpark(&mut self) {
         use arch::registers::rflags;
-        let ax = self.hot.saved_ax;
+        let ax = self.near.saved_ax;
         let flags = ax >> 8 & 0xd5 | if ax & 1 != 0 { rflags::OF } else { 0 };
         self.set_flags(rflags::ARITHMETIC, flags);
     }

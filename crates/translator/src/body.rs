@@ -39,7 +39,7 @@ impl Origin {
 pub struct Point {
     pub host_offset: u16,
     pub guest_offset: u16,
-    /// The true arithmetic flags are in `hot.saved_ax` when the operation itself runs.
+    /// The true arithmetic flags are in `near.saved_ax` when the operation itself runs.
     pub parked: bool,
 }
 

@@ -1,7 +1,8 @@
 //! [`Vcpu`]: one processor's state, laid out for emitted code and used as plain data by the rest of the engine.
 //!
 //! While guest code runs, host `rsp` points at [`Vcpu::gpr`], so that every hot field is `[rsp + constant]`; the words
-//! of [`Vcpu::stack`] just below serve as the stack of emitted code. Guest registers other than r10, r11, r14 and r15
+//! of [`Vcpu::stack`] just below serve as the stack of emitted code, and what it needs most often lies below those: the
+//! constant is a byte then, and less of the host's instruction cache is filled. Guest registers other than r10, r11, r14 and r15
 //! then live in host registers; whenever Rust code holds a `&mut Vcpu` all of them are in `gpr`, all flags in `rflags`,
 //! and, if [`Vcpu::fp_loaded`] is zero, all x87/SSE/AVX state in `xsave`.
 
@@ -13,8 +14,9 @@ use arch::state::{Activity, DescriptorTable, Segment, SegmentRegister};
 use crate::shared::{Machine, VcpuShared};
 use crate::tlb::Tlb;
 
-/// Words below `gpr` for return addresses that emitted code pushes.
-pub const STACK_WORDS: usize = 64;
+/// Words below `gpr` for what emitted code and its thunks push: two return addresses and the flags at most. Signal handlers
+/// have stacks of their own. More words here move what lies below out of a short displacement's reach.
+pub const STACK_WORDS: usize = 4;
 /// Room for the standard-format XSAVE area of every component up to PKRU.
 pub const XSAVE_SIZE: usize = 4096;
 
@@ -110,6 +112,9 @@ impl Default for Msrs {
 /// One virtual processor.
 #[repr(C, align(64))]
 pub struct Vcpu {
+    /// Mappings for each [`Context`].
+    pub tlb: Tlb,
+    pub near: crate::entry::Near,
     pub stack: [u64; STACK_WORDS],
     /// In the order of instruction encodings ([`arch::registers::gpr`]).
     pub gpr: [u64; 16],
@@ -153,8 +158,6 @@ pub struct Vcpu {
     pub insn_rip: u64,
     /// The processor's number, and its APIC id.
     pub id: u32,
-    /// Mappings for each [`Context`].
-    pub tlb: Tlb,
     /// What other threads reach of this vCPU: requests, local APIC.
     pub shared: Arc<VcpuShared>,
     /// What all vCPUs share: RAM, bus, the other vCPUs.
@@ -165,6 +168,11 @@ pub struct Vcpu {
     /// What makes the local APIC's timer interrupt the thread that runs this vCPU.
     pub timer: crate::apic::timer::HostTimer,
 }
+
+const _: () = {
+    let near = std::mem::offset_of!(Vcpu, tlb) + crate::tlb::stack_offset(Context::Supervisor);
+    assert!(std::mem::offset_of!(Vcpu, gpr) - near <= 128, "a short displacement reaches the stack pages");
+};
 
 impl Vcpu {
     /// The current privilege level: the DPL of SS, which every mode keeps equal to it (Intel SDM 3A 5.5); 3 in

@@ -1,7 +1,7 @@
 //! The border between Rust and emitted code, in assembly.
 //!
 //! [`enter`] loads the guest's registers and jumps into a block. The block leaves by one of the thunks, whose addresses
-//! stand in [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
+//! stand in [`Near`] and [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
 //!
 //! - `exit_link`, called by the stub of a direct branch that is not linked yet; the return address names the stub;
 //! - `exit_lookup`, jumped to with the guest RIP in r14: an indirect branch missed the jump table;
@@ -42,6 +42,21 @@ pub enum Left {
     Careful = 5,
 }
 
+/// What emitted code uses most, just below its stack: a displacement of one byte reaches it.
+#[repr(C)]
+pub struct Near {
+    pub slow: u64,
+    pub slow_or_detour: u64,
+    pub exit_link: u64,
+    pub exit_lookup: u64,
+    pub exit_event: u64,
+    pub helper: u64,
+    /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
+    pub saved_ax: u64,
+    /// Bits of a RIP that index the jump table.
+    pub jump_mask: u64,
+}
+
 /// Fields of a [`Vcpu`] that only emitted code and its entry use.
 #[repr(C, align(16))]
 pub struct Hot {
@@ -52,21 +67,12 @@ pub struct Hot {
     pub target: u64,
     /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
     pub branch: u64,
-    /// Bits of a RIP that index the jump table, and bits of a key where code segments have bases.
-    pub jump_mask: u64,
+    /// Bits of a key that index the jump table where code segments have bases.
     pub segmented_jump_mask: u64,
     /// See [`crate::mmu::segmentation`].
     pub segment_ends: [crate::mmu::segmentation::Ends; 6],
     /// A guest register lent to the translator within one instruction.
     pub lent: u64,
-    /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
-    pub saved_ax: u64,
-    pub exit_link: u64,
-    pub exit_lookup: u64,
-    pub exit_event: u64,
-    pub helper: u64,
-    pub slow: u64,
-    pub slow_or_detour: u64,
     pub resolve: u64,
     pub bounced: u64,
     pub stored_split: u64,
@@ -111,7 +117,7 @@ pub const NO_BRANCH: u64 = 1 << 63;
 
 /// The offset of a [`Vcpu`] field from what rsp points at.
 macro_rules! context_offset {
-    ($($field:tt)+) => { (std::mem::offset_of!($crate::Vcpu, $($field)+) - std::mem::offset_of!($crate::Vcpu, gpr)) as i32 };
+    ($($field:tt)+) => { std::mem::offset_of!($crate::Vcpu, $($field)+) as i32 - std::mem::offset_of!($crate::Vcpu, gpr) as i32 };
 }
 pub(crate) use context_offset;
 
@@ -131,27 +137,37 @@ unsafe extern "C" {
     fn ringer_signal();
 }
 
+fn address(thunk: unsafe extern "C" fn()) -> u64 {
+    thunk as usize as u64
+}
+
+impl Default for Near {
+    fn default() -> Self {
+        Near {
+            slow: address(ringer_slow),
+            slow_or_detour: address(ringer_slow_or_detour),
+            exit_link: address(ringer_exit_link),
+            exit_lookup: address(ringer_exit_lookup),
+            exit_event: address(ringer_exit_event),
+            helper: address(ringer_helper),
+            saved_ax: 0,
+            jump_mask: crate::code_memory::JUMP_MASK,
+        }
+    }
+}
+
 impl Hot {
     /// `xsave_mask`: the state components that guests can use on this host; `requests`: those to this vCPU, which must outlive
     /// its code.
     pub fn new(xsave_mask: u64, requests: &std::sync::atomic::AtomicU32) -> Self {
-        let address = |f: unsafe extern "C" fn()| f as usize as u64;
         Hot {
             return_address: 0,
             host_rsp: 0,
             target: 0,
             branch: NO_BRANCH,
-            jump_mask: crate::code_memory::JUMP_MASK,
             segmented_jump_mask: crate::code_memory::SEGMENTED_JUMP_MASK,
             segment_ends: Default::default(),
             lent: 0,
-            saved_ax: 0,
-            exit_link: address(ringer_exit_link),
-            exit_lookup: address(ringer_exit_lookup),
-            exit_event: address(ringer_exit_event),
-            helper: address(ringer_helper),
-            slow: address(ringer_slow),
-            slow_or_detour: address(ringer_slow_or_detour),
             resolve: address(ringer_resolve),
             bounced: address(ringer_bounced),
             stored_split: address(ringer_stored_split),
@@ -174,7 +190,7 @@ impl Hot {
 
 /// Where a signal handler sends a thread that faulted in emitted code.
 pub fn signal_thunk() -> u64 {
-    ringer_signal as unsafe extern "C" fn() as usize as u64
+    address(ringer_signal)
 }
 
 /// Runs guest code until it leaves.

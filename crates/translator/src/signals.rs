@@ -57,7 +57,7 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
             let s0 = registers[libc::REG_R14 as usize] as u64;
             // A jump through an empty table entry: the guest's last byte of address space. It is a lookup like any other.
             if pc == 0 {
-                registers[libc::REG_RIP as usize] = (*vcpu).hot.exit_lookup as i64;
+                registers[libc::REG_RIP as usize] = (*vcpu).near.exit_lookup as i64;
                 return;
             }
             if (*vcpu).engine.cache.offset_of(pc).is_some() {

@@ -129,10 +129,10 @@ pub struct StackPage {
     /// Its guest-virtual address, if it can be read and written, else [`NO_PAGE`].
     pub page: u64,
     pub addend: u64,
-    frame: u64,
 }
 
-const NO_STACK: StackPage = StackPage { page: NO_PAGE, addend: 0, frame: u64::MAX };
+const NO_STACK: StackPage = StackPage { page: NO_PAGE, addend: 0 };
+const NO_FRAME: u64 = u64::MAX;
 
 /// Mappings of an address space that is not the current one.
 #[derive(Default)]
@@ -149,17 +149,24 @@ const _: () = assert!(ENTRIES <= 1 << 16);
 /// All of a vCPU's cached mappings.
 #[repr(C)]
 pub struct Tlb {
-    stack: [StackPage; CONTEXTS],
     tables: [Table; CONTEXTS],
     /// Frames whose mappings lost their write tags.
     protected: Missed<Range<u64>>,
     pub flushes: u64,
     pub fills: u64,
+    /// The frames of the stack pages, as in entries; or [`NO_FRAME`].
+    stack_frames: [u64; CONTEXTS],
+    /// Last, where emitted code has them near (see [`Vcpu`](crate::Vcpu)), the user's nearest: by [`stack_index`].
+    stack: [StackPage; CONTEXTS],
+}
+
+const fn stack_index(context: Context) -> usize {
+    CONTEXTS - 1 - context as usize
 }
 
 /// Where a context's stack page is within a [`Tlb`], for emitted code.
-pub fn stack_offset(context: Context) -> usize {
-    std::mem::offset_of!(Tlb, stack) + context as usize * size_of::<StackPage>()
+pub const fn stack_offset(context: Context) -> usize {
+    std::mem::offset_of!(Tlb, stack) + stack_index(context) * size_of::<StackPage>()
 }
 
 /// Where a context's entries are within a [`Tlb`], for emitted code.
@@ -176,6 +183,7 @@ impl Tlb {
         // SAFETY: zeros are entries of a table, bit maps without a bit, and counts of nothing; all else is written. Entries are left
         // alone since memory that is never touched is never taken from the host.
         unsafe {
+            (&raw mut (*place).stack_frames).write([NO_FRAME; CONTEXTS]);
             (&raw mut (*place).stack).write([NO_STACK; CONTEXTS]);
             for context in 0..CONTEXTS {
                 (&raw mut (*place).tables[context].entries[0]).write(Entry::empty(0));
@@ -224,7 +232,8 @@ impl Tlb {
             return None;
         }
         let addend = entry.host.wrapping_sub(page);
-        self.stack[context as usize] = StackPage { page, addend, frame: entry.frame };
+        self.stack[stack_index(context)] = StackPage { page, addend };
+        self.stack_frames[stack_index(context)] = entry.frame;
         Some(addend)
     }
 
@@ -235,13 +244,22 @@ impl Tlb {
 
     #[cfg(test)]
     pub fn stack(&self, context: Context) -> StackPage {
-        self.stack[context as usize]
+        self.stack[stack_index(context)]
+    }
+
+    /// Forgets the stack pages of some frames.
+    fn leave_stacks(&mut self, left: impl Fn(u64) -> bool) {
+        for (stack, frame) in self.stack.iter_mut().zip(&mut self.stack_frames) {
+            if left(*frame) {
+                (*stack, *frame) = (NO_STACK, NO_FRAME);
+            }
+        }
     }
 
     /// Drops everything.
     pub fn flush_all(&mut self) {
         self.flushes += 1;
-        self.stack = [NO_STACK; CONTEXTS];
+        self.leave_stacks(|_| true);
         self.tables.iter_mut().for_each(Table::flush);
     }
 
@@ -253,9 +271,7 @@ impl Tlb {
 
     fn leave_local_stacks(&mut self) {
         self.flushes += 1;
-        for stack in self.stack.iter_mut().filter(|s| s.frame & GLOBAL == 0) {
-            *stack = NO_STACK;
-        }
+        self.leave_stacks(|frame| frame & GLOBAL == 0);
     }
 
     /// Takes everything out but global pages.
@@ -292,7 +308,7 @@ impl Tlb {
 
     /// Drops the mapping of one page in every context.
     pub fn flush_page(&mut self, va: u64) {
-        self.stack = [NO_STACK; CONTEXTS];
+        self.leave_stacks(|_| true);
         for table in &mut self.tables {
             if table.large & area_bit(va) != 0 {
                 table.flush();
@@ -309,9 +325,7 @@ impl Tlb {
     /// Takes the write tag off one entry, if it maps this frame, and off the stack pages that do.
     pub fn protect_entry(&mut self, context: Context, index: usize, frame: u64) {
         self.protected.add(frame..frame + PAGE_SIZE);
-        for stack in self.stack.iter_mut().filter(|s| s.frame & !0xfff == frame) {
-            *stack = NO_STACK;
-        }
+        self.leave_stacks(|known| known & !0xfff == frame);
         if let Some(entry) = self.tables[context as usize].entries.get_mut(index)
             && entry.frame & !0xfff == frame
         {
@@ -322,9 +336,7 @@ impl Tlb {
     /// Takes the write tags off all mappings of these frames: what is written there is to be seen.
     pub fn protect(&mut self, frames: Range<u64>) {
         self.protected.add(frames.clone());
-        for stack in self.stack.iter_mut().filter(|s| frames.contains(&(s.frame & !0xfff))) {
-            *stack = NO_STACK;
-        }
+        self.leave_stacks(|known| frames.contains(&(known & !0xfff)));
         for table in &mut self.tables {
             for word in 0..ENTRIES / 64 {
                 for index in bits(table.local[word] | table.global[word]).map(|bit| word * 64 + bit) {

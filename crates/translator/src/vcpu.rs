@@ -9,7 +9,7 @@ use engine::{Error, Exit, VcpuControl};
 
 use crate::code_memory::CodeMemory;
 use crate::cpu::{Msrs, STACK_WORDS, Vcpu, XSAVE_SIZE, XsaveArea};
-use crate::entry::Hot;
+use crate::entry::{Hot, Near};
 use crate::perf_map::PerfMap;
 use crate::run::EngineState;
 use crate::shared::{Machine, VcpuShared, request};
@@ -46,6 +46,7 @@ impl Vcpu {
         let p = place.as_mut_ptr();
         // `shared` and `machine` are used by other fields, which come first.
         emplace!(p, tlb, {
+            near: Near::default(),
             stack: [0; STACK_WORDS],
             gpr: reset.gpr,
             rip: reset.rip,

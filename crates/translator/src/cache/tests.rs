@@ -87,7 +87,7 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
     let live = cache.blocks.iter().filter(|b| b.live).count();
     assert_eq!(cache.by_origin.len(), live);
     assert_eq!(cache.by_page.values().map(|code| code.blocks.len()).sum::<usize>(), live);
-    assert!(cache.blocks.len() < 4000, "blocks that were dropped leave their number to others");
+    assert!(cache.blocks.len() < 5000, "blocks that were dropped leave their number to others");
 }
 
 #[test]
@@ -231,6 +231,6 @@ fn blocks_that_sleep_make_room_like_others() {
         cache.reap();
     }
     assert!(cache.stats.evicted_regions > 10);
-    assert!(cache.asleep.len() < 4000 && cache.blocks.len() < 4000);
+    assert!(cache.asleep.len() < 5000 && cache.blocks.len() < 5000);
     assert!(cache.by_origin.is_empty() && cache.by_page.is_empty());
 }

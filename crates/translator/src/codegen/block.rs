@@ -432,7 +432,7 @@ impl Builder<'_> {
         let loads_segment = !self.mode.long() && crate::semantics::segments::loads_segment(insn);
         self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block, loads_segment });
         self.asm.mov_sensitive(S0);
-        self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.helper)));
+        self.asm.call_mem(Mem::Base(RSP, context_offset!(near.helper)));
     }
 
     /// Notes where the flags are now: the guest's instruction itself can fault only from here on.
@@ -575,7 +575,7 @@ impl Builder<'_> {
                     if let Slow::Miss { tag, detour } = stub.why {
                         self.asm.alu_mem(Alu::Xor, S0, tag);
                         detours = detour;
-                        call = if detour { context_offset!(hot.slow_or_detour) } else { context_offset!(hot.slow) };
+                        call = if detour { context_offset!(near.slow_or_detour) } else { context_offset!(near.slow) };
                     }
                     self.asm.mov_imm(S1, stub.kind.bits() as u64);
                     self.asm.call_mem(Mem::Base(RSP, call));
@@ -614,7 +614,7 @@ impl Builder<'_> {
         for pending in all_pending.drain(..) {
             self.asm.bind(pending.label);
             let stub_offset = self.position();
-            self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_link)));
+            self.asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_link)));
             let return_offset = self.position();
             self.links.push(Link {
                 stub_offset,

@@ -137,7 +137,7 @@ impl Builder<'_> {
     fn leave_for(&mut self, target: u64) {
         self.need_flags();
         self.asm.mov_address(S0, target);
-        self.asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_event)));
+        self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_event)));
     }
 
     fn poll(&mut self, target: u64) {
@@ -153,7 +153,7 @@ impl Builder<'_> {
             }
             self.asm.bind(go_on);
         } else {
-            let event = Mem::Base(RSP, context_offset!(hot.exit_event));
+            let event = Mem::Base(RSP, context_offset!(near.exit_event));
             self.asm.mov(S1, RCX);
             self.asm.load32(RCX, word);
             self.asm.unless_rcx_zero(|asm| {
@@ -187,8 +187,11 @@ impl Builder<'_> {
         let (Some(slot), false) = (slot, self.mode.is_single()) else {
             self.need_flags();
             note(&mut self.asm);
-            let exit =
-                if self.mode.is_single() { context_offset!(hot.exit_event) } else { context_offset!(hot.exit_lookup) };
+            let exit = if self.mode.is_single() {
+                context_offset!(near.exit_event)
+            } else {
+                context_offset!(near.exit_lookup)
+            };
             self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };
@@ -214,7 +217,7 @@ impl Builder<'_> {
                 let mask = if mode.segmented() {
                     context_offset!(hot.segmented_jump_mask)
                 } else {
-                    context_offset!(hot.jump_mask)
+                    context_offset!(near.jump_mask)
                 };
                 asm.pext(S1, S0, Mem::Base(RSP, mask));
             } else {
@@ -234,7 +237,7 @@ impl Builder<'_> {
             }
             unpark_flags(asm);
             note(asm);
-            asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
+            asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
             asm.bind(hit);
             asm.jmp_mem(at(parked_codes));
             return;
@@ -258,7 +261,7 @@ impl Builder<'_> {
                 asm.mov32(S0, S0);
             }
             note(asm);
-            asm.jmp_mem(Mem::Base(RSP, context_offset!(hot.exit_lookup)));
+            asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
         });
         put_back(asm);
         asm.jmp_mem(at(codes));

@@ -14,7 +14,6 @@ use super::groups::{Check, Form, Keep, Member};
 use super::reencode::{Home, Operand, context, home};
 use crate::access::AccessKind;
 use crate::code_memory::has_bmi2;
-use crate::cpu::Vcpu;
 use crate::entry::context_offset;
 use crate::mmu::operand::segment_register;
 use crate::mmu::segmentation::Ends;
@@ -25,14 +24,13 @@ use crate::tlb;
 pub enum FlagState {
     /// In EFLAGS (or dead).
     Host,
-    /// In `hot.saved_ax`; EFLAGS holds nothing.
+    /// In `near.saved_ax`; EFLAGS holds nothing.
     Parked,
 }
 
 /// Offsets of a TLB entry's fields, for `[rsp + S1 + offset]`.
 fn tlb_offset(context: crate::cpu::Context, field: usize) -> i32 {
-    let table = offset_of!(Vcpu, tlb) + tlb::table_offset(context) - offset_of!(Vcpu, gpr);
-    (table + field) as i32
+    context_offset!(tlb) + (tlb::table_offset(context) + field) as i32
 }
 
 /// Where the host address of a group's span is kept.
@@ -40,7 +38,7 @@ fn kept(slot: usize) -> Mem {
     Mem::Base(RSP, context_offset!(hot.group_spans) + slot as i32 * 8)
 }
 
-pub const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(hot.saved_ax));
+pub const SAVED_AX: Mem = Mem::Base(RSP, context_offset!(near.saved_ax));
 
 /// Clobbers S1 and EFLAGS.
 pub fn park_flags(asm: &mut Asm) {
@@ -298,8 +296,7 @@ impl Builder<'_> {
 
     /// A field of the context's stack page.
     fn stack_page(&self, field: usize) -> Mem {
-        let stack = offset_of!(Vcpu, tlb) + tlb::stack_offset(self.mode.context());
-        Mem::Base(RSP, (stack + field - offset_of!(Vcpu, gpr)) as i32)
+        Mem::Base(RSP, context_offset!(tlb) + (tlb::stack_offset(self.mode.context()) + field) as i32)
     }
 
     /// Emits address and check of `insn`'s memory operand: the host address in S0. What emitted code can't compute, Rust
