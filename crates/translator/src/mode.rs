@@ -21,7 +21,7 @@ const AVX512: u32 = 1 << 14;
 const ALIGN: u32 = 1 << 15;
 /// RDTSC and RDTSCP fault.
 const TIMELESS: u32 = 1 << 16;
-/// STAC and CLAC switch between contexts: level 0 under CR4.SMAP.
+/// CR4.SMAP: at level 0 STAC and CLAC switch between contexts.
 const SMAP: u32 = 1 << 17;
 const MORE_CAREFUL: u32 = 1 << 30;
 const CAREFUL: u32 = 1 << 31;
@@ -71,7 +71,7 @@ impl Mode {
         m |= flag(cpu.avx_enabled() && cpu.xcr0 & xcr0::AVX512 == xcr0::AVX512, AVX512);
         m |= flag(cpu.cpl() == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0, ALIGN);
         m |= flag(cpu.cpl() != 0 && cpu.cr4 & cr4::TSD != 0, TIMELESS);
-        m |= flag(cpu.cpl() == 0 && cpu.cr4 & cr4::SMAP != 0, SMAP);
+        m |= flag(cpu.cr4 & cr4::SMAP != 0, SMAP);
         Mode(m)
     }
 
@@ -147,7 +147,27 @@ impl Mode {
     /// The mode that STAC or CLAC leads to, where there is SMAP.
     pub fn with_user_pages(self, allowed: bool) -> Option<Mode> {
         let context = if allowed { Context::SupervisorUser } else { Context::Supervisor };
-        (self.0 & SMAP != 0).then_some(Mode(self.0 & !(3 << 5) | (context as u32) << 5))
+        (self.cpl() == 0 && self.smap()).then_some(self.in_context(context))
+    }
+
+    /// CR4.SMAP
+    pub fn smap(self) -> bool {
+        self.0 & SMAP != 0
+    }
+
+    fn in_context(self, context: Context) -> Mode {
+        Mode(self.0 & !(3 << 5) | (context as u32) << 5)
+    }
+
+    /// Where SYSCALL leads in 64-bit code, under SMAP with AC clear.
+    pub fn after_syscall(self) -> Mode {
+        let context = if self.smap() { Context::Supervisor } else { Context::SupervisorUser };
+        Mode(self.0 & !(3 << 3 | ALIGN | TIMELESS)).in_context(context)
+    }
+
+    /// Where SYSRET leads from 64-bit code to such, with AC and CR4.TSD clear.
+    pub fn after_sysret(self) -> Mode {
+        Mode(self.0 & !(ALIGN | TIMELESS) | 3 << 3).in_context(Context::User)
     }
 
     /// Misaligned accesses raise #AC (CPL 3, CR0.AM, RFLAGS.AC).

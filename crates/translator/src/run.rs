@@ -6,7 +6,7 @@ use engine::Exit;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use arch::cpuid::Feature;
-use arch::registers::{debug, rflags};
+use arch::registers::{debug, efer, rflags};
 use arch::state::{Activity, Segment, SegmentRegister};
 use arch::{Exception, Vector};
 use memory::PAGE_SIZE;
@@ -76,7 +76,7 @@ pub struct EngineState {
     pub code_page: Vec<u8>,
     workspace: Workspace,
     pub rewritten: Rewritten,
-    /// An event was delivered since a block was last entered.
+    /// An event was delivered since a block was last entered, or else TF was cleared without a trap to follow.
     pub delivered: bool,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
     pub device_pages: FxHashSet<usize>,
@@ -219,7 +219,7 @@ impl Vcpu {
         if self.shared.poll.is_set()
             || self.pending_debug != 0
             || self.dr7 & 0xff != 0
-            || self.rflags & (rflags::TF | rflags::RF) != 0
+            || self.rflags & rflags::TF != 0
             || self.mode_is_single()
             || self.activity != Activity::Running
         {
@@ -229,6 +229,8 @@ impl Vcpu {
             return None;
         }
         self.find_next_code()?;
+        // There are no breakpoints for it to hold off.
+        self.rflags &= !rflags::RF;
         self.interrupt_shadow = false;
         self.debug_shadow = false;
         Some(())
@@ -661,12 +663,20 @@ impl Vcpu {
     }
 
     fn setting(&mut self, origin: Origin, mode: Mode) -> Setting {
+        // Not while a system begins, in modes that it never has programs in.
+        let other_level = match mode.cpl() {
+            _ if !mode.long() || self.msrs.efer & efer::SCE == 0 => None,
+            0 => Some(mode.after_sysret()),
+            3 => Some(mode.after_syscall()),
+            _ => None,
+        };
         let other_access = mode.with_user_pages(mode.context() == Context::Supervisor);
         Setting {
             mode,
             inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
             sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.0).max(least_sharing(mode)),
             jump_slot: self.engine.cache.jumps.slot(mode),
+            level_slot: other_level.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
         }

@@ -15,7 +15,7 @@ use crate::{jumps, tlb};
 const SPACES: usize = 8;
 /// So many times in a row what was known is put back; then a space starts with nothing, so that what it does not use any
 /// more is not carried along for ever.
-const TURNS: u8 = 16;
+const TURNS: u8 = 64;
 
 /// What is known of an address space that waits.
 #[derive(Default)]

@@ -146,5 +146,13 @@ pub fn fault_of(cpu: &mut Vcpu, bytes: &[u8]) -> arch::Exception {
 
 /// How code that runs in a mode is translated, with the second part of the jump table for it.
 pub fn setting(mode: Mode) -> Setting {
-    Setting { mode, inline_tsc: true, sharing: Sharing::All, jump_slot: Some(1), access_slot: None, template: false }
+    Setting {
+        mode,
+        inline_tsc: true,
+        sharing: Sharing::All,
+        jump_slot: Some(1),
+        access_slot: None,
+        level_slot: None,
+        template: false,
+    }
 }

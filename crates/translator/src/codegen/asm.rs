@@ -49,6 +49,7 @@ pub enum Mem {
 #[repr(u8)]
 pub enum Alu {
     Add = 0,
+    Or = 1,
     And = 4,
     Xor = 6,
     Cmp = 7,
@@ -388,6 +389,46 @@ impl Asm {
     pub fn shr32(&mut self, reg: Reg, count: u8) {
         self.op_reg(false, 0xc1, 5, reg);
         self.byte(count);
+    }
+
+    pub fn shr(&mut self, reg: Reg, count: u8) {
+        self.op_reg(true, 0xc1, 5, reg);
+        self.byte(count);
+    }
+
+    pub fn sar(&mut self, reg: Reg, count: u8) {
+        self.op_reg(true, 0xc1, 7, reg);
+        self.byte(count);
+    }
+
+    /// A move that extends the sign of the low 2, 4 or 8 bytes.
+    pub fn mov_signed(&mut self, size: usize, to: Reg, from: Reg) {
+        match size {
+            2 => self.bytes(&[0x48 | (to.0 >> 3) << 2 | from.0 >> 3, 0x0f, 0xbf, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]),
+            4 => self.op_reg(true, 0x63, to.0, from),
+            _ => self.mov(to, from),
+        }
+    }
+
+    /// BT, BTS, BTR or BTC (by its second opcode byte) of 2, 4 or 8 bytes in a register.
+    pub fn bit(&mut self, size: usize, opcode: u8, word: Reg, number: Reg) {
+        self.bit_prefixes(size, word, number);
+        self.bytes(&[0x0f, opcode, 0xc0 | (number.0 & 7) << 3 | word.0 & 7]);
+    }
+
+    /// The same, LOCKed, of memory at `[S0]`; the number has to be below that of the operand's bits.
+    pub fn locked_bit(&mut self, size: usize, opcode: u8, number: Reg) {
+        self.byte(0xf0);
+        self.bit_prefixes(size, S0, number);
+        self.bytes(&[0x0f, opcode]);
+        self.modrm(number.0, Mem::Base(S0, 0), 0);
+    }
+
+    fn bit_prefixes(&mut self, size: usize, operand: Reg, number: Reg) {
+        if size == 2 {
+            self.byte(0x66);
+        }
+        self.byte(0x40 | u8::from(size == 8) << 3 | (number.0 >> 3) << 2 | operand.0 >> 3);
     }
 
     /// RORX (BMI2), 32 bits: leaves the flags alone.

@@ -111,6 +111,8 @@ pub struct Setting {
     pub jump_slot: Option<usize>,
     /// The same for the mode that STAC or CLAC leads to.
     pub access_slot: Option<usize>,
+    /// The same for the mode that SYSCALL or SYSRET leads to.
+    pub level_slot: Option<usize>,
     /// The code is rewritten often: it is noted what a block needs to follow that.
     pub template: bool,
 }
@@ -417,8 +419,16 @@ impl Builder<'_> {
                 self.switch_access(insn);
                 true
             }
+            Kind::Level => {
+                self.switch_level(insn);
+                true
+            }
             Kind::String => {
                 self.string_instruction(insn);
+                false
+            }
+            Kind::Bit => {
+                self.bit_instruction(insn);
                 false
             }
             Kind::Native => {
@@ -435,6 +445,15 @@ impl Builder<'_> {
         self.asm.call_mem(Mem::Base(RSP, context_offset!(near.helper)));
     }
 
+    /// Before an operation that touches the flags: those that are needed behind it, and that it leaves alone, are in EFLAGS.
+    pub fn settle_flags(&mut self) {
+        if self.items[self.current].live_in.is_empty() {
+            self.flags = FlagState::Host;
+        } else {
+            self.need_flags();
+        }
+    }
+
     /// Notes where the flags are now: the guest's instruction itself can fault only from here on.
     pub fn note_flags(&mut self) {
         if let Some(point) = self.points.last_mut() {
@@ -444,7 +463,7 @@ impl Builder<'_> {
 
     fn native(&mut self, insn: &Instruction) {
         let item = &self.items[self.current];
-        let (effect, live_in, offset) = (item.effect, item.live_in, item.offset);
+        let (effect, offset) = (item.effect, item.offset);
         if insn.mnemonic() == Mnemonic::Lea {
             return self.lea(insn);
         }
@@ -458,11 +477,7 @@ impl Builder<'_> {
             }
         }
         if effect.touches {
-            if live_in.is_empty() {
-                self.flags = FlagState::Host;
-            } else {
-                self.need_flags();
-            }
+            self.settle_flags();
         }
         self.note_flags();
         let before = self.asm.position();

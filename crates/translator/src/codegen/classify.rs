@@ -25,8 +25,12 @@ pub enum Kind {
     System,
     /// STAC or CLAC, emitted inline: the block ends, since what follows runs in another mode.
     Access,
+    /// SYSCALL or SYSRET, likewise.
+    Level,
     /// MOVS, STOS or LODS, emitted inline.
     String,
+    /// BT, BTS, BTR or BTC on memory by a number in a register, emitted inline.
+    Bit,
     Skip,
     Native,
 }
@@ -58,8 +62,14 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if let Some(next) = super::system::access_mode(insn, mode) {
         return if next == mode { Kind::Skip } else { Kind::Access };
     }
+    if super::level::emits(insn, mode) {
+        return Kind::Level;
+    }
     if super::strings::emits(insn, mode) {
         return Kind::String;
+    }
+    if super::bits::emits(insn, mode) {
+        return Kind::Bit;
     }
     if let Some(s) = sensitive(insn) {
         return Kind::Sensitive(s.exec, s.ends_block);

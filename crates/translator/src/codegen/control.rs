@@ -31,6 +31,16 @@ fn is_direct(insn: &Instruction) -> bool {
     matches!(insn.op_kind(0), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
 }
 
+/// What is known of the guest address that S0 has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Known(u64),
+    /// A branch computes it: where it can't be, the branch itself faults.
+    Computed,
+    /// If it can't be, the fault comes there.
+    Entry,
+}
+
 impl Builder<'_> {
     /// Emits a branch; false if the block goes on behind it.
     pub fn branch(&mut self, insn: &Instruction) -> bool {
@@ -130,7 +140,7 @@ impl Builder<'_> {
     /// Goes to a constant address by the jump table.
     pub fn goto_unlinked(&mut self, target: u64) {
         self.asm.mov_address(S0, target);
-        self.lookup_known(Some(target));
+        self.lookup_in(self.setting.jump_slot, Target::Known(target));
     }
 
     /// Leaves for the dispatcher, which goes on at `target`.
@@ -167,19 +177,15 @@ impl Builder<'_> {
 
     /// Goes to the guest address in S0 by the jump table.
     pub fn lookup(&mut self) {
-        self.lookup_known(None);
-    }
-
-    fn lookup_known(&mut self, target: Option<u64>) {
-        self.lookup_in(self.setting.jump_slot, target);
+        self.lookup_in(self.setting.jump_slot, Target::Computed);
     }
 
     /// The same by the part of the jump table for another mode: that of the vCPU from here on.
-    pub fn lookup_in(&mut self, slot: Option<usize>, target: Option<u64>) {
+    pub fn lookup_in(&mut self, slot: Option<usize>, target: Target) {
         let ip = self.current_ip();
         // Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment.
         let note = |asm: &mut Asm| {
-            if target.is_none() {
+            if target == Target::Computed {
                 asm.mov_address(S1, ip);
                 asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
             }
@@ -197,6 +203,10 @@ impl Builder<'_> {
         };
         let parked = self.flags == FlagState::Parked;
         let (mode, segment) = (self.mode, self.code.segment);
+        let target = match target {
+            Target::Known(address) => Some(address),
+            Target::Computed | Target::Entry => None,
+        };
         let asm = &mut self.asm;
         // What is looked up: with the base of a code segment in the upper half.
         let based = segment.base != 0;

@@ -125,6 +125,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::Branch if insn.flow_control() == FlowControl::ConditionalBranch => Effect::SENSITIVE,
             Kind::Skip | Kind::Access => Effect::NONE,
             // An event that Rust finds then or meanwhile shows all of them.
+            Kind::Level => Effect::LOOKS,
             Kind::System if system::is_push(&insn) || insn.mnemonic() == Mnemonic::Sti => Effect::LOOKS,
             Kind::System if !system::is_pop(&insn) => Effect::NONE,
             Kind::String if insn.has_rep_prefix() || insn.has_repne_prefix() => Effect::LOOKS,
@@ -173,7 +174,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
                 !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes
             }
             Kind::Sensitive(_, ends) => ends,
-            Kind::Access => true,
+            Kind::Access | Kind::Level => true,
             _ => false,
         };
         if ends || offset + insn.len() > page {
@@ -203,7 +204,7 @@ pub fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahe
             live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
         }
         Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
-        Kind::Branch | Kind::Access | Kind::Sensitive(_, true) => Flags::ALL,
+        Kind::Branch | Kind::Access | Kind::Level | Kind::Sensitive(_, true) => Flags::ALL,
         _ => live_at(next, code, start, mode, lookahead),
     }
 }
@@ -251,12 +252,12 @@ pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {
     match kind {
         Kind::Skip => Step::Plain(None),
         Kind::System => match insn.mnemonic() {
-            Mnemonic::Swapgs => Step::Barrier,
+            Mnemonic::Swapgs | Mnemonic::Wrfsbase | Mnemonic::Wrgsbase => Step::Barrier,
             _ if system::is_push(insn) => Step::Stack { access: Some(push), moves: -word },
             _ if system::is_pop(insn) => Step::Stack { access: Some(pop), moves: word },
             _ => Step::Plain(None),
         },
-        Kind::String | Kind::Access => Step::Plain(None),
+        Kind::String | Kind::Access | Kind::Level | Kind::Bit => Step::Plain(None),
         Kind::Sensitive(..) => Step::Barrier,
         Kind::Native => Step::Plain(based_access(insn)),
         Kind::Stack => match insn.mnemonic() {

@@ -109,8 +109,15 @@ impl Fragment {
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
         let sharing = if mode.is_careful() { Sharing::Near } else { Sharing::All };
-        let setting =
-            Setting { mode, inline_tsc: true, sharing, jump_slot: Some(0), access_slot: Some(1), template: false };
+        let setting = Setting {
+            mode,
+            inline_tsc: true,
+            sharing,
+            jump_slot: Some(0),
+            access_slot: Some(1),
+            level_slot: Some(2),
+            template: false,
+        };
         let start = LINEAR - u64::from(segment.base);
         let mut blocks = Vec::new();
         let mut offset = 0;

@@ -6,6 +6,7 @@
 //! block's body. All host code is made by [`asm`].
 
 pub mod asm;
+mod bits;
 pub mod block;
 pub mod classify;
 mod control;
@@ -14,6 +15,7 @@ pub mod facts;
 #[cfg(test)]
 mod golden;
 pub mod groups;
+mod level;
 mod liveness;
 mod operand;
 pub mod reencode;

@@ -95,7 +95,7 @@ impl Builder<'_> {
     }
 
     /// The host register that has guest register `n`: its home, or `scratch` after a load.
-    fn register_in(&mut self, n: u8, scratch: Reg) -> Reg {
+    pub fn register_in(&mut self, n: u8, scratch: Reg) -> Reg {
         match home(n) {
             Home::Host(reg) => reg,
             Home::Memory => {

@@ -3,8 +3,9 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{Alu, Mem, RAX, RCX, RDX, RSP, S0, S1, cc};
+use super::asm::{Alu, Asm, Label, Mem, RAX, RCX, RDX, RSP, S0, S1, cc};
 use super::block::Builder;
+use super::control::Target;
 use super::operand::{FlagState, SAVED_AX, park_flags};
 use crate::entry::context_offset;
 use crate::mmu::operand::segment_register;
@@ -12,13 +13,14 @@ use crate::mode::Mode;
 use crate::shared::request;
 use arch::registers::{cr4, rflags};
 
+const FS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 4 * size_of::<arch::Segment>() as i32);
 const GS_BASE: Mem = Mem::Base(RSP, context_offset!(segments) + 5 * size_of::<arch::Segment>() as i32);
 const KERNEL_GS_BASE: Mem =
     Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, kernel_gs_base) as i32);
 const TSC_AUX: Mem = Mem::Base(RSP, context_offset!(msrs) + std::mem::offset_of!(crate::cpu::Msrs, tsc_aux) as i32);
-const RFLAGS: Mem = Mem::Base(RSP, context_offset!(rflags));
+pub const RFLAGS: Mem = Mem::Base(RSP, context_offset!(rflags));
 const PKRU: Mem = Mem::Base(RSP, context_offset!(pkru));
-const CR4: Mem = Mem::Base(RSP, context_offset!(cr4));
+pub const CR4: Mem = Mem::Base(RSP, context_offset!(cr4));
 /// See [`Builder::push_flags`].
 const LENT: Mem = Mem::Base(RSP, context_offset!(hot.lent));
 
@@ -35,6 +37,7 @@ pub fn emits(insn: &Instruction, mode: Mode, inline_tsc: bool) -> bool {
     let privileged = mode.cpl() == 0;
     match insn.mnemonic() {
         Mnemonic::Swapgs => privileged && mode.long(),
+        Mnemonic::Rdfsbase | Mnemonic::Rdgsbase | Mnemonic::Wrfsbase | Mnemonic::Wrgsbase => mode.long(),
         Mnemonic::Cli | Mnemonic::Sti => privileged,
         Mnemonic::Rdtsc | Mnemonic::Rdtscp => mode.reads_tsc() && inline_tsc,
         Mnemonic::Cld | Mnemonic::Std | Mnemonic::Rdpkru => true,
@@ -114,6 +117,10 @@ impl Builder<'_> {
                 self.asm.store(GS_BASE, S1);
                 self.asm.store(KERNEL_GS_BASE, S0);
             }
+            Mnemonic::Rdfsbase => self.read_segment_base(insn, FS_BASE),
+            Mnemonic::Rdgsbase => self.read_segment_base(insn, GS_BASE),
+            Mnemonic::Wrfsbase => self.write_segment_base(insn, FS_BASE),
+            Mnemonic::Wrgsbase => self.write_segment_base(insn, GS_BASE),
             Mnemonic::Cli => {
                 self.free_flags();
                 self.asm.and_mem32_imm(RFLAGS, !rflags::IF as i32);
@@ -150,7 +157,7 @@ impl Builder<'_> {
         self.asm.store32(RFLAGS, S0);
         let next = insn.next_ip();
         self.asm.mov_address(S0, next);
-        self.lookup_in(self.setting.access_slot, Some(next));
+        self.lookup_in(self.setting.access_slot, Target::Known(next));
     }
 
     /// MOV from a control or a segment register to a general-purpose one.
@@ -175,6 +182,43 @@ impl Builder<'_> {
         self.asm.jcc(cc::NE, slow);
         self.asm.load32(RAX, PKRU);
         self.asm.mov_imm(RDX, 0);
+    }
+
+    /// RDFSBASE and RDGSBASE.
+    fn read_segment_base(&mut self, insn: &Instruction, base: Mem) {
+        self.require_base_access();
+        let to = insn.op0_register();
+        match to.size() {
+            4 => self.asm.load32(S0, base),
+            _ => self.asm.load(S0, base),
+        }
+        self.write_register(to.full_register().number() as u8, S0);
+    }
+
+    /// WRFSBASE and WRGSBASE. Whether an address that isn't canonical faults, Rust finds out.
+    fn write_segment_base(&mut self, insn: &Instruction, base: Mem) {
+        let slow = self.require_base_access();
+        let from = insn.op0_register();
+        self.read_register(S0, from.full_register().number() as u8);
+        if from.size() == 4 {
+            self.asm.mov32(S0, S0);
+        } else {
+            self.asm.mov(S1, S0);
+            self.asm.sar(S1, 47);
+            self.asm.alu_imm(Alu::Add, S1, 1);
+            self.asm.alu_imm(Alu::Cmp, S1, 1);
+            self.asm.jcc(cc::A, slow);
+        }
+        self.asm.store(base, S0);
+    }
+
+    /// To Rust, which is where the label leads, unless there is CR4.FSGSBASE.
+    fn require_base_access(&mut self) -> Label {
+        self.free_flags();
+        let slow = self.sensitive_stub(None);
+        self.asm.test_mem32_imm(CR4, cr4::FSGSBASE as i32);
+        self.asm.jcc(cc::E, slow);
+        slow
     }
 
     fn read_tsc(&mut self) {
@@ -209,22 +253,9 @@ impl Builder<'_> {
 
     /// PUSHF: the arithmetic flags from where they are parked, the others from the context.
     fn push_flags(&mut self, size: usize) {
-        if self.flags == FlagState::Host {
-            park_flags(&mut self.asm);
-            self.flags = FlagState::Parked;
-        }
-        let asm = &mut self.asm;
-        asm.load32(S1, SAVED_AX);
-        asm.mov32(S0, S1);
-        asm.alu_imm32(Alu::And, S0, 1);
-        asm.shl32(S0, 11);
-        asm.shr32(S1, 8);
-        asm.alu_imm32(Alu::And, S1, (rflags::ARITHMETIC & 0xff) as i32);
-        asm.alu(Alu::Add, S1, S0);
-        asm.load32(S0, RFLAGS);
-        asm.alu_imm32(Alu::And, S0, !(rflags::ARITHMETIC | rflags::RF | rflags::VM) as i32);
-        asm.alu(Alu::Add, S1, S0);
-        asm.store(LENT, S1);
+        self.park();
+        self.flags_image();
+        self.asm.store(LENT, S1);
         let slot = self.stack_slot(-(size as i32), size, true);
         self.asm.load(S1, LENT);
         self.store_sized(size, slot, S1);
@@ -237,13 +268,7 @@ impl Builder<'_> {
         self.load_sized(size, S1, slot);
         let slow = self.sensitive_stub(None);
         let asm = &mut self.asm;
-        // An interrupt that is pending, where IF will be.
-        asm.load(S0, Mem::Base(RSP, context_offset!(hot.requests)));
-        asm.load32(S0, Mem::Base(S0, 0));
-        asm.shl32(S0, INTERRUPT_TO_IF);
-        asm.alu32(Alu::And, S0, S1);
-        asm.alu_imm32(Alu::And, S0, rflags::IF as i32);
-        asm.jcc(cc::NE, slow);
+        unless_interrupted(asm, slow);
         let (mut settable, mut cleared) = (rflags::DF | rflags::NT | rflags::IF | rflags::IOPL, rflags::RF);
         let mut changes_more = rflags::TF;
         if size > 2 {
@@ -259,7 +284,37 @@ impl Builder<'_> {
         asm.alu_mem32(Alu::Xor, S0, RFLAGS);
         asm.alu_imm32(Alu::And, S0, !cleared as i32);
         asm.store32(RFLAGS, S0);
-        // The arithmetic ones, as `flags_to_ax` has them.
+        self.park_image();
+        self.move_stack(size as i32);
+    }
+
+    /// The guest's arithmetic flags are parked from here on, needed or not.
+    pub fn park(&mut self) {
+        if self.flags == FlagState::Host {
+            park_flags(&mut self.asm);
+            self.flags = FlagState::Parked;
+        }
+    }
+
+    /// RFLAGS as it is pushed, in S1; the arithmetic flags are parked. Clobbers S0.
+    pub fn flags_image(&mut self) {
+        let asm = &mut self.asm;
+        asm.load32(S1, SAVED_AX);
+        asm.mov32(S0, S1);
+        asm.alu_imm32(Alu::And, S0, 1);
+        asm.shl32(S0, 11);
+        asm.shr32(S1, 8);
+        asm.alu_imm32(Alu::And, S1, (rflags::ARITHMETIC & 0xff) as i32);
+        asm.alu(Alu::Add, S1, S0);
+        asm.load32(S0, RFLAGS);
+        asm.alu_imm32(Alu::And, S0, !(rflags::ARITHMETIC | rflags::RF | rflags::VM) as i32);
+        asm.alu(Alu::Add, S1, S0);
+    }
+
+    /// The arithmetic flags of the image in S1 are the guest's, parked. Clobbers S0 and S1.
+    pub fn park_image(&mut self) {
+        let asm = &mut self.asm;
+        // As `flags_to_ax` has them.
         asm.mov32(S0, S1);
         asm.shr32(S0, 11);
         asm.alu_imm32(Alu::And, S0, 1);
@@ -268,6 +323,16 @@ impl Builder<'_> {
         asm.alu(Alu::Add, S1, S0);
         asm.store32(SAVED_AX, S1);
         self.flags = FlagState::Parked;
-        self.move_stack(size as i32);
     }
+}
+
+/// To `slow` if an interrupt is pending that the image of RFLAGS in S1 allows. Clobbers S0.
+pub fn unless_interrupted(asm: &mut Asm, slow: Label) {
+    asm.load(S0, Mem::Base(RSP, context_offset!(hot.requests)));
+    asm.load32(S0, Mem::Base(S0, 0));
+    // To where IF is.
+    asm.shl32(S0, INTERRUPT_TO_IF);
+    asm.alu32(Alu::And, S0, S1);
+    asm.alu_imm32(Alu::And, S0, rflags::IF as i32);
+    asm.jcc(cc::NE, slow);
 }

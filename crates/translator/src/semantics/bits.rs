@@ -16,14 +16,18 @@ use crate::mmu::Access;
 
 /// The entry for a bit instruction whose operand is not where its ModRM byte says.
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
+    by_register(insn).then_some(Sensitive { exec, ends_block: false, fp: false })
+}
+
+/// It is a bit instruction on memory with the number in a register.
+pub fn by_register(insn: &Instruction) -> bool {
     use Mnemonic::*;
     let bits = matches!(insn.mnemonic(), Bt | Bts | Btr | Btc);
-    let by_register = insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register;
-    (bits && by_register).then_some(Sensitive { exec, ends_block: false, fp: false })
+    bits && insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register
 }
 
 /// What an address may be: the instruction's address size.
-fn address_mask(insn: &Instruction) -> u64 {
+pub fn address_mask(insn: &Instruction) -> u64 {
     let register = match (insn.memory_base(), insn.memory_index()) {
         (Register::None, index) => index,
         (base, _) => base,

@@ -2,7 +2,7 @@
 //! 64-bit mode only and SYSENTER in every protected mode, AMD has SYSCALL in both and no SYSENTER in long mode (AMD
 //! APM 3, SYSCALL and SYSENTER). Which of them a vCPU is, its CPUID says.
 
-use arch::registers::{efer, gpr, rflags};
+use arch::registers::{debug, efer, gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister};
 use iced_x86::Instruction;
 
@@ -10,7 +10,7 @@ use crate::cpu::{Stop, Vcpu};
 use crate::mmu::is_canonical;
 
 /// What SYSRET takes from R11.
-const SYSRET_FLAGS: u64 = 0x3c_7fd7;
+pub const SYSRET_FLAGS: u64 = 0x3c_7fd7;
 
 pub fn syscall(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
     let from_64 = cpu.code64();
@@ -22,6 +22,7 @@ pub fn syscall(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
     cpu.gpr[gpr::R11] = cpu.rflags & !rflags::RF;
     cpu.rip = if from_64 { cpu.msrs.lstar } else { cpu.msrs.cstar };
     cpu.rflags = cpu.rflags & !(cpu.msrs.sfmask | rflags::RF) | rflags::FIXED;
+    step_by_new_flags(cpu);
     let selector = (cpu.msrs.star >> 32) as u16 & !3;
     load_flat(cpu, selector, selector.wrapping_add(8), true, 0);
     Ok(())
@@ -40,10 +41,21 @@ pub fn sysret(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
     }
     cpu.rip = if wide { target } else { target & 0xffff_ffff };
     cpu.rflags = cpu.gpr[gpr::R11] & SYSRET_FLAGS | rflags::FIXED;
+    step_by_new_flags(cpu);
     let base = (cpu.msrs.star >> 48) as u16;
     let code = if wide { base.wrapping_add(16) } else { base };
     load_flat(cpu, code | 3, base.wrapping_add(8) | 3, wide, 3);
     Ok(())
+}
+
+/// Whether a single-step trap follows, TF says as it is after SYSCALL and SYSRET, not as it was before: a system call of a
+/// program that is stepped through shows itself when it is over.
+fn step_by_new_flags(cpu: &mut Vcpu) {
+    if cpu.rflags & rflags::TF != 0 {
+        cpu.pending_debug |= debug::DR6_BS;
+    } else {
+        cpu.engine.delivered = true;
+    }
 }
 
 /// SYSENTER and SYSEXIT are invalid in an AMD processor's long mode.

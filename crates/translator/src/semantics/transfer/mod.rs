@@ -13,6 +13,8 @@ use arch::registers::{gpr, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};
 use iced_x86::{Code, Instruction};
 
+pub use fast::SYSRET_FLAGS;
+
 use super::{Exec, Sensitive};
 use crate::cpu::{Stop, Vcpu};
 use crate::deliver::{Event, deliver};
