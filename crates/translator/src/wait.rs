@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use wake::Linger;
 
 /// One sleeper (the vCPU's thread), any number of wakers.
 ///
@@ -14,11 +16,21 @@ pub struct Parker {
     sleeping: AtomicBool,
     lock: Mutex<()>,
     condition: Condvar,
+    linger: Linger,
 }
 
 impl Parker {
-    /// Sleeps until `wanted` is true or `timeout` is over; spurious returns are possible.
+    /// Waits until `wanted` is true or `timeout` is over, asleep if it takes long; spurious returns are possible.
     pub fn park(&self, timeout: Option<Duration>, wanted: impl Fn() -> bool) {
+        let begin = Instant::now();
+        if self.linger.look(timeout, &wanted) {
+            return;
+        }
+        self.sleep(timeout.map(|timeout| timeout.saturating_sub(begin.elapsed())), wanted);
+        self.linger.learn(begin.elapsed());
+    }
+
+    fn sleep(&self, timeout: Option<Duration>, wanted: impl Fn() -> bool) {
         let guard = self.lock.lock().unwrap_or_else(|e| e.into_inner());
         self.sleeping.store(true, Ordering::SeqCst);
         if !wanted() {

@@ -1,11 +1,14 @@
 //! The block device (virtio 1.2, 5.2): a disk image as a disk, with several queues.
 //!
 //! Each queue has a thread, which takes requests as they come and does them one by one on the image. What has to wait for the
-//! host's disk while there is more to do, and every flush, is left to helpers.
+//! host's disk while there is more to do, and every flush, is left to helpers; and so are large reads, which are all copying,
+//! where the host has processors to copy several at a time. (Large writes are not: file systems take one at a time for each
+//! file, and the others would wait for it.)
 
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::available_parallelism;
 
 use block::{Disk, SECTOR};
 
@@ -53,6 +56,9 @@ const MAX_RANGES: u32 = 16;
 /// The image's blocks are best used 2^3 sectors at a time: a page of the host.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 
+/// From how many bytes on a read takes much longer than leaving it to a helper does.
+const LARGE_READ: usize = 256 << 10;
+
 /// A disk on the PCI bus.
 pub struct Block {
     shared: Arc<Shared>,
@@ -66,6 +72,26 @@ struct Shared {
     serial: [u8; ID_LENGTH],
     /// A failed request has been reported; the guest may make any number of them fail.
     reported: AtomicBool,
+    /// Large reads that helpers are at, and how many that may be: the queue's thread copies, too.
+    large_reads: AtomicUsize,
+    most_large_reads: usize,
+}
+
+/// A large read that a helper has to do.
+struct LargeRead(Arc<Shared>);
+
+impl LargeRead {
+    fn begin(shared: &Arc<Shared>) -> Option<Self> {
+        let one_more = |reads| (reads < shared.most_large_reads).then_some(reads + 1);
+        shared.large_reads.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(LargeRead(shared.clone()))
+    }
+}
+
+impl Drop for LargeRead {
+    fn drop(&mut self) {
+        self.0.large_reads.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Block {
@@ -73,7 +99,13 @@ impl Block {
     pub fn new(disk: impl Into<Arc<Disk>>, serial: &str, queues: usize) -> Self {
         let mut id = [0; ID_LENGTH];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        let shared = Shared { disk: disk.into(), serial: id, reported: AtomicBool::new(false) };
+        let shared = Shared {
+            disk: disk.into(),
+            serial: id,
+            reported: AtomicBool::new(false),
+            large_reads: AtomicUsize::new(0),
+            most_large_reads: available_parallelism().map_or(0, |processors| processors.get() - 1),
+        };
         let queue_sizes = vec![QUEUE_SIZE; queues.clamp(1, MAX_QUEUES)];
         Block { shared: Arc::new(shared), queue_sizes, workers: Mutex::default() }
     }
@@ -158,6 +190,12 @@ impl Shared {
         let waits = match (kind, sector.checked_mul(SECTOR)) {
             (FLUSH_CACHE, _) => true,
             (READ, Some(offset)) if more && whole_sectors(data_length).is_ok() => {
+                if data_length >= LARGE_READ
+                    && let Some(read) = LargeRead::begin(self)
+                {
+                    let task = move |chain: &Chain| read.0.answer(chain, flush_writes).unwrap_or_default();
+                    return Answer::Later(Box::new(task));
+                }
                 if self.disk.read_cached(&chain.writable_slices(0, data_length), offset) {
                     chain.write_at(data_length, &[OK]);
                     return Answer::Now(data_length as u32 + 1);

@@ -4,9 +4,14 @@
 //! several answers. A driver that has one request at a time must not wait for that, though. Which of them it is, the
 //! loop finds out ([`Depth`]): it holds an answer back for a moment; if another request comes meanwhile, there are
 //! more, and it goes on like this, without being notified of requests either.
+//!
+//! Before it sleeps, the loop looks for another request for a moment, if requests have lately come so soon ([`Linger`]). The
+//! driver need not notify then, and nobody has to be woken.
 
 use std::thread;
 use std::time::{Duration, Instant};
+
+use wake::Linger;
 
 use crate::helpers::{Helpers, Task};
 use crate::{Chain, Event, Queue, wait_any};
@@ -79,11 +84,14 @@ pub(crate) fn serve_with(
     let kick = queue.kick().clone();
     let finished = helpers.as_ref().map(|helpers| helpers.finished().clone());
     let mut depth = Depth::new();
+    let linger = Linger::default();
+    let mut idle = Instant::now();
     loop {
         match &finished {
             Some(finished) => wait_any(&[stop, &kick, finished]),
             None => wait_any(&[stop, &kick]),
         }
+        linger.learn(idle.elapsed());
         kick.clear();
         let (mut unannounced, mut begin) = (0, Instant::now());
         loop {
@@ -132,8 +140,11 @@ pub(crate) fn serve_with(
                 }
             }
             queue.notify();
-            (unannounced, begin) = (0, Instant::now());
-            if !queue.enable_kicks() {
+            idle = Instant::now();
+            (unannounced, begin) = (0, idle);
+            let came =
+                || stop.is_set() || queue.has_available() || finished.as_ref().is_some_and(|event| event.is_set());
+            if !linger.look(None, came) && !queue.enable_kicks() {
                 break;
             }
         }

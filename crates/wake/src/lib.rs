@@ -1,6 +1,8 @@
 //! Threads of a machine: how they are made, woken, and told to end.
 #![forbid(unsafe_code)]
 
+mod linger;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -10,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
+
+pub use linger::Linger;
 
 /// Bytes of a thread's stack. Stacks of 2 MiB, which they have if nothing is said, happen to begin at a multiple of that,
 /// and where the host uses transparent huge pages the first write takes all of it (until Linux 6.7, which excepts stacks).
