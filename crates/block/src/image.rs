@@ -9,10 +9,10 @@ use memory::vm_memory::VolatileSlice;
 
 use crate::disk::CHUNK;
 use crate::open::{detect, open_file, size_of};
-use crate::qcow2::{self, Compression};
+use crate::qcow2::{self, CLUSTER, Packer};
 use crate::{Disk, Error, Format, Options, SECTOR};
 
-pub use crate::qcow2::Report;
+pub use crate::qcow2::{Compression, Report};
 
 /// What is left out of the copy if it is all zeros.
 const PIECE: usize = 64 << 10;
@@ -96,7 +96,7 @@ fn finish<T>(path: &Path, result: io::Result<T>, what: &'static str) -> Result<T
 pub fn info(path: &Path, format: Option<Format>) -> Result<Info, Error> {
     let failed = |what| move |source| Error::Io { path: path.into(), what, source };
     let file = match open_file(path, false) {
-        Err(Error::Locked { .. }) => File::open(path).map_err(failed("open it"))?,
+        Err(Error::Locked { .. } | Error::Twice { .. }) => File::open(path).map_err(failed("open it"))?,
         other => other?,
     };
     let allocated = file.metadata().map_err(failed("examine it"))?.blocks() * 512;
@@ -152,6 +152,52 @@ fn copy(source: &Disk, target: &Disk, progress: &mut dyn FnMut(u64, u64)) -> io:
             }
             offset += piece.len() as u64;
         }
+        progress(offset, size);
+    }
+    progress(size, size);
+    Ok(())
+}
+
+/// The same into a qcow2 image of compressed clusters.
+pub fn compress(
+    from: &Options,
+    to: &Path,
+    compression: Compression,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), Error> {
+    let mut source = from.clone();
+    (source.read_only, source.snapshot) = (true, false);
+    let source = Disk::open(&source)?;
+    let file = create_file(to)?;
+    let mut pack = || {
+        let mut target = Packer::new(&file, source.size(), compression)?;
+        in_clusters(&source, progress, |clusters| target.add(clusters))?;
+        target.finish()
+    };
+    finish(to, pack(), "copy to it")
+}
+
+/// Goes over the clusters of a disk that are not all zeros, several at a time: their numbers, and what is in them.
+fn in_clusters(
+    source: &Disk,
+    progress: &mut dyn FnMut(u64, u64),
+    mut each: impl FnMut(&[(u64, &[u8; CLUSTER])]) -> io::Result<()>,
+) -> io::Result<()> {
+    let size = source.size();
+    let mut buffer = vec![0; CHUNK];
+    let mut offset = 0;
+    progress(offset, size);
+    while let Some(next) = source.next_data(offset)?.filter(|next| *next < size) {
+        let first = next / CLUSTER as u64;
+        offset = first * CLUSTER as u64;
+        let length = (size - offset).min(CHUNK as u64) as usize;
+        // The last cluster ends in zeros.
+        buffer.get_mut(length..).unwrap_or_default().fill(0);
+        source.read(&[VolatileSlice::from(buffer.get_mut(..length).unwrap_or_default())], offset)?;
+        let (clusters, _) = buffer.as_chunks::<CLUSTER>();
+        let numbered = (first..).zip(clusters).filter(|(_, data)| data.iter().any(|byte| *byte != 0));
+        each(&numbered.collect::<Vec<_>>())?;
+        offset += length as u64;
         progress(offset, size);
     }
     progress(size, size);

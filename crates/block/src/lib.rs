@@ -43,11 +43,16 @@ pub enum Error {
         if *writable { "; images can be shared read-only (ro) or with writes thrown away (snapshot)" } else { " that writes to it" }
     )]
     Locked { path: PathBuf, writable: bool },
+    #[error(
+        "{}: given twice, and to be written at least once; images can be shared read-only (ro) or with writes thrown away \
+         (snapshot)", path.display()
+    )]
+    Twice { path: PathBuf },
     #[error("{}: not a usable qcow2 image: {source}", path.display())]
     Qcow2 { path: PathBuf, source: io::Error },
-    #[error("{}: the image says that its backing file is {}, which lies outside the image's directory; if you trust the image, allow it with backing=any", path.display(), backing.display())]
+    #[error("{}: the image says that its backing file is {}, which lies outside the image's directory; if you trust the image, allow it with backing=any (ringer image convert: --any-backing)", path.display(), backing.display())]
     BackingOutside { path: PathBuf, backing: PathBuf },
-    #[error("{}: the image doesn't say of which format its backing file {} is; if you trust both, allow that to be found out with backing=any", path.display(), backing.display())]
+    #[error("{}: the image doesn't say of which format its backing file {} is; if you trust both, allow that to be found out with backing=any (ringer image convert: --any-backing)", path.display(), backing.display())]
     BackingFormat { path: PathBuf, backing: PathBuf },
     #[error("{}: the format {format:?} of the backing file is not known: there are raw and qcow2", path.display())]
     UnknownFormat { path: PathBuf, format: String },

@@ -4,8 +4,10 @@
 //! looks whether somebody else's locks contradict (QEMU, block/file-posix.c). The locks belong to the open file (OFD
 //! locks, fcntl(2)): they go when it is closed, also by the death of the process.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -50,6 +52,18 @@ pub fn lock(file: &File, write: bool) -> io::Result<bool> {
         fcntl(file, FcntlArg::F_OFD_SETLK(&flock { l_len: 0, ..range(F_UNLCK, 0) }))?;
         thread::sleep(PATIENCE / 20);
     }
+}
+
+/// Whether this process has the same file open elsewhere: then it keeps itself out.
+pub fn used_here(file: &File) -> bool {
+    let Ok(metadata) = file.metadata() else { return false };
+    let (own, identity) = (file.as_raw_fd().to_string(), (metadata.dev(), metadata.ino()));
+    let same = |entry: fs::DirEntry| {
+        // Where the link leads, for what a descriptor is of.
+        let other = fs::metadata(entry.path()).map(|other| (other.dev(), other.ino()));
+        entry.file_name() != *own && other.is_ok_and(|other| other == identity)
+    };
+    fs::read_dir("/proc/self/fd").is_ok_and(|entries| entries.flatten().any(same))
 }
 
 /// One byte.

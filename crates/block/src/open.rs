@@ -96,6 +96,7 @@ pub(crate) fn open_file(path: &Path, write: bool) -> Result<File, Error> {
     }
     match lock::lock(&file, write) {
         Ok(true) => Ok(file),
+        Ok(false) if lock::used_here(&file) => Err(Error::Twice { path: path.into() }),
         Ok(false) => Err(Error::Locked { path: path.into(), writable: write }),
         Err(source) => Err(failed("lock it")(source)),
     }

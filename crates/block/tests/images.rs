@@ -162,6 +162,63 @@ fn converting_keeps_the_data_and_the_holes() {
 }
 
 #[test]
+fn a_compressed_image_holds_the_same_in_less() {
+    let directory = directory();
+    let raw = directory.path().join("disk.raw");
+    let file = File::create(&raw).unwrap();
+    // Over the ends of L2 tables, compressible in several degrees and not at all, and an odd end.
+    let size = 1100 * MIB + 1536;
+    file.set_len(size).unwrap();
+    let words: Vec<u8> = (0..400_000u32).flat_map(|n| format!("line {} of {}\n", n, n % 97).into_bytes()).collect();
+    for (offset, data) in [
+        (0, &words[..]),
+        (40 * MIB, &pattern(1, 300_000)[..]),
+        (511 * MIB + 500_000, &words[..2_000_000]),
+        (900 * MIB, &[b'x'; 3_000_000][..]),
+        (size - 700, &pattern(2, 700)[..]),
+    ] {
+        file.write_all_at(data, offset).unwrap();
+    }
+    for compression in [image::Compression::Zlib, image::Compression::Zstd] {
+        let packed = directory.path().join(format!("{compression:?}"));
+        let mut last = (0, 0);
+        let mut progress = |done, all| last = (done, all);
+        image::compress(&Options::new(&raw), &packed, compression, &mut progress).unwrap();
+        assert_eq!(last, (size, size));
+        let info = image::info(&packed, None).unwrap();
+        assert!(info.size == size && info.allocated < 6 * MIB, "{info:?}");
+        let report = image::check(&packed, false).unwrap();
+        assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.details);
+        assert!(
+            report.compressed_clusters > 150 && report.data_clusters - report.compressed_clusters < 8,
+            "{report:?}"
+        );
+        let name = packed.to_str().unwrap();
+        qemu_img(&["check", "-q", name]);
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw.to_str().unwrap(), name]);
+        let back = directory.path().join("back");
+        image::convert(&Options::new(&packed), &back, Format::Raw, &mut |_, _| ()).unwrap();
+        let (before, after) = (File::open(&raw).unwrap(), File::open(&back).unwrap());
+        let (mut old, mut new) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+        for offset in (0..size).step_by(MIB as usize) {
+            let length = before.read_at(&mut old, offset).unwrap();
+            after.read_exact_at(&mut new[..length], offset).unwrap();
+            assert!(old[..length] == new[..length], "{compression:?} at {offset:#x}");
+        }
+        fs::remove_file(&back).unwrap();
+        let again = image::compress(&Options::new(&raw), &packed, compression, &mut |_, _| ());
+        assert!(matches!(again, Err(Error::Exists { .. })));
+    }
+    // What a guest writes to an image compressed by zlib lies beside the compressed clusters.
+    let zlib = directory.path().join("Zlib");
+    let disk = open(&zlib, |_| ()).unwrap();
+    write(&disk, 1000 * 512, &[7; 4096]).unwrap();
+    assert_eq!(read(&disk, 999 * 512, 512), words[999 * 512..1000 * 512]);
+    drop(disk);
+    assert_eq!(image::check(&zlib, false).unwrap().errors, 0);
+}
+
+#[test]
 fn a_snapshot_leaves_the_image_as_it_was() {
     let directory = directory();
     let (raw, data) = sample(directory.path());
@@ -176,7 +233,7 @@ fn a_snapshot_leaves_the_image_as_it_was() {
         disk.flush().unwrap();
         assert_eq!(read(&disk, 0, 2048), [&data[..512], &[9; 1024], &data[1536..2048]].concat());
         assert_eq!(read(&other, 0, 2048), data[..2048]);
-        assert!(matches!(open(path, |_| ()), Err(Error::Locked { writable: true, .. })));
+        assert!(matches!(open(path, |_| ()), Err(Error::Twice { .. })));
         drop((disk, other));
         assert!(fs::read(path).unwrap() == before);
     }
@@ -187,8 +244,8 @@ fn an_image_has_one_writer() {
     let directory = directory();
     let (raw, _) = sample(directory.path());
     let writer = open(&raw, |_| ()).unwrap();
-    assert!(matches!(open(&raw, |_| ()), Err(Error::Locked { writable: true, .. })));
-    assert!(matches!(open(&raw, |options| options.read_only = true), Err(Error::Locked { writable: false, .. })));
+    assert!(matches!(open(&raw, |_| ()), Err(Error::Twice { .. })));
+    assert!(matches!(open(&raw, |options| options.read_only = true), Err(Error::Twice { .. })));
     // QEMU heeds our locks, and we heed QEMU's.
     if let Ok(output) = Command::new("qemu-img").args(["resize", "-q", "-f", "raw"]).arg(&raw).arg("8M").output() {
         assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("lock"), "{output:?}");

@@ -1,8 +1,10 @@
 //! The command line's grammar: what may be typed, in which ranges, and what is said when it is wrong.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use arch::cpuid::Model;
+use block::Format;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use machine::Accel;
@@ -157,27 +159,45 @@ pub enum Serial {
 }
 
 /// Parses the arguments. On a usage error, and for `--help` and `--version`, says so and gives the exit status.
-pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, u8> {
-    Cli::try_parse_from(arguments).map_err(|error| {
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, u8> {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    let cli = Cli::try_parse_from(&arguments).map_err(|error| {
         if !error.use_stderr() {
             return if error.print().is_ok() { 0 } else { 1 };
         }
         match error.kind() {
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => eprint!("{error}"),
-            _ => say!("ringer: {}", one_line(&error.to_string())),
+            _ => say!("ringer: {}", one_line(&error.to_string(), &help(&arguments))),
         }
         2
-    })
+    })?;
+    if let Command::Image(ImageCommand::Convert(args)) = &cli.command
+        && let (Some(_), Format::Raw) = (args.compress, args.output_format)
+    {
+        say!("ringer: --compress and --output-format raw: only a qcow2 image is compressed (see {})", help(&arguments));
+        return Err(2);
+    }
+    Ok(cli)
+}
+
+/// What tells more about the command that was meant.
+fn help(arguments: &[OsString]) -> String {
+    let word = |index: usize| arguments.get(index).and_then(|word| word.to_str()).filter(|word| !word.starts_with('-'));
+    match (word(1), word(2)) {
+        (Some("image"), Some(command)) => format!("ringer image {command} --help"),
+        (Some("image"), None) => "ringer image --help".into(),
+        _ => "ringer run --help".into(),
+    }
 }
 
 /// The message of a clap error without its "error: ", its usage and its hints.
-fn one_line(text: &str) -> String {
+fn one_line(text: &str, help: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let message = text.split("\n\nUsage").next().unwrap_or(text).split("\n\nFor more").next().unwrap_or(text);
     let words: Vec<_> = message.split_whitespace().collect();
     let mut line = words.join(" ");
     if !line.contains("--help") {
-        line += " (see ringer run --help)";
+        line += &format!(" (see {help})");
     }
     line
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use block::image::{self, Info, Report};
+use block::image::{self, Compression, Info, Report};
 use block::{Format, Options};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -74,6 +74,10 @@ pub struct ConvertArgs {
     /// Allow backing files in other directories or of unnamed format
     #[arg(long)]
     pub any_backing: bool,
+    /// Compress the new image, which is then a qcow2 one, by zlib or zstd. (What a guest writes to it later is not
+    /// compressed; an image compressed by zstd can only be read.)
+    #[arg(long, short, value_name = "TYPE", value_parser = compression)]
+    pub compress: Option<Compression>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -108,6 +112,14 @@ pub fn format(text: &str) -> Result<Format, String> {
         "raw" => Ok(Format::Raw),
         "qcow2" => Ok(Format::Qcow2),
         _ => Err("allowed are raw and qcow2".into()),
+    }
+}
+
+fn compression(text: &str) -> Result<Compression, String> {
+    match text {
+        "zlib" => Ok(Compression::Zlib),
+        "zstd" => Ok(Compression::Zstd),
+        _ => Err("allowed are zlib and zstd".into()),
     }
 }
 
@@ -163,7 +175,10 @@ fn convert(args: &ConvertArgs) -> Result<(), Error> {
         bar.set_length(all);
         bar.set_position(done);
     };
-    let result = image::convert(&from, &args.to, args.output_format, &mut progress);
+    let result = match args.compress {
+        Some(compression) => image::compress(&from, &args.to, compression, &mut progress),
+        None => image::convert(&from, &args.to, args.output_format, &mut progress),
+    };
     removal.into_iter().for_each(cleanup::Guard::cancel);
     bar.finish_and_clear();
     result?;

@@ -94,6 +94,12 @@ pub fn parse(text: &str) -> Result<NetArg, String> {
             (Attachment::User { restrict, .. }, "restrict", "on") => *restrict = true,
             (Attachment::User { restrict, .. }, "restrict", "off") => *restrict = false,
             (Attachment::Tap { name, .. }, "name", value) if (1..16).contains(&value.len()) => *name = value.into(),
+            (Attachment::Tap { .. }, "name", value) => {
+                return Err(format!("\"{value}\" can't be an interface: their names have 1 to 15 bytes"));
+            }
+            (_, "model", value) if is_card => {
+                return Err(format!("\"{value}\" is not a model of card: there are virtio, e1000 and e1000e"));
+            }
             _ => return Err(format!("\"{setting}\" is not known for {kind}: {ALLOWED}")),
         }
     }
@@ -101,8 +107,11 @@ pub fn parse(text: &str) -> Result<NetArg, String> {
 }
 
 fn parse_mac(text: &str) -> Result<Mac, String> {
-    let bytes: Option<Vec<u8>> =
-        text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
+    let is_byte = |part: &&str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| Some(part).filter(is_byte).and_then(|part| u8::from_str_radix(part, 16).ok()))
+        .collect();
     let mac = bytes.and_then(|bytes| Mac::try_from(bytes).ok());
     mac.filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
         .ok_or_else(|| format!("\"{text}\" is not the hardware address of a card, such as 52:54:00:12:34:56"))

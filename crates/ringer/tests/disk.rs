@@ -189,12 +189,15 @@ fn a_disk_that_cannot_be_had_is_refused_before_anything_starts() {
     fs::write(at("bad.qcow2"), b"QFI\xfb and nothing else").unwrap();
     fs::write(at("empty"), b"").unwrap();
     fs::write(at("used"), vec![0; 4096]).unwrap();
+    fs::write(at("once"), vec![0; 4096]).unwrap();
     let _writer = Disk::open(&Options::new(at("used"))).unwrap();
     for (disk, status, words) in [
         (at("missing"), 1, "No such file"),
         (at("bad.qcow2"), 1, "not a usable qcow2 image"),
         (at("empty"), 1, "empty"),
         (at("used"), 1, "in use by another process"),
+        (format!("{}@{}", at("once"), at("once")), 1, "given twice"),
+        (format!("{}@{},ro", at("once"), at("once")), 1, "given twice"),
         (at(""), 1, "a directory"),
         ("/dev/null".into(), 1, "a character device"),
         ("x,rw".into(), 2, "\"rw\" is not known"),
@@ -203,7 +206,8 @@ fn a_disk_that_cannot_be_had_is_refused_before_anything_starts() {
     ] {
         let kernel = support::default_guest().kernel.to_str().unwrap().to_owned();
         let mut command = ringer();
-        command.args(["run", "--kernel", &kernel, "--disk", &disk]).stdin(Stdio::null());
+        command.args(["run", "--kernel", &kernel]).stdin(Stdio::null());
+        command.args(disk.split('@').flat_map(|disk| ["--disk", disk]));
         let ended = Process::start(&mut command).end();
         assert_eq!(ended.status.code(), Some(status), "{disk}: {ended:?}");
         assert!(ended.stderr.lines().count() == 1 && ended.stderr.contains(words), "{disk}: {}", ended.stderr);

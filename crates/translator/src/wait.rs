@@ -6,17 +6,27 @@ use std::time::{Duration, Instant};
 
 use wake::Linger;
 
+/// For how long a halted processor is kept awake at most. While it is, it may keep others from the host's processor who
+/// do what it waits for.
+const LINGER: Duration = Duration::from_micros(100);
+
 /// One sleeper (the vCPU's thread), any number of wakers.
 ///
 /// A waker first makes true what the sleeper waits for, then calls [`Parker::wake`], which costs one load while nobody
 /// sleeps. The sleeper first says that it sleeps, then looks. Both orders are sequentially consistent, so one of the two
 /// sees the other.
-#[derive(Default)]
 pub struct Parker {
     sleeping: AtomicBool,
     lock: Mutex<()>,
     condition: Condvar,
     linger: Linger,
+}
+
+impl Default for Parker {
+    fn default() -> Self {
+        let (sleeping, lock, condition) = Default::default();
+        Parker { sleeping, lock, condition, linger: Linger::up_to(LINGER) }
+    }
 }
 
 impl Parker {

@@ -22,6 +22,9 @@ const BATCH: u32 = 32;
 const PATIENCE: Duration = Duration::from_micros(200);
 /// How long answers are held back for others to come.
 const HOLD: Duration = Duration::from_micros(50);
+/// For how long the loop looks for a request at most: as long as a driver takes for the next one if its processor has slept,
+/// or both would sleep for ever.
+const LINGER: Duration = Duration::from_micros(250);
 /// Requests between two tries to find more than one under way, at first and at most.
 const FIRST_TRY: u32 = 16;
 const LAST_TRY: u32 = 1024;
@@ -84,7 +87,7 @@ pub(crate) fn serve_with(
     let kick = queue.kick().clone();
     let finished = helpers.as_ref().map(|helpers| helpers.finished().clone());
     let mut depth = Depth::new();
-    let linger = Linger::default();
+    let linger = Linger::up_to(LINGER);
     let mut idle = Instant::now();
     loop {
         match &finished {

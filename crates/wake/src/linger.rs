@@ -11,8 +11,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-/// No wait is looked at for longer, and one that took longer was not worth it.
-const MOST: Duration = Duration::from_micros(100);
 /// For how long to look when short waits begin.
 const FIRST: Duration = Duration::from_micros(10);
 /// Looks between two looks at the clock.
@@ -22,13 +20,19 @@ const LOOKS: u32 = 16;
 static ALONE: LazyLock<bool> = LazyLock::new(|| available_parallelism().is_ok_and(|processors| processors.get() < 2));
 
 /// How one thread waits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Linger {
     /// For how long it looks at present, in nanoseconds.
     window: AtomicU32,
+    most: Duration,
 }
 
 impl Linger {
+    /// One who never looks longer than `most`, and takes no longer wait for worth it.
+    pub const fn up_to(most: Duration) -> Self {
+        Linger { window: AtomicU32::new(0), most }
+    }
+
     /// Looks as long as it has been worth it lately, and no longer than `limit`. True: `come` has said so.
     pub fn look(&self, limit: Option<Duration>, come: impl Fn() -> bool) -> bool {
         let window = Duration::from_nanos(self.window.load(Ordering::Relaxed).into());
@@ -54,10 +58,10 @@ impl Linger {
     pub fn learn(&self, waited: Duration) {
         let window = Duration::from_nanos(self.window.load(Ordering::Relaxed).into());
         let next = match () {
-            () if waited > MOST && window <= FIRST => Duration::ZERO,
-            () if waited > MOST => window / 2,
+            () if waited > self.most && window <= FIRST => Duration::ZERO,
+            () if waited > self.most => window / 2,
             () if *ALONE => Duration::ZERO,
-            () => (window * 2).clamp(FIRST, MOST),
+            () => (window * 2).max(FIRST).min(self.most),
         };
         self.window.store(next.as_nanos() as u32, Ordering::Relaxed);
     }
@@ -68,13 +72,15 @@ mod tests {
     use super::*;
     use std::cell::Cell;
 
+    const MOST: Duration = Duration::from_micros(100);
+
     fn window(linger: &Linger) -> Duration {
         Duration::from_nanos(linger.window.load(Ordering::Relaxed).into())
     }
 
     #[test]
     fn who_waits_long_does_not_look_at_all() {
-        let linger = Linger::default();
+        let linger = Linger::up_to(MOST);
         (0..100).for_each(|_| linger.learn(Duration::from_millis(4)));
         assert!(!linger.look(None, || panic!("there is nothing to be seen")));
         linger.learn(Duration::from_micros(30));
@@ -84,7 +90,7 @@ mod tests {
 
     #[test]
     fn who_waits_briefly_looks_ever_longer_up_to_the_limit() {
-        let linger = Linger::default();
+        let linger = Linger::up_to(MOST);
         (0..20).for_each(|_| linger.learn(Duration::from_micros(60)));
         if *ALONE {
             return assert!(window(&linger).is_zero());

@@ -11,12 +11,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::header::{CORRUPT, DIRTY, Header, INCOMPATIBLE, REFCOUNT_TABLE, be32, be64, read_padded};
+use super::header::{
+    COMPRESSED, COPIED, CORRUPT, DIRTY, Header, INCOMPATIBLE, OFFSET, REFCOUNT_TABLE, be32, be64, read_padded,
+};
 
-/// In an L1 or L2 entry: where it points; that the reference count there is exactly 1; that the cluster is compressed.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
 /// L2 tables that are looked at: those of 2 PiB in clusters of 64 KiB. Damaged images can lead to the same ones for ever.
 const MOST_VISITS: u64 = 1 << 22;
 /// What can be told; an image may have any number of errors.

@@ -14,6 +14,11 @@ pub const EXTERNAL_DATA: u64 = 1 << 2;
 pub const COMPRESSION_TYPE: u64 = 1 << 3;
 pub const EXTENDED_L2: u64 = 1 << 4;
 
+/// In an L1 or L2 entry: where it points; that the reference count there is exactly 1; that the cluster is compressed.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub const COPIED: u64 = 1 << 63;
+pub const COMPRESSED: u64 = 1 << 62;
+
 /// Offsets in the header.
 pub const REFCOUNT_TABLE: u64 = 48;
 pub const INCOMPATIBLE: u64 = 72;
@@ -27,7 +32,7 @@ const FEATURE_NAME: u32 = 48;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// Limits, as QEMU has them: larger ones are no real image.
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;

@@ -3,6 +3,7 @@
 
 mod check;
 mod header;
+mod pack;
 mod unpack;
 
 use std::fs::{self, File};
@@ -26,6 +27,7 @@ use crate::{Cache, Error, Format, Options, SECTOR};
 pub use check::{Report, check};
 use header::EXTERNAL_DATA;
 pub use header::{CORRUPT, Compression, DIRTY, Header};
+pub use pack::{CLUSTER, Packer};
 
 type Access = FormatAccess<Storage>;
 type ImagoQcow2 = imago::qcow2::Qcow2<Storage, Arc<Access>>;

@@ -10,10 +10,8 @@ use std::os::unix::fs::FileExt;
 use imago::{FormatAccess, file::File as Storage};
 use ruzstd::decoding::StreamingDecoder;
 
-use super::header::{EXTENDED_L2, Header, be64, read_padded};
+use super::header::{COMPRESSED, EXTENDED_L2, Header, OFFSET, be64, read_padded};
 
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeros, whatever else the entry says.
 const ZERO: u64 = 1;
 

@@ -46,6 +46,8 @@ pub enum Error {
     Image(#[from] block::Error),
     #[error("mmdebstrap failed: {why}")]
     Build { why: String },
+    #[error("{} is full: a Debian takes about 2G there until its image is made; TMPDIR names another directory", path.display())]
+    Full { path: PathBuf },
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -130,7 +132,11 @@ pub fn build(args: &Args) -> Result<(), Error> {
     steps.start("making the image");
     let image = result.path.join("image");
     let disk = Options { format: Some(Format::Raw), ..Options::new(work.path.join("disk")) };
-    block::image::convert(&disk, &image, args.format, &mut |_, _| ())?;
+    // The user knows nothing of the place where it is made.
+    block::image::convert(&disk, &image, args.format, &mut |_, _| ()).map_err(|error| match error {
+        block::Error::Io { path, source, .. } if path == image => at(source),
+        other => other.into(),
+    })?;
     File::open(&image).and_then(|file| file.sync_all()).map_err(at)?;
     fs::hard_link(&image, output).map_err(at)
 }
@@ -222,6 +228,9 @@ fn install(args: &Args, directory: &Path, suite: &str, sources: &[String], steps
     ending.cancel();
     if status.map_err(program)?.success() {
         return Ok(());
+    }
+    if complaints.iter().any(|line| line.ends_with("No space left on device")) {
+        return Err(Error::Full { path: std::env::temp_dir() });
     }
     let errors: Vec<_> = complaints.iter().filter(|line| line.starts_with("E: ") || line.contains(": ")).collect();
     let why: Vec<_> = errors.iter().take(4).map(|line| line.trim_start_matches("E: ")).collect();
