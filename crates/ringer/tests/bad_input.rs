@@ -95,7 +95,9 @@ fn networks_that_are_not_known_are_usage_errors_that_name_the_known_ones() {
         ("user,hostfwd=tcp:2222-22", "tcp:127.0.0.1:2222-:22"),
         ("user,hostfwd=tcp::70000-:22", "70000"),
         ("user,mac=ff:ff:ff:ff:ff:ff", "hardware address"),
-        ("tap,name=a-name-that-is-too-long", "name=INTERFACE"),
+        ("tap,name=a-name-that-is-too-long", "1 to 15 bytes"),
+        ("user,model=ne2000", "e1000e"),
+        ("user,mac=52:54:00:12:34:+6", "hardware address"),
     ] {
         refuses(&["run", "--net", net], 2, &["--net", named]);
     }
