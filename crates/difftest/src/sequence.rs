@@ -239,6 +239,7 @@ impl Writer<'_> {
             20 if self.of.bits == 64 => self.string(),
             21 if self.rng.one_in(6) => self.fault(),
             22 if self.rng.one_in(4) => self.single_step(),
+            23 if depth == 0 => self.walking(),
             _ => self.random(),
         }
     }
@@ -430,6 +431,63 @@ impl Writer<'_> {
         }
         self.add(Instruction::with1(Code::Dec_rm32, counter))?;
         self.a.jne(top)
+    }
+
+    /// A loop that walks through memory in constant steps, perhaps beyond a page's end.
+    fn walking(&mut self) -> Result {
+        let turns = 1 + self.rng.below(120);
+        let pointers: Vec<_> = (0..1 + self.rng.below(3)).map(|_| self.rng.pick(&self.pointers)).collect();
+        let widest = (2400 / turns as i64).min(130);
+        self.add(Instruction::with2(Code::Mov_r32_imm32, self.roles.counter, turns as u32))?;
+        let (mut top, mut out) = (self.a.create_label(), self.a.create_label());
+        self.a.set_label(&mut top)?;
+        for &(pointer, _) in &pointers {
+            for _ in 0..1 + self.rng.below(3) {
+                if self.rng.one_in(6) { self.random()? } else { self.access()? }
+            }
+            let step = match self.rng.below(4) {
+                0 => 16.min(widest),
+                1 => 0,
+                _ => self.rng.below(2 * widest as u64) as i64 - widest,
+            };
+            let add = if self.of.bits == 64 { Code::Add_rm64_imm32 } else { Code::Add_rm32_imm32 };
+            self.add(Instruction::with2(add, pointer, step as i32))?;
+            if self.rng.one_in(6) {
+                let bit = 1u32 << self.rng.below(32);
+                self.add(Instruction::with2(Code::Test_rm32_imm32, Register::EAX, bit))?;
+                self.a.jne(out)?;
+            }
+        }
+        self.access()?;
+        self.add(Instruction::with2(Code::Sub_rm32_imm32, self.roles.counter, 1))?;
+        self.a.jne(top)?;
+        self.a.set_label(&mut out)?;
+        for (pointer, value) in pointers {
+            let low = if self.of.bits == 64 { Code::Mov_rm64_imm32 } else { Code::Mov_rm32_imm32 };
+            self.add(Instruction::with2(low, pointer, value as i32))?;
+        }
+        Ok(())
+    }
+
+    /// One of the accesses that walks are made of.
+    fn access(&mut self) -> Result {
+        let (form, size) = self.rng.pick(&[
+            (Code::Mov_r32_rm32, 4),
+            (Code::Mov_rm32_r32, 4),
+            (Code::Add_r32_rm32, 4),
+            (Code::Add_rm32_r32, 4),
+            (Code::Xor_r32_rm32, 4),
+            (Code::Movups_xmm_xmmm128, 16),
+            (Code::Movups_xmmm128_xmm, 16),
+        ]);
+        let memory = self.memory(size);
+        let register = if size == 16 { Register::XMM3 } else { self.free() };
+        self.add(match form {
+            Code::Mov_rm32_r32 | Code::Add_rm32_r32 | Code::Movups_xmmm128_xmm => {
+                Instruction::with2(form, memory, register)
+            }
+            _ => Instruction::with2(form, register, memory),
+        })
     }
 
     fn calling(&mut self) -> Result {

@@ -170,8 +170,9 @@ fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
     let first = (PAGE_SIZE - va % PAGE_SIZE) as usize;
     let (next, rest) = (va.wrapping_add(first as u64), kind.size() - first);
     let context = kind.context();
+    let known = |cpu: &Vcpu, va, size| cpu.tlb.entry(context, va).host_address(va, size, kind.write()).is_some();
     // A group may never get as far as the second page: it must not be seen to be accessed.
-    if !kind.is_group() {
+    if !kind.is_group() && !(known(cpu, va, first) && known(cpu, next, rest)) {
         let plain = canonical(next)
             && cpu.fill_tlb(va, kind.access(), context).is_ok()
             && cpu.fill_tlb(next, kind.access(), context).is_ok();
@@ -196,10 +197,12 @@ fn bounce_light(cpu: &mut Vcpu, va: u64, kind: AccessKind, pieces: [(u64, usize)
     let at = buffer_offset(va, kind.size());
     let bounce = &mut cpu.engine.bounce;
     let buffer = bounce.buffer[at..].as_mut_ptr();
-    // SAFETY: the pieces are in mapped pages of RAM; the buffer takes an operand at any offset modulo 64.
+    // SAFETY: the pieces are in mapped pages of RAM, up to the end of the one and from the beginning of the other, so that what is
+    // copied besides them is in the same pages; in the buffer the page's end is two thirds on (see [`buffer_offset`]).
     unsafe {
-        copy_bytes(buffer, pieces[0].0 as *const u8, pieces[0].1);
-        copy_bytes(buffer.add(pieces[0].1), pieces[1].0 as *const u8, pieces[1].1);
+        let middle = buffer.add(pieces[0].1);
+        copy_line(middle.sub(MAX_OPERAND), (pieces[0].0 as *const u8).add(pieces[0].1).sub(MAX_OPERAND));
+        copy_line(middle, pieces[1].0 as *const u8);
     }
     (bounce.va, bounce.copy) = (va, buffer as u64);
     if let Some(store) = store {
@@ -217,15 +220,19 @@ fn bounce_light(cpu: &mut Vcpu, va: u64, kind: AccessKind, pieces: [(u64, usize)
     Some(buffer as u64)
 }
 
-/// Copies without a library's vector registers.
+/// Copies [`MAX_OPERAND`] bytes without vector registers beyond xmm15.
 ///
 /// # Safety
 /// As for [`std::ptr::copy_nonoverlapping`].
-unsafe fn copy_bytes(to: *mut u8, from: *const u8, length: usize) {
-    // SAFETY: the caller's; the direction flag is clear in Rust.
+unsafe fn copy_line(to: *mut u8, from: *const u8) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_storeu_si128};
+    // SAFETY: the caller's; every host has SSE2.
     unsafe {
-        std::arch::asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") length => _,
-                        options(nostack, preserves_flags));
+        let parts: [__m128i; MAX_OPERAND / 16] =
+            std::array::from_fn(|i| _mm_loadu_si128(from.cast::<__m128i>().add(i)));
+        for (i, part) in parts.into_iter().enumerate() {
+            _mm_storeu_si128(to.cast::<__m128i>().add(i), part);
+        }
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Hot {
     pub group_spans: [u64; crate::codegen::groups::SLOTS],
     /// One of them, which emitted code holds in r11, across the slow path.
     pub held: u64,
+    /// Rounds of a loop until its checks are made again: see [`crate::codegen::steady`].
+    pub rounds: u32,
     /// The address of the word of requests from others.
     pub requests: u64,
     /// How many more detours to careful code emitted code takes before it lets Rust see one.
@@ -180,6 +182,7 @@ impl Hot {
             tsc_offset: 0,
             group_spans: [0; crate::codegen::groups::SLOTS],
             held: 0,
+            rounds: 0,
             requests: requests.as_ptr() as u64,
             detours: 0,
             split: Split::default(),

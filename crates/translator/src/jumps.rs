@@ -15,6 +15,8 @@ use crate::spaces::Missed;
 
 /// Entries of an address space that are kept while it is not the current one.
 const MAX_KEPT: usize = 1024;
+/// After all was forgotten so often, the part of a mode that nothing was entered into meanwhile is given back.
+const MAX_IDLE: u8 = 32;
 
 /// Displaced entries that are remembered; a power of two.
 const DISPLACED: usize = 1 << 15;
@@ -63,6 +65,8 @@ struct Slot {
     used: bool,
     /// Its memory has been touched.
     resident: bool,
+    /// How often all was forgotten since something was entered.
+    idle: u8,
 }
 
 /// A set of entries.
@@ -122,7 +126,7 @@ impl Jumps {
             return None;
         }
         let slot = self.slots.len();
-        self.slots.push(Slot { mode, used: false, resident: true });
+        self.slots.push(Slot { mode, used: false, resident: true, idle: 0 });
         self.initialize(slot);
         Some(slot)
     }
@@ -235,12 +239,13 @@ impl Jumps {
         }
     }
 
-    /// Gives the memory of slots back to the host that nothing was entered into since the last time: a guest's start goes
-    /// through modes that never come again. Nothing may be in the table.
+    /// Gives the memory of slots back to the host that nothing was entered into for [`MAX_IDLE`] times: a guest's start goes
+    /// through modes that never come again, but to and fro between some of them as well. Nothing may be in the table.
     fn release(&mut self) {
         for slot in 0..self.slots.len() {
             let s = &mut self.slots[slot];
-            if !std::mem::take(&mut s.used) && std::mem::take(&mut s.resident) {
+            s.idle = if std::mem::take(&mut s.used) { 0 } else { s.idle.saturating_add(1) };
+            if s.idle >= MAX_IDLE && std::mem::take(&mut s.resident) {
                 self.memory.release_jump_slot(slot);
                 self.initialize(slot);
             }

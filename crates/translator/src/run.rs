@@ -40,8 +40,12 @@ const MAX_CODE_SEGMENTS: usize = 4096;
 
 /// After so many detours to careful code one is looked at...
 const DETOURS: i32 = 1024;
-/// ...and if they took less time than this, in ticks of the host's TSC, its block loses its groups.
-const SOON: u64 = DETOURS as u64 * 100;
+/// ...and if they took less time than this, in ticks of the host's TSC, its block loses its groups. A detour takes about 100, and
+/// several times that where an access itself crosses the page's end.
+const SOON: u64 = DETOURS as u64 * 400;
+/// So many ticks after a block's accesses were kept from sharing checks, what comes back to its code elsewhere tries again: a
+/// process may have had its stack frame across a page's end.
+const FORGIVEN: u64 = 1 << 31;
 
 /// The dispatcher's and the cache's own state.
 pub struct EngineState {
@@ -61,7 +65,7 @@ pub struct EngineState {
     mode: Option<Mode>,
     /// The code segment whose limit the jump table goes by, and the limits of those of other bases.
     code_segment: CodeSegment,
-    code_limits: FxHashMap<u32, u32>,
+    code_limits: FxHashMap<(Mode, u32), u32>,
     /// The segments that emitted code was told about, and whether their types count.
     pub ends_of: ([Segment; 6], bool),
     /// The next block runs more carefully than this, in whose block a check failed.
@@ -70,8 +74,8 @@ pub struct EngineState {
     failed_check: Option<LinkId>,
     /// When detours were last looked at.
     detoured: u64,
-    /// Code whose groups' checks failed: how often with the present sharing.
-    failures: FxHashMap<Origin, (Sharing, u8)>,
+    /// Code whose groups' checks failed.
+    failures: FxHashMap<Origin, Failures>,
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
     pub code_page: Vec<u8>,
     workspace: Workspace,
@@ -80,6 +84,16 @@ pub struct EngineState {
     pub delivered: bool,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
     pub device_pages: FxHashSet<usize>,
+}
+
+/// How checks of groups failed in some code.
+#[derive(Clone, Copy, Default)]
+struct Failures {
+    sharing: Sharing,
+    /// How often with this sharing.
+    count: u8,
+    /// When it became this one.
+    since: u64,
 }
 
 impl EngineState {
@@ -127,16 +141,26 @@ impl EngineState {
         if self.failures.len() >= MAX_FAILURES {
             self.failures.clear();
         }
-        let (sharing, count) = self.failures.entry(origin).or_default();
-        *count += 1;
-        if enough || *count == MANY_FAILURES {
-            *count = 0;
-            *sharing = match (*sharing).max(least_sharing(mode)) {
+        let failures = self.failures.entry(origin).or_default();
+        failures.count += 1;
+        if enough || failures.count == MANY_FAILURES {
+            let sharing = match failures.sharing.max(least_sharing(mode)) {
                 Sharing::All if !enough => Sharing::Alike,
                 Sharing::All | Sharing::Alike => Sharing::Near,
-                Sharing::Near | Sharing::Off => Sharing::Off,
+                Sharing::Near if enough => Sharing::Close,
+                Sharing::Near | Sharing::Close | Sharing::Off => Sharing::Off,
             };
+            *failures = Failures { sharing, count: 0, since: crate::host::rdtsc() };
             self.failed_check = None;
+            self.cache.remove_origin(origin);
+        }
+    }
+
+    /// Code that shares fewer checks since long ago, and is to run at another address now, may share all again.
+    fn forgive(&mut self, origin: Origin) {
+        let Some(failures) = self.failures.get(&origin) else { return };
+        if failures.sharing > Sharing::Alike && crate::host::rdtsc().wrapping_sub(failures.since) > FORGIVEN {
+            self.failures.remove(&origin);
             self.cache.remove_origin(origin);
         }
     }
@@ -266,9 +290,11 @@ impl Vcpu {
         if std::mem::replace(&mut self.engine.code_segment, segment) == segment {
             return;
         }
-        // The jump table goes by the base: blocks at one base must have the same limit.
+        // The jump table goes by mode and base: a mode's blocks at one base must have the same limit. Firmware goes to and fro
+        // between real mode and flat segments, both at 0.
+        let at = (Mode::of(self), segment.base);
         let limits = &mut self.engine.code_limits;
-        if limits.insert(segment.base, segment.limit).is_some_and(|limit| limit != segment.limit) {
+        if limits.insert(at, segment.limit).is_some_and(|limit| limit != segment.limit) {
             self.engine.cache.jumps.clear(true);
         }
         if self.engine.code_limits.len() > MAX_CODE_SEGMENTS {
@@ -561,6 +587,7 @@ impl Vcpu {
         // From here on code may be dropped, moved or overwritten: what the FPU notes of it must be the guest's before.
         self.settle_x87_pointers();
         self.engine.cache.reap();
+        self.engine.forgive(origin);
         let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
         let id = match known {
             Some(id) => id,
@@ -674,7 +701,7 @@ impl Vcpu {
         Setting {
             mode,
             inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
-            sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.0).max(least_sharing(mode)),
+            sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.sharing).max(least_sharing(mode)),
             jump_slot: self.engine.cache.jumps.slot(mode),
             level_slot: other_level.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),

@@ -60,6 +60,7 @@ pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
+    pub const NS: u8 = 9;
 }
 
 /// A place in the code, perhaps not known yet.
@@ -480,6 +481,39 @@ impl Asm {
         self.byte(0x81);
         self.modrm(1, mem, 4);
         self.imm32(value);
+    }
+
+    /// `add qword [mem], imm32`
+    pub fn add_mem_imm(&mut self, mem: Mem, value: i32) {
+        self.rex(true, 0, mem);
+        self.byte(0x81);
+        self.modrm(0, mem, 4);
+        self.imm32(value);
+    }
+
+    /// `sub dword [mem], 1`
+    pub fn count_down(&mut self, mem: Mem) {
+        self.rex(false, 5, mem);
+        self.byte(0x83);
+        self.modrm(5, mem, 1);
+        self.byte(1);
+    }
+
+    /// NEG, 32 bits.
+    pub fn neg32(&mut self, reg: Reg) {
+        self.op_reg(false, 0xf7, 3, reg);
+    }
+
+    /// `imul reg, reg, imm32`, 32 bits
+    pub fn multiply32(&mut self, reg: Reg, by: i32) {
+        self.op_reg(false, 0x69, reg.0, reg);
+        self.imm32(by);
+    }
+
+    /// CMOVB, 32 bits.
+    pub fn move32_if_below(&mut self, to: Reg, from: Reg) {
+        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
+        self.bytes(&[rex, 0x0f, 0x42, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
     }
 
     /// `shl reg, 32`

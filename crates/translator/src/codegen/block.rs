@@ -4,11 +4,12 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
-use super::decode::{GuestCode, Item, Lookahead, decode, live_at, plan_groups};
+use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Sharing};
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Home, Operand, home};
+use super::steady::{self, Steady};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
 use crate::entry::context_offset;
@@ -174,11 +175,11 @@ pub struct Builder<'a> {
     pub mode: Mode,
     pub setting: Setting,
     pub code: GuestCode<'a>,
-    bytes: &'a [u8],
+    pub bytes: &'a [u8],
     lookahead: Lookahead,
     /// Guest address of the block.
     pub start: u64,
-    items: Vec<Item>,
+    pub items: Vec<Item>,
     current: usize,
     pub flags: FlagState,
     points: Vec<Point>,
@@ -190,6 +191,8 @@ pub struct Builder<'a> {
     immediates: Vec<Immediate>,
     /// The slot of the group whose host address is in S2.
     pub held: Option<usize>,
+    /// The loop whose rounds are being emitted.
+    pub steady: Option<Steady>,
     /// An address relative to EIP was emitted.
     pub narrow_addresses: bool,
 }
@@ -200,9 +203,10 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     let bytes = code.bytes();
     let Workspace { points, sites, links, relocations, sensitive, spare } = std::mem::take(workspace);
     let Spare { asm, mut items, behind, pending } = spare;
-    let lookahead = decode(code, start, mode, setting.inline_tsc, &mut items)?;
+    let Decoded { lookahead, steady } = decode(code, start, mode, setting.inline_tsc, &mut items)?;
+    let standing = steady::plan(&mut items[..steady], mode, setting.sharing);
     if setting.sharing != Sharing::Off && mode.flat() && !mode.checks_alignment() {
-        plan_groups(&mut items, mode, setting.sharing);
+        plan_groups(&mut items[steady..], mode, setting.sharing);
     }
     let mut b = Builder {
         asm,
@@ -223,14 +227,18 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         sensitive,
         immediates: Vec::new(),
         held: None,
+        steady: None,
         narrow_addresses: false,
     };
     b.prologue();
+    if steady != 0 {
+        b.enter_loop(steady, standing);
+    }
     let mut ended = false;
     let mut end = 0;
     let mut guest_length = 0;
     for i in 0..b.items.len() {
-        if b.asm.position() > MAX_HOST_BYTES {
+        if b.asm.position() > MAX_HOST_BYTES && i >= steady {
             break;
         }
         b.current = i;
@@ -246,6 +254,9 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         end = b.position();
         if ended {
             break;
+        }
+        if i + 1 == steady {
+            b.close_round();
         }
     }
     if !ended {

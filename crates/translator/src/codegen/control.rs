@@ -1,6 +1,6 @@
 //! Near branches: direct ones are linked within a page, all others look the target up in the jump table inline.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
@@ -61,6 +61,12 @@ impl Builder<'_> {
                 self.goto(insn.near_branch_target());
             }
             Jmp => {
+                self.load_target(insn);
+                self.lookup();
+            }
+            // What the push leaves alone can wait for it.
+            Call if memory_operand(insn).is_none() && insn.op0_register().full_register() != Register::RSP => {
+                self.push_return_address(insn);
                 self.load_target(insn);
                 self.lookup();
             }
@@ -150,7 +156,7 @@ impl Builder<'_> {
         self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_event)));
     }
 
-    fn poll(&mut self, target: u64) {
+    pub fn poll(&mut self, target: u64) {
         let word = Mem::Code(POLL_OFFSET);
         let parked = self.flags == FlagState::Parked;
         if parked || self.flags_dead_at(target) {

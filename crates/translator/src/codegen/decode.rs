@@ -7,7 +7,7 @@ use super::classify::{Kind, access_operand, classify, operand_size, raise_genera
 use super::groups::{self, Access, Form, Member, Sharing, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
-use super::system;
+use super::{steady, system};
 use crate::mode::{CodeSegment, Mode};
 use crate::semantics::stack::operand_size as operand_size_of_stack;
 
@@ -83,14 +83,22 @@ impl Lookahead {
     }
 }
 
+/// What decoding found besides the items.
+pub struct Decoded {
+    pub lookahead: Lookahead,
+    /// So many items are the rounds of a loop that checks before it runs; its plain turn follows (see [`steady`]).
+    pub steady: usize,
+}
+
 /// Decodes up to the end of the block into `items`, which is empty, and finds where flags are live.
-pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: &mut Vec<Item>) -> Option<Lookahead> {
+pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: &mut Vec<Item>) -> Option<Decoded> {
     let bytes = code.bytes();
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
     let mut branches = 0;
     let mut limit = if mode.is_single() { 1 } else { MAX_STRAIGHT };
     let mut turns = 1;
+    let (mut round, mut steady) = (0, 0);
     let page = code.room();
     while items.len() < limit {
         let offset = decoder.position();
@@ -134,23 +142,32 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         };
         items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false, joined: false });
         let body = items.len() / turns;
-        if insn.is_jcc_short_or_near()
+        let closes = insn.is_jcc_short_or_near()
             && insn.near_branch_target() == start
             && matches!(kind, Kind::Branch)
-            && mode.flat()
-            && offset + insn.len() <= page
-            && turns < MAX_TURNS
-            && items.len() + body <= MAX_UNROLLED
-            && decoder.set_position(0).is_ok()
-        {
+            && offset + insn.len() <= page;
+        if closes && turns == 1 {
+            round = steady::turns(items, mode);
+            if round != 0 && !mode.is_careful() {
+                limit = body * (round + 1);
+            }
+        }
+        let another = match round {
+            0 => mode.flat() && turns < MAX_TURNS && items.len() + body <= MAX_UNROLLED,
+            _ => turns <= round && !mode.is_careful(),
+        };
+        if closes && another && decoder.set_position(0).is_ok() {
             // The block goes on with another turn of the loop that it is, so that turns share checks.
             if let Some(item) = items.last_mut() {
                 item.turns = true;
             }
             decoder.set_ip(start);
+            if round == turns {
+                steady = items.len();
+            }
             turns += 1;
             branches = 0;
-            limit = MAX_UNROLLED;
+            limit = if round == 0 { MAX_UNROLLED } else { limit };
             continue;
         }
         if insn.is_jmp_short_or_near()
@@ -169,9 +186,12 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         let ends = match kind {
             Kind::Branch => {
                 branches += 1;
-                limit = limit.min(if turns > 1 { MAX_UNROLLED } else { MAX_INSTRUCTIONS });
-                let closes = turns > 1 && insn.near_branch_target() == start;
-                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes
+                limit = limit.min(match turns {
+                    1 => MAX_INSTRUCTIONS,
+                    _ if steady != 0 => limit,
+                    _ => MAX_UNROLLED,
+                });
+                !insn.is_jcc_short_or_near() || branches > MAX_BRANCHES || closes && turns > 1
             }
             Kind::Sensitive(_, ends) => ends,
             Kind::Access | Kind::Level => true,
@@ -186,7 +206,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         live = item.effect.before(live);
         item.live_in = live;
     }
-    Some(lookahead)
+    Some(Decoded { lookahead, steady })
 }
 
 /// Where in the block's bytes a jump leads, if that is a little further on than `from` in the same page.

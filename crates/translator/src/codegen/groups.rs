@@ -18,6 +18,10 @@ use super::facts::with_register_uses;
 const MAX_SPAN: i64 = 1024;
 /// The same for [`Sharing::Near`].
 const NEAR_SPAN: i64 = 256;
+/// The same for [`Sharing::Close`].
+const CLOSE_SPAN: i64 = 64;
+/// The farthest that a group which stands moves with each round: a page has to hold several.
+const MAX_STRIDE: i64 = 512;
 /// Groups of one block that keep a host address in the context.
 pub const SLOTS: usize = 16;
 const RSP_NUMBER: u8 = 4;
@@ -32,6 +36,8 @@ pub enum Sharing {
     Alike,
     /// Of these those close to each other, and no pushes and pops: for code that often works at a page's end.
     Near,
+    /// Only those in about one cache line: for code whose data, in this process, lie across a page's end.
+    Close,
     /// None.
     Off,
 }
@@ -77,7 +83,12 @@ impl Form {
             _ => Register::None,
         };
         let index = number(index).map(|n| (n, insn.memory_index_scale() as u8));
-        Some(Form { base: number(base), index, segment })
+        // Of two registers that are simply added either may be the base.
+        let (base, index) = match (number(base), index) {
+            (Some(base), Some((index, 1))) => (Some(base.min(index)), Some((base.max(index), 1))),
+            other => other,
+        };
+        Some(Form { base, index, segment })
     }
 
     fn uses(self, register: u8) -> bool {
@@ -119,6 +130,8 @@ pub enum Keep {
     StackPage,
     /// The host address of the span's first byte, in this slot of the context.
     Slot(usize),
+    /// The same, kept from one turn of a loop to the next: see [`Standing`].
+    Standing(usize),
 }
 
 /// One instruction's part in a group.
@@ -141,6 +154,17 @@ pub struct Check {
     pub write: bool,
 }
 
+/// A group whose address moves by a constant with each turn of a loop, so that one check does for many turns.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    /// As registers are where the loop begins.
+    pub check: Check,
+    pub slot: usize,
+    /// How far the span moves with the turns that the block holds.
+    pub stride: i64,
+    pub members: usize,
+}
+
 #[derive(Clone, Debug)]
 struct Group {
     form: Form,
@@ -156,6 +180,28 @@ struct Group {
 
 /// Finds the groups of a block: for each instruction its membership, if any.
 pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Member>> {
+    let (groups, _) = find(steps, sharing, sharing >= Sharing::Near);
+    members(&groups, steps, |_| None).0
+}
+
+/// The same for the turns of a loop, which `steps` are: groups that can stand through many of them have no checks among its
+/// members.
+pub fn plan_loop(steps: &[(Instruction, Step)], sharing: Sharing) -> (Vec<Option<Member>>, Vec<Standing>) {
+    let (groups, moved) = find(steps, sharing, true);
+    let mut written = 0u16;
+    for (insn, _) in steps.iter().filter(|(insn, _)| constant_move(insn).is_none()) {
+        each_written(insn, |n| written |= 1 << (n & 15));
+    }
+    members(&groups, steps, |group| {
+        let stride = group.form.shift(&moved);
+        let steady = (0..16).all(|n| written >> n & 1 == 0 || !group.form.uses(n));
+        let near = stride.checked_abs().is_some_and(|s| s <= MAX_STRIDE);
+        (steady && near && i32::try_from(group.low).is_ok()).then_some(stride)
+    })
+}
+
+/// The groups of a block, and how far registers have moved at its end. `frame`: the stack is memory like any other.
+fn find(steps: &[(Instruction, Step)], sharing: Sharing, frame: bool) -> (Vec<Group>, [i64; 16]) {
     let mut groups: Vec<Group> = Vec::new();
     let mut moved = [0i64; 16];
     for (i, (insn, step)) in steps.iter().enumerate() {
@@ -167,7 +213,7 @@ pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Membe
             }
         };
         if let Some(mut a) = access {
-            let near = sharing == Sharing::Near && a.form == Form::STACK;
+            let near = frame && a.form == Form::STACK;
             if near {
                 a.form = Form::FRAME;
             }
@@ -188,14 +234,18 @@ pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Membe
             },
         }
     }
-    members(&groups, steps.len())
+    (groups, moved)
 }
 
 fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access, sharing: Sharing) {
     let moved = a.form.shift(moved);
     let low = a.displacement.wrapping_add(moved);
     let Some(high) = low.checked_add(a.size) else { return };
-    let widest = if sharing == Sharing::Near { NEAR_SPAN } else { MAX_SPAN };
+    let widest = match sharing {
+        Sharing::All | Sharing::Alike => MAX_SPAN,
+        Sharing::Near => NEAR_SPAN,
+        Sharing::Close | Sharing::Off => CLOSE_SPAN,
+    };
     // The stack's page is remembered only if it can be both read and written.
     let alike = |g: &Group| sharing == Sharing::All || g.write == a.write || a.form == Form::STACK;
     let fits = |g: &Group| g.open && g.form == a.form && alike(g);
@@ -215,31 +265,47 @@ fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access, sharing
     groups.push(Group { form: a.form, low, high, write: a.write, moved, members: vec![(i, low)], open: true });
 }
 
-fn members(groups: &[Group], count: usize) -> Vec<Option<Member>> {
-    let mut plan = vec![None; count];
+/// The memberships of `groups`, and those that stand: `stride` tells how far one moves with a loop.
+fn members(
+    groups: &[Group],
+    steps: &[(Instruction, Step)],
+    stride: impl Fn(&Group) -> Option<i64>,
+) -> (Vec<Option<Member>>, Vec<Standing>) {
+    let mut plan = vec![None; steps.len()];
+    // Addresses modulo 4 GiB can't be formed beside an addend.
+    let narrow = steps.first().is_some_and(|(insn, _)| is_narrow(insn));
+    let mut standing = Vec::new();
     let mut slots = 0;
     for group in groups {
         let stack = group.form == Form::STACK;
-        let displacement = group.low.wrapping_sub(group.moved);
+        let stride = stride(group);
+        let moved = if stride.is_some() { 0 } else { group.moved };
+        let displacement = group.low.wrapping_sub(moved);
         let encodable =
             group.form == Form { base: None, index: None, ..group.form } || i32::try_from(displacement).is_ok();
-        // A single access is checked as it is, except on the stack, whose page is remembered.
-        if !encodable || !stack && (group.members.len() < 2 || slots == SLOTS) {
+        // A single access is checked as it is, except on the stack, whose page is remembered, and where a check does for many
+        // turns.
+        let alone = group.members.len() < 2 && stride.is_none();
+        let by_addend = stack && !narrow;
+        if !encodable || !stack && alone || !by_addend && slots == SLOTS {
             continue;
         }
-        let keep = if stack {
-            Keep::StackPage
-        } else {
-            slots += 1;
-            Keep::Slot(slots - 1)
-        };
         let check = Check { form: group.form, displacement, span: (group.high - group.low) as i32, write: group.write };
+        let keep = match stride {
+            _ if by_addend => Keep::StackPage,
+            Some(stride) => {
+                standing.push(Standing { check, slot: slots, stride, members: group.members.len() });
+                Keep::Standing(standing.len() - 1)
+            }
+            None => Keep::Slot(slots),
+        };
+        slots += usize::from(!by_addend);
         for (n, &(i, low)) in group.members.iter().enumerate() {
             let distance = (low - group.low) as i32;
-            plan[i] = Some(Member { keep, distance, check: (n == 0).then_some(check) });
+            plan[i] = Some(Member { keep, distance, check: (n == 0 && stride.is_none()).then_some(check) });
         }
     }
-    plan
+    (plan, standing)
 }
 
 /// The code is 32-bit code, whose addresses are modulo 4 GiB.
@@ -299,13 +365,17 @@ fn close(groups: &mut [Group], register: Register) {
 }
 
 fn close_written(insn: &Instruction, groups: &mut [Group]) {
-    if !groups.iter().any(|g| g.open) {
-        return;
+    if groups.iter().any(|g| g.open) {
+        each_written(insn, |n| groups.iter_mut().filter(|g| g.form.uses(n)).for_each(|g| g.open = false));
     }
+}
+
+/// The general-purpose registers that an instruction may write.
+fn each_written(insn: &Instruction, mut found: impl FnMut(u8)) {
     with_register_uses(insn, |info| {
         for used in info.used_registers() {
-            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-                close(groups, used.register());
+            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) && used.register().is_gpr() {
+                found(used.register().full_register().number() as u8);
             }
         }
     });

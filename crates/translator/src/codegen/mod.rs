@@ -3,7 +3,7 @@
 //! [`block::translate`] decodes instructions ([`decode`], [`classify`]) up to a branch, a page's end or a limit, finds where flags are live
 //! ([`liveness`]), and emits for each instruction: the address and TLB check of its memory operand ([`operand`]) and the
 //! instruction itself ([`reencode`]), or a branch ([`control`]), or a call into `semantics`. Slow paths stand behind the
-//! block's body. All host code is made by [`asm`].
+//! block's body, checks of loops before it ([`steady`]). All host code is made by [`asm`].
 
 pub mod asm;
 mod bits;
@@ -20,5 +20,6 @@ mod liveness;
 mod operand;
 pub mod reencode;
 mod stack;
+mod steady;
 mod strings;
 mod system;

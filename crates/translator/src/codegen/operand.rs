@@ -34,7 +34,7 @@ fn tlb_offset(context: crate::cpu::Context, field: usize) -> i32 {
 }
 
 /// Where the host address of a group's span is kept.
-fn kept(slot: usize) -> Mem {
+pub fn kept(slot: usize) -> Mem {
     Mem::Base(RSP, context_offset!(hot.group_spans) + slot as i32 * 8)
 }
 
@@ -70,7 +70,7 @@ impl Builder<'_> {
     }
 
     /// The same for an address of a group's form.
-    fn form_address(&mut self, form: Form, displacement: i64) {
+    pub fn form_address(&mut self, form: Form, displacement: i64) {
         let disp = displacement as i32;
         let base = form.base.map(|n| self.register_in(n, S0));
         let index = form.index.map(|(n, scale)| (self.register_in(n, S1), scale));
@@ -208,6 +208,13 @@ impl Builder<'_> {
     /// leaves the page. A hit leaves the host address in S0, a miss the address XOR the tag that is returned, with S1 as
     /// its index.
     pub fn look_up(&mut self, kind: AccessKind, slow: Label) -> Mem {
+        let (tag, host) = self.look_up_offset(kind, slow);
+        self.asm.alu_mem(Alu::Add, S0, host);
+        tag
+    }
+
+    /// The same, but a hit leaves the offset in the page in S0; with it the host address of the page, by S1.
+    pub fn look_up_offset(&mut self, kind: AccessKind, slow: Label) -> (Mem, Mem) {
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
         let tag = entry(if kind.write() { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) });
         let asm = &mut self.asm;
@@ -223,8 +230,7 @@ impl Builder<'_> {
         asm.alu_mem(Alu::Xor, S0, tag);
         asm.alu_imm(Alu::Cmp, S0, 4096 - kind.size() as i32);
         asm.jcc(cc::A, slow);
-        asm.alu_mem(Alu::Add, S0, entry(offset_of!(tlb::Entry, host)));
-        tag
+        (tag, entry(offset_of!(tlb::Entry, host)))
     }
 
     /// Emits what makes a member of a group accessible: its operand.
@@ -237,29 +243,23 @@ impl Builder<'_> {
                 if member.check.is_none() {
                     self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
                 }
-                let displacement = insn.memory_displacement64() as i32;
-                if self.mode.long() {
-                    Operand::Stack(displacement)
-                } else {
-                    self.on_stack_page(displacement);
-                    Operand::Host
-                }
+                Operand::Stack(insn.memory_displacement64() as i32)
             }
-            Keep::Slot(slot) => {
-                if self.held != Some(slot) {
-                    self.asm.load(S2, kept(slot));
-                    self.held = Some(slot);
-                }
-                Operand::At(S2, member.distance)
+            Keep::Slot(slot) => Operand::At(self.hold(slot), member.distance),
+            Keep::Standing(n) => {
+                let register = self.standing_register(n);
+                Operand::At(register, member.distance)
             }
         }
     }
 
-    /// In 32-bit code: from the stack page's addend in S0 to the host address of `[guest esp + displacement]`, which is modulo
-    /// 4 GiB like the one that was checked. Leaves the flags alone.
-    fn on_stack_page(&mut self, displacement: i32) {
-        self.asm.lea32(S1, Mem::Base(GUEST_RSP, displacement));
-        self.asm.lea(S0, Mem::Index(S0, S1, 1, 0));
+    /// The register that a slot is loaded into.
+    pub fn hold(&mut self, slot: usize) -> Reg {
+        if self.held != Some(slot) {
+            self.asm.load(S2, kept(slot));
+            self.held = Some(slot);
+        }
+        S2
     }
 
     /// Emits the check of a group. Afterwards the stack page's addend is in S0, or the span's host address in S2.
@@ -274,15 +274,21 @@ impl Builder<'_> {
         let tag = match member.keep {
             Keep::StackPage => {
                 kind = kind.stack();
-                let page = self.stack_page(offset_of!(tlb::StackPage, page));
-                self.asm.alu_mem(Alu::Xor, S0, page);
-                self.asm.alu_imm(Alu::Cmp, S0, 4096 - check.span);
-                self.asm.jcc(cc::A, slow);
-                self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+                let page = self.check_stack_page(check.span, slow);
                 self.asm.bind(done);
                 page
             }
-            Keep::Slot(slot) => {
+            Keep::Slot(slot) if check.form == Form::STACK => {
+                kind = kind.stack();
+                let page = self.check_stack_page(check.span, slow);
+                self.asm.bind(done);
+                self.asm.lea32(S1, Mem::Base(GUEST_RSP, check.displacement as i32));
+                self.asm.lea(S2, Mem::Index(S0, S1, 1, 0));
+                self.asm.store(kept(slot), S2);
+                self.held = Some(slot);
+                page
+            }
+            Keep::Slot(slot) | Keep::Standing(slot) => {
                 let tag = self.look_up(kind, slow);
                 self.asm.bind(done);
                 self.asm.mov(S2, S0);
@@ -292,6 +298,16 @@ impl Builder<'_> {
             }
         };
         self.slow_stub(SlowStub { entry: slow, back: done, kind, why: Slow::Miss { tag, detour: true } });
+    }
+
+    /// Emits the comparison of the address in S0 with the stack page, whose addend S0 is afterwards.
+    fn check_stack_page(&mut self, span: i32, slow: Label) -> Mem {
+        let page = self.stack_page(offset_of!(tlb::StackPage, page));
+        self.asm.alu_mem(Alu::Xor, S0, page);
+        self.asm.alu_imm(Alu::Cmp, S0, 4096 - span);
+        self.asm.jcc(cc::A, slow);
+        self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+        page
     }
 
     /// A field of the context's stack page.
@@ -335,16 +351,21 @@ impl Builder<'_> {
     /// Makes `size` bytes of stack at `[guest stack pointer + displacement]` accessible: where they are, by way of S0.
     pub fn stack_slot(&mut self, displacement: i32, size: usize, write: bool) -> Mem {
         if let Some(member) = self.member() {
-            match member.check {
-                Some(check) => self.group_check(member, check, write),
-                None => self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend))),
+            if let Some(check) = member.check {
+                self.group_check(member, check, write);
             }
+            let slot = match member.keep {
+                Keep::StackPage => {
+                    if member.check.is_none() {
+                        self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+                    }
+                    Mem::Index(S0, GUEST_RSP, 1, displacement)
+                }
+                Keep::Slot(slot) => Mem::Base(self.hold(slot), member.distance),
+                Keep::Standing(n) => Mem::Base(self.standing_register(n), member.distance),
+            };
             self.note_flags();
-            if self.mode.long() {
-                return Mem::Index(S0, GUEST_RSP, 1, displacement);
-            }
-            self.on_stack_page(displacement);
-            return Mem::Base(S0, 0);
+            return slot;
         }
         self.free_flags();
         let slot = Mem::Base(GUEST_RSP, displacement);

@@ -399,6 +399,23 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
     Some(names.used.iter().flatten().all(|&(_, reg)| reg != S2))
 }
 
+/// Whether [`emit`] needs no scratch register beside those of the memory operand.
+pub fn spares_scratch(bytes: &[u8], insn: &Instruction, bits: u32) -> bool {
+    let Some(p) = Parts::new(bytes, insn, bits) else { return false };
+    let f = facts(insn.code());
+    let at_home = |n: u8| home(n) != Home::Memory;
+    if bits == 64
+        && let Some(form) = in_place::form(&p)
+    {
+        return form.other().is_none_or(at_home);
+    }
+    let opcode_register = p.opcode.last().map_or(0, |o| o & 7 | p.extension_b() << 3);
+    !(f.reg_gpr && p.modrm.is_some() && !at_home(p.reg())
+        || f.rm_gpr && p.modrm.is_some() && !p.has_memory() && !at_home(p.rm())
+        || f.vvvv_gpr && !at_home(p.vvvv())
+        || f.opcode_gpr && !at_home(opcode_register))
+}
+
 /// Whether the W bit, at `at` in the bytes, means nothing outside 64-bit mode, where it would make general registers wide.
 fn ignores_w(bytes: &[u8], at: usize, insn: &Instruction, bits: u32) -> bool {
     let mut other = bytes.to_vec();

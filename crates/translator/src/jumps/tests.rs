@@ -11,8 +11,10 @@ fn a_mode_that_is_not_used_any_more_gives_its_memory_back_and_can_be_used_again(
         jumps.enter(early, key, 1, 2, true);
         jumps.clear(true);
         assert_eq!(jumps.find(early, key), None);
-        jumps.enter(late, key, 3, 4, true);
-        jumps.clear(true);
+        for _ in 0..MAX_IDLE {
+            jumps.enter(late, key, 3, 4, true);
+            jumps.clear(true);
+        }
         let code = jump_slot_offsets(0).codes as usize / 8 + jump_index(key, early);
         assert_eq!(memory.jump_word(code).load(Ordering::Relaxed), 0, "the slot of the early mode is empty memory");
         jumps.enter(late, key, 5, 6, true);

@@ -22,6 +22,13 @@ pub struct Form {
     extension: bool,
 }
 
+impl Form {
+    /// The register beside the displaced one, if there is one.
+    pub fn other(self) -> Option<u8> {
+        (!self.extension).then_some(self.reg)
+    }
+}
+
 /// What an instruction does with ModRM.rm.
 enum Rm {
     Read,
