@@ -172,7 +172,8 @@ fn cross(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> Option<u64> {
     let context = kind.context();
     let known = |cpu: &Vcpu, va, size| cpu.tlb.entry(context, va).host_address(va, size, kind.write()).is_some();
     // A group may never get as far as the second page: it must not be seen to be accessed.
-    if !kind.is_group() && !(known(cpu, va, first) && known(cpu, next, rest)) {
+    let filled = known(cpu, va, first) && known(cpu, next, rest);
+    if !kind.is_group() && !filled {
         let plain = canonical(next)
             && cpu.fill_tlb(va, kind.access(), context).is_ok()
             && cpu.fill_tlb(next, kind.access(), context).is_ok();
