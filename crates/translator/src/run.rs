@@ -422,13 +422,18 @@ impl Vcpu {
             self.segments_changed();
         }
         let shadowed = self.interrupt_shadow;
-        let id = self.find_block(mode)?;
-        for link in [link.take(), self.engine.failed_check.take()].into_iter().flatten() {
-            self.engine.cache.link(link, id);
-        }
+        let code = match self.entered_before(mode, link) {
+            Some(code) => code,
+            None => {
+                let id = self.find_block(mode)?;
+                for link in [link.take(), self.engine.failed_check.take()].into_iter().flatten() {
+                    self.engine.cache.link(link, id);
+                }
+                self.engine.cache.entry(id)
+            }
+        };
         self.engine.mode = Some(mode);
         self.hot.tsc_offset = self.machine.time.tsc_offset().unwrap_or_default();
-        let code = self.engine.cache.entry(id);
         self.shared.invalidations.set_running(true);
         // A request made before `running` was seen must be taken before the block may run on what it changes.
         if self.shared.poll.is_set() {
@@ -477,6 +482,15 @@ impl Vcpu {
             Left::Stop => Err(self.take_stop()),
             Left::Signal => Err(self.signal_stop()),
         }
+    }
+
+    /// The host code for RIP, where emitted code would find it as well and nothing is to be linked to it: handlers of
+    /// exceptions begin here again and again.
+    fn entered_before(&self, mode: Mode, link: &Option<LinkId>) -> Option<u64> {
+        if !mode.long() || link.is_some() || self.engine.failed_check.is_some() {
+            return None;
+        }
+        self.engine.cache.jumps.find(mode, jump_key(self.rip, CodeSegment::FLAT))
     }
 
     /// Whether RIP may be this: canonical, or within the code segment.

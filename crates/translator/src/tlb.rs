@@ -78,7 +78,7 @@ struct Table {
     local: [u64; ENTRIES / 64],
     global: [u64; ENTRIES / 64],
     /// Which 1 GiB areas (hashed) have entries from large pages: INVLPG there must drop more than one entry.
-    large: u64,
+    large: u128,
 }
 
 impl Table {
@@ -118,8 +118,9 @@ fn bits(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-fn area_bit(va: u64) -> u64 {
-    1 << (va >> 30 & 63)
+/// Programs' areas apart from the kernel's, which has the large pages.
+fn area_bit(va: u64) -> u128 {
+    1 << (va >> 30 & 63 | va >> 63 << 6)
 }
 
 /// The page that a context's stack was last seen in: found without an index.
@@ -139,7 +140,7 @@ const NO_FRAME: u64 = u64::MAX;
 pub struct Kept {
     entries: Vec<(u8, u16, Entry)>,
     /// As in [`Table`].
-    large: [u64; CONTEXTS],
+    large: [u128; CONTEXTS],
     /// How often frames had been protected when it was left.
     protected: u64,
 }
