@@ -6,7 +6,7 @@ use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
-use super::groups::{Member, Sharing};
+use super::groups::{Member, Sharing, constant_move};
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Home, Operand, home};
 use super::steady::{self, Steady};
@@ -295,7 +295,7 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: 
 }
 
 /// Whether nothing in a translation but the operation itself depends on the value of the instruction's immediate: no
-/// address, and not which flags it changes. Additions to 64-bit registers are followed by groups.
+/// address, and not which flags it changes. Additions to the registers that addresses are made of are followed by groups.
 fn has_free_immediate(insn: &Instruction) -> bool {
     use Mnemonic::*;
     let known = matches!(insn.mnemonic(), Mov | Add | Adc | Sub | Sbb | And | Or | Xor | Cmp | Test);
@@ -309,7 +309,7 @@ fn has_free_immediate(insn: &Instruction) -> bool {
             | OpKind::Immediate8to16
             | OpKind::Immediate8to32
     );
-    known && free && insn.op0_kind() == OpKind::Register
+    known && free && insn.op0_kind() == OpKind::Register && constant_move(insn).is_none()
 }
 
 /// The code size an instruction was decoded for.
@@ -692,5 +692,19 @@ impl Builder<'_> {
             relocations.retain(|r| !r.field.is_guest_address());
         }
         movable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_immediate_that_groups_follow_is_not_free() {
+        let free = |bits, code: &[u8]| has_free_immediate(&Decoder::new(bits, code, DecoderOptions::NONE).decode());
+        let (add_edi, add_edi_wide) = ([0x83, 0xc7, 8], [0x81, 0xc7, 0, 1, 0, 0]);
+        assert!(free(64, &add_edi) && free(64, &add_edi_wide), "an address of 64-bit code is made of whole registers");
+        assert!(!free(32, &add_edi) && !free(32, &add_edi_wide));
+        assert!(free(32, &[0xbf, 0, 1, 0, 0]), "mov edi, 100h ends groups whatever it moves");
     }
 }

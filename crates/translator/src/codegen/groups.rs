@@ -332,7 +332,7 @@ pub fn distance(insn: &Instruction, value: u64) -> i64 {
 }
 
 /// `ADD/SUB r, imm`, `INC/DEC r` and `LEA r, [r + imm]`: a whole register moves by a known distance.
-fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
+pub fn constant_move(insn: &Instruction) -> Option<(u8, i64)> {
     let register = insn.op0_register();
     let whole = if is_narrow(insn) { register.is_gpr32() } else { register.is_gpr64() };
     if insn.op_count() == 0 || insn.op0_kind() != OpKind::Register || !whole {
