@@ -102,6 +102,7 @@ impl Board {
             firmware,
             debug_console: None,
             debug_exit: None,
+            smm: true,
             test_device: true,
         };
         let nobody = Arc::new(Nobody);

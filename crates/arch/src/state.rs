@@ -100,6 +100,24 @@ pub enum Activity {
     WaitForSipi,
 }
 
+/// System-management mode (Intel SDM 3C chapter 32): where a vCPU keeps its state, and whether it is in there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Smm {
+    /// SMBASE: the handler is at 8000H from it, the saved state ends at 10000H.
+    pub base: u32,
+    pub active: bool,
+    /// An SMI came that has not been taken yet.
+    pub pending: bool,
+    /// NMIs were blocked already when SMM was entered; RSM leaves them so.
+    pub nmis_were_blocked: bool,
+}
+
+impl Smm {
+    /// SMBASE after power-on.
+    pub const RESET_BASE: u32 = 0x3_0000;
+    pub const RESET: Smm = Smm { base: Self::RESET_BASE, active: false, pending: false, nmis_were_blocked: false };
+}
+
 /// A vCPU's state, authoritative whenever its engine is not executing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CpuState {
@@ -138,6 +156,7 @@ pub struct CpuState {
     pub nmi_blocked: bool,
     /// Interrupts are inhibited for one instruction (after STI, MOV SS, POP SS).
     pub interrupt_shadow: bool,
+    pub smm: Smm,
 }
 
 impl CpuState {
@@ -173,6 +192,7 @@ impl CpuState {
             nmi_pending: false,
             nmi_blocked: false,
             interrupt_shadow: false,
+            smm: Smm::RESET,
         }
     }
 }

@@ -19,6 +19,14 @@ pub trait Device: Send + Sync {
     }
     fn read(&self, offset: u64, data: &mut [u8]);
     fn write(&self, offset: u64, data: &[u8]);
+    /// [`read`](Device::read) by a processor in system-management mode, which some devices allow more than others.
+    fn read_from_smm(&self, offset: u64, data: &mut [u8]) {
+        self.read(offset, data);
+    }
+    /// The same for [`write`](Device::write).
+    fn write_from_smm(&self, offset: u64, data: &[u8]) {
+        self.write(offset, data);
+    }
     /// Puts the device into its power-on state and lowers its interrupt lines.
     fn reset(&self);
     /// What is behind a base address register is now at this address of the memory bus, or nowhere.
@@ -81,12 +89,20 @@ impl DeviceBus {
     }
 
     pub fn read(&self, address: u64, data: &mut [u8]) {
+        self.read_by(address, data, |device, offset, data| device.read(offset, data));
+    }
+
+    pub fn read_from_smm(&self, address: u64, data: &mut [u8]) {
+        self.read_by(address, data, |device, offset, data| device.read_from_smm(offset, data));
+    }
+
+    fn read_by(&self, address: u64, data: &mut [u8], read: impl Fn(&dyn Device, u64, &mut [u8])) {
         let mut done = 0;
         while done < data.len() {
             let (target, rest) = (self.target(address, done, data.len()), &mut data[done..]);
             done += match target {
                 Target::Device { device, offset, length } => {
-                    device.read(offset, &mut rest[..length]);
+                    read(&*device, offset, &mut rest[..length]);
                     length
                 }
                 Target::Nothing { length } => {
@@ -98,11 +114,19 @@ impl DeviceBus {
     }
 
     pub fn write(&self, address: u64, data: &[u8]) {
+        self.write_by(address, data, |device, offset, data| device.write(offset, data));
+    }
+
+    pub fn write_from_smm(&self, address: u64, data: &[u8]) {
+        self.write_by(address, data, |device, offset, data| device.write_from_smm(offset, data));
+    }
+
+    fn write_by(&self, address: u64, data: &[u8], write: impl Fn(&dyn Device, u64, &[u8])) {
         let mut done = 0;
         while done < data.len() {
             done += match self.target(address, done, data.len()) {
                 Target::Device { device, offset, length } => {
-                    device.write(offset, &data[done..done + length]);
+                    write(&*device, offset, &data[done..done + length]);
                     length
                 }
                 Target::Nothing { length } => length,

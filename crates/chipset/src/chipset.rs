@@ -1,7 +1,6 @@
 //! All devices of a machine, each at its address and on its line.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use memory::Ram;
 
@@ -11,7 +10,7 @@ use crate::constants::*;
 use crate::coprocessor::{CoprocessorError, ERROR_IRQ, ERROR_PORT};
 use crate::debug::{DEBUG_CONSOLE_PORTS, DEBUG_EXIT_SIZE, DebugConsole, DebugExit};
 use crate::dma::{self, Dma};
-use crate::flash::{self, Flash, Image, Rom};
+use crate::flash::{self, Flash, Image, Rom, WriteLock};
 use crate::fw_cfg::{self, FW_CFG_PORT, FW_CFG_SIZE, FwCfg};
 use crate::hpet::Hpet;
 use crate::i8042::{AUXILIARY_IRQ, KEYBOARD_IRQ, KeyboardController};
@@ -24,6 +23,7 @@ use crate::power::PowerManagement;
 use crate::reset::{ResetControl, SystemControlA};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
+use crate::smi::Smi;
 use crate::test_device::{self, TestDevice, TestMemory};
 use crate::timer::Timers;
 use crate::{ChipsetConfig, Error, Firmware, PowerEvents};
@@ -58,7 +58,7 @@ impl Chipset {
         interrupts: Arc<dyn engine::Interrupts>,
         power: Arc<dyn PowerEvents>,
     ) -> Result<Arc<Self>, Error> {
-        let ChipsetConfig { ram, cpus, clock, serial: sinks, firmware, debug_console, debug_exit, test_device } =
+        let ChipsetConfig { ram, cpus, clock, serial: sinks, firmware, debug_console, debug_exit, smm, test_device } =
             config;
         let starts_with_firmware = firmware.is_some();
         let timers = Timers::start(clock.clone()).map_err(|source| Error::Thread { what: "timers", source })?;
@@ -81,9 +81,12 @@ impl Chipset {
         builder.ports(&[(ERROR_PORT, 1, 0)], coprocessor.clone())?;
         let hpet = Hpet::new(clock.clone(), &timers, &lines, vec![pit_line, rtc_line], interrupts.clone());
         builder.memory(HPET_BASE, HPET_SIZE, hpet)?;
-        let management = PowerManagement::new(clock.clone(), &timers, lines.connect(SCI_IRQ), power.clone());
+        let smm = smm && starts_with_firmware;
+        let smi = Smi::new(smm.then(|| interrupts.clone()));
+        let sci = lines.connect(SCI_IRQ);
+        let management = PowerManagement::new(clock.clone(), &timers, sci, power.clone(), smi.clone());
         builder.devices.push(management.clone());
-        builder.ports(&[(APM_PORT, 2, 0)], Arc::new(Apm::default()))?;
+        builder.ports(&[(APM_PORT, 2, 0)], smi.clone())?;
         let (keyboard_line, auxiliary_line) = (lines.connect(KEYBOARD_IRQ), lines.connect(AUXILIARY_IRQ));
         let keyboard =
             KeyboardController::new(clock.clone(), &timers, keyboard_line, auxiliary_line, gate.clone(), power.clone());
@@ -114,15 +117,23 @@ impl Chipset {
             builder.ports(&TestDevice::PORTS, Arc::new(TestDevice::new(&lines)))?;
             builder.memory(test_device::MEMORY_BASE, test_device::MEMORY_SIZE, Arc::new(TestMemory::default()))?;
         }
+        let flash_lock = Arc::new(WriteLock::default());
         let rom = match firmware {
-            Some(firmware) => builder.firmware(firmware, &ram)?,
+            Some(mut firmware) => {
+                firmware.items.extend(smi.items());
+                builder.firmware(firmware, &ram, &flash_lock)?
+            }
             None => builder.fw_cfg(&ram, fw_cfg::facts(ram.size(), cpus)).map(|()| None)?,
         };
 
         let mechanism = ConfigPorts::new(pci.clone(), ResetControl::new(power));
         builder.ports(&[(PCI_CONFIG_PORT, 8, 0)], Arc::new(mechanism))?;
-        pci.insert(0x00, 0, HostBridge::new(&ram, Arc::downgrade(&pci), starts_with_firmware))?;
-        pci.insert(0x1f, 0, LpcBridge::new(management.clone(), lines.clone(), starts_with_firmware))?;
+        pci.insert(
+            0x00,
+            0,
+            HostBridge::new(&ram, Arc::downgrade(&pci), starts_with_firmware, smm.then_some(flash_lock)),
+        )?;
+        pci.insert(0x1f, 0, LpcBridge::new(management.clone(), lines.clone(), smi, starts_with_firmware))?;
 
         builder.memory(IOAPIC_BASE, IOAPIC_SIZE, ioapic.clone())?;
         builder.ports(&[(0x20, 2, 0), (0xa0, 2, 2), (0x4d0, 2, 4)], pic.clone())?;
@@ -251,7 +262,7 @@ impl Builder<'_> {
     }
 
     /// The firmware in memory, and what it is told.
-    fn firmware(&mut self, firmware: Firmware, ram: &Ram) -> Result<Option<Rom>, Error> {
+    fn firmware(&mut self, firmware: Firmware, ram: &Ram, lock: &Arc<WriteLock>) -> Result<Option<Rom>, Error> {
         self.fw_cfg(ram, firmware.items)?;
         let chips = match firmware.image {
             Image::Rom(content) => return flash::rom(ram, &content).map(Some),
@@ -259,32 +270,12 @@ impl Builder<'_> {
         };
         let mut end = flash::TOP;
         for chip in chips {
-            let chip = Flash::new(ram, chip, end)?;
+            let chip = Flash::new(ram, chip, end, lock.clone())?;
             let (base, size) = chip.place();
             self.memory(base, size, chip)?;
             end = base;
         }
         Ok(None)
-    }
-}
-
-/// The APM ports: what is written stays.
-#[derive(Default)]
-struct Apm([AtomicU8; 2]);
-
-impl Device for Apm {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(self.0.get(offset as usize).map_or(0xff, |register| register.load(Ordering::Relaxed)));
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if let (Some(register), Some(&value)) = (self.0.get(offset as usize), data.first()) {
-            register.store(value, Ordering::Relaxed);
-        }
-    }
-
-    fn reset(&self) {
-        self.0.iter().for_each(|register| register.store(0, Ordering::Relaxed));
     }
 }
 
@@ -295,6 +286,14 @@ impl engine::Bus for Chipset {
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
         self.memory.write(address, data);
+    }
+
+    fn mmio_read_from_smm(&self, address: u64, data: &mut [u8]) {
+        self.memory.read_from_smm(address, data);
+    }
+
+    fn mmio_write_from_smm(&self, address: u64, data: &[u8]) {
+        self.memory.write_from_smm(address, data);
     }
 
     fn pio_read(&self, port: u16, data: &mut [u8]) {
@@ -344,6 +343,7 @@ mod tests {
                 firmware: None,
                 debug_console: None,
                 debug_exit: None,
+                smm: false,
                 test_device: true,
             };
             let chipset = Chipset::new(config, recorder.clone(), power.clone()).unwrap();

@@ -82,7 +82,7 @@ pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// SLP_TYP of soft-off, for the `\_S5` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
 
-/// APM control and status: what is written is kept, and causes no SMI.
+/// APM control and status: see [`crate::smi`].
 pub const APM_PORT: u16 = 0xb2;
 
 /// The reset control register: FADT RESET_REG, in I/O space, 8 bits wide.

@@ -3,9 +3,14 @@
 //! Both are device memory that processors read and execute directly. A write to a flash chip is a command; while it shows
 //! something else than its array (status, identification), its window is taken off the memory map, and reads come here as
 //! well. What is programmed goes to the chip's file when the guest returns to reading, or powers down.
+//!
+//! Firmware that guards its variables by system-management mode locks the memory of that mode before it starts what it does
+//! not trust. From then on a chip takes commands of processors in that mode only, and shows its array to all others
+//! ([`WriteLock`]).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memory::vm_memory::Bytes;
@@ -121,6 +126,20 @@ struct State {
     changed: Option<(u64, u64)>,
 }
 
+/// Whether chips take commands from system-management mode alone.
+#[derive(Default)]
+pub struct WriteLock(AtomicBool);
+
+impl WriteLock {
+    pub fn set(&self, locked: bool) {
+        self.0.store(locked, Ordering::SeqCst);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
 /// A flash chip.
 pub struct Flash {
     memory: DeviceMemory,
@@ -128,12 +147,13 @@ pub struct Flash {
     /// Its first address.
     base: u64,
     backing: Backing,
+    lock: Arc<WriteLock>,
     state: Mutex<State>,
 }
 
 impl Flash {
     /// Puts a chip into the memory map, with its last byte below `end`.
-    pub fn new(ram: &Ram, chip: Chip, end: u64) -> Result<Arc<Self>, Error> {
+    pub fn new(ram: &Ram, chip: Chip, end: u64, lock: Arc<WriteLock>) -> Result<Arc<Self>, Error> {
         let (memory, mut windows) = device_memory(ram, &chip.content, end)?;
         if end == TOP {
             windows.extend(low_window(&memory)?);
@@ -141,7 +161,7 @@ impl Flash {
         let base = end.saturating_sub(memory.size());
         let state =
             State { show: Show::Array, expect: Expect::Command, status: READY, buffer: Vec::new(), changed: None };
-        Ok(Arc::new(Flash { memory, windows, base, backing: chip.backing, state: Mutex::new(state) }))
+        Ok(Arc::new(Flash { memory, windows, base, backing: chip.backing, lock, state: Mutex::new(state) }))
     }
 
     /// The first address, and the size.
@@ -276,9 +296,13 @@ impl Flash {
         }
     }
 
+    fn array(&self, offset: u64) -> u8 {
+        self.memory.slice().read_obj(offset as usize).unwrap_or(0xff)
+    }
+
     fn shown(&self, state: &State, offset: u64) -> u8 {
         match state.show {
-            Show::Array => self.memory.slice().read_obj(offset as usize).unwrap_or(0xff),
+            Show::Array => self.array(offset),
             Show::Status => state.status,
             Show::Identification => match offset & 0xff {
                 0 => MANUFACTURER,
@@ -330,13 +354,26 @@ impl Device for Flash {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
+        if !self.lock.is_set() {
+            return self.read_from_smm(offset, data);
+        }
+        data.iter_mut().zip(offset..).for_each(|(byte, offset)| *byte = self.array(offset));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if !self.lock.is_set() {
+            self.write_from_smm(offset, data);
+        }
+    }
+
+    fn read_from_smm(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
         for (byte, offset) in data.iter_mut().zip(offset..) {
             *byte = self.shown(&state, offset);
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    fn write_from_smm(&self, offset: u64, data: &[u8]) {
         let mut state = self.lock();
         // The chip is 8 bits wide: a wider write is several.
         for (byte, offset) in data.iter().zip(offset..) {
@@ -365,10 +402,14 @@ mod tests {
     use crate::testing::{poke, read, read8, write8};
 
     fn flash(backing: Backing) -> (Ram, Arc<Flash>) {
+        lockable(backing, Arc::default())
+    }
+
+    fn lockable(backing: Backing, lock: Arc<WriteLock>) -> (Ram, Arc<Flash>) {
         let ram = Ram::new(4 << 20).unwrap();
         let mut content = vec![0xff; 0x4_0000];
         content[..4].copy_from_slice(b"abcd");
-        let flash = Flash::new(&ram, Chip { content, backing }, TOP - 0x10_0000).unwrap();
+        let flash = Flash::new(&ram, Chip { content, backing }, TOP - 0x10_0000, lock).unwrap();
         (ram, flash)
     }
 
@@ -442,6 +483,34 @@ mod tests {
         drop(flash);
         assert_eq!(std::fs::read(&path).unwrap()[0x3000], 0x34);
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_locked_chip_takes_commands_of_system_management_mode_only() {
+        let lock = Arc::new(WriteLock::default());
+        let (ram, flash) = lockable(Backing::Volatile, lock.clone());
+        let command = |smm: bool, value: u8| match smm {
+            true => flash.write_from_smm(0, &[value]),
+            false => flash.write(0, &[value]),
+        };
+        lock.set(true);
+        for value in [0x10, 0, 0x20, 0xd0, 0x90] {
+            command(false, value);
+        }
+        assert!(direct(&ram, &flash));
+        assert_eq!(read::<4>(&*flash, 0), *b"abcd");
+        for value in [0x10, 0x21] {
+            command(true, value);
+        }
+        let mut status = [0];
+        flash.read_from_smm(0, &mut status);
+        assert_eq!((status, read8(&*flash, 0)), ([READY], b'a' & 0x21));
+        command(false, 0xff);
+        assert!(!direct(&ram, &flash), "that was no command");
+        command(true, 0xff);
+        lock.set(false);
+        command(false, 0x90);
+        assert_eq!(read8(&*flash, 0), 0x89);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! fw_cfg: what the monitor tells firmware, as numbered items and named files (QEMU `docs/specs/fw_cfg.rst`).
 //!
-//! A guest selects an item, and reads it byte by byte at the data port, or lets the device copy it by DMA. Nothing can be
-//! written. Items are made before the machine starts; files of the host are read when the guest wants them.
+//! A guest selects an item, and reads it byte by byte at the data port, or lets the device copy it by DMA. Items are made
+//! before the machine starts; files of the host are read when the guest wants them. Only a [`Register`] can be written.
 
 use std::fs::File;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memory::View;
 use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -72,6 +72,17 @@ pub enum Name {
     File(String),
 }
 
+/// An item that is a part of another device.
+pub trait Register: Send + Sync {
+    /// In bytes.
+    fn size(&self) -> u64;
+    /// The guest has selected it.
+    fn select(&self) {}
+    fn read(&self, offset: u64) -> u8;
+    /// The guest writes bytes, all of them within the item. By itself nothing can be written.
+    fn write(&self, _offset: u64, _bytes: &[u8]) {}
+}
+
 /// What an item holds.
 pub enum Content {
     Bytes(Vec<u8>),
@@ -81,13 +92,18 @@ pub enum Content {
         offset: u64,
         size: u64,
     },
+    Register(Arc<dyn Register>),
 }
+
+/// The largest register; what is written at once is no longer.
+const MAX_REGISTER: usize = 64;
 
 impl Content {
     fn size(&self) -> u64 {
         match self {
             Content::Bytes(bytes) => bytes.len() as u64,
             Content::File { size, .. } => *size,
+            Content::Register(register) => register.size(),
         }
     }
 }
@@ -173,6 +189,13 @@ impl FwCfg {
         self.items.iter().find(|item| item.0 == number).map(|item| &item.1)
     }
 
+    fn select(&self, state: &mut State, number: u16) {
+        (state.selected, state.offset) = (number, 0);
+        if let Some(Content::Register(register)) = self.item(number) {
+            register.select();
+        }
+    }
+
     /// The next byte of the selected item; zeros behind its end.
     fn next_byte(&self, state: &mut State) -> u8 {
         let offset = state.offset;
@@ -188,6 +211,7 @@ impl FwCfg {
                     Err(_) => 0,
                 }
             }
+            Some(Content::Register(register)) if offset < register.size() => register.read(offset),
             _ => 0,
         }
     }
@@ -201,20 +225,33 @@ impl FwCfg {
         let [a, b, c, d, e, f, g, h, target @ ..] = request;
         let (control, length) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
         if control & DMA_SELECT != 0 {
-            (state.selected, state.offset) = ((control >> 16) as u16, 0);
+            self.select(state, (control >> 16) as u16);
         }
         let done = if control & DMA_READ != 0 {
             self.copy(state, u64::from_be_bytes(target), length.into())
         } else {
-            // Nothing can be written.
-            control & DMA_WRITE == 0
+            control & DMA_WRITE == 0 || self.store(state, u64::from_be_bytes(target), length.into())
         };
-        if control & (DMA_READ | DMA_SKIP) != 0 {
+        if control & (DMA_READ | DMA_WRITE | DMA_SKIP) != 0 {
             state.offset = state.offset.saturating_add(length.into());
         }
         let result = if done { 0 } else { DMA_ERROR };
         // A request that lies where nothing can be written gets no answer.
         let _ = self.view.write_slice(&result.to_be_bytes(), GuestAddress(address));
+    }
+
+    /// Writes `length` bytes from guest memory to the selected item, if it takes them.
+    fn store(&self, state: &State, source: u64, length: u64) -> bool {
+        let Some(Content::Register(register)) = self.item(state.selected) else { return false };
+        let mut buffer = [0; MAX_REGISTER];
+        let bytes = usize::try_from(length).ok().and_then(|length| buffer.get_mut(..length));
+        let end = state.offset.saturating_add(length);
+        let (Some(bytes), true) = (bytes, end <= register.size()) else { return false };
+        if self.view.read_slice(bytes, GuestAddress(source)).is_err() {
+            return false;
+        }
+        register.write(state.offset, bytes);
+        true
     }
 
     /// Copies the next `length` bytes of the selected item to guest memory, with zeros behind its end. Says whether all
@@ -227,6 +264,10 @@ impl FwCfg {
                 let range = usize::try_from(state.offset).ok().map(|start| start..start.saturating_add(left as usize));
                 let part = range.and_then(|range| bytes.get(range)).unwrap_or_default();
                 self.view.write_slice(part, GuestAddress(target)).is_ok()
+            }
+            Some(Content::Register(register)) => {
+                let bytes: Vec<u8> = (0..left).map(|index| register.read(state.offset.saturating_add(index))).collect();
+                self.view.write_slice(&bytes, GuestAddress(target)).is_ok()
             }
             Some(Content::File { file, offset, .. }) if left > 0 => {
                 let slices: Result<Vec<_>, _> = self.view.get_slices(GuestAddress(target), left as usize).collect();
@@ -278,7 +319,7 @@ impl Device for FwCfg {
     fn write(&self, offset: u64, data: &[u8]) {
         let mut state = self.lock();
         match (offset, data) {
-            (SELECTOR, &[low, high, ..]) => (state.selected, state.offset) = (u16::from_le_bytes([low, high]), 0),
+            (SELECTOR, &[low, high, ..]) => self.select(&mut state, u16::from_le_bytes([low, high])),
             (DMA, &[a, b, c, d]) => state.high = u32::from_be_bytes([a, b, c, d]),
             (DMA_LOW, &[a, b, c, d]) => {
                 let address = u64::from(state.high) << 32 | u64::from(u32::from_be_bytes([a, b, c, d]));
@@ -370,6 +411,41 @@ mod tests {
         assert_eq!(dma(&device, &ram, control, 8, 0x2000), 0);
         let copied: [u8; 9] = ram.view().read_obj(GuestAddress(0x2000)).unwrap();
         assert_eq!(copied, *b"234567\0\0\xff");
+    }
+
+    #[test]
+    fn registers_are_written_and_know_when_they_are_selected() {
+        #[derive(Default)]
+        struct Echo(Mutex<([u8; 4], u32)>);
+        impl Register for Echo {
+            fn size(&self) -> u64 {
+                4
+            }
+            fn select(&self) {
+                self.0.lock().unwrap().1 += 1;
+            }
+            fn read(&self, offset: u64) -> u8 {
+                self.0.lock().unwrap().0[offset as usize]
+            }
+            fn write(&self, offset: u64, bytes: &[u8]) {
+                let end = offset as usize + bytes.len();
+                self.0.lock().unwrap().0[offset as usize..end].copy_from_slice(bytes);
+            }
+        }
+        let (ram, echo) = (Ram::new(4 << 20).unwrap(), Arc::new(Echo::default()));
+        let name = Name::File("etc/echo".into());
+        let device = FwCfg::new(ram.view().clone(), vec![Item { name, content: Content::Register(echo.clone()) }]);
+        ram.view().write_slice(b"abcd", GuestAddress(0x2000)).unwrap();
+        let select = u32::from(key::FIRST_FILE) << 16 | DMA_SELECT;
+        assert_eq!(dma(&device, &ram, select | DMA_WRITE, 3, 0x2000), 0);
+        assert_eq!(dma(&device, &ram, DMA_WRITE, 1, 0x2003), 0);
+        assert_eq!(dma(&device, &ram, DMA_WRITE, 1, 0x2000), DMA_ERROR, "behind the end");
+        assert_eq!(dma(&device, &ram, select | DMA_WRITE, u32::MAX, 0x2000), DMA_ERROR);
+        super::tests::select(&device, key::FIRST_FILE);
+        assert_eq!(bytes(&device, 5), b"abcd\0");
+        assert_eq!(dma(&device, &ram, select | DMA_READ, 4, 0x3000), 0);
+        assert_eq!(ram.view().read_obj::<[u8; 4]>(GuestAddress(0x3000)).unwrap(), *b"abcd");
+        assert_eq!(echo.0.lock().unwrap().1, 4);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod ps2;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod smi;
 pub mod test_device;
 pub mod timer;
 
@@ -97,6 +98,8 @@ pub struct ChipsetConfig {
     pub debug_console: Option<Box<dyn Write + Send>>,
     /// The first port by which the guest can end the machine.
     pub debug_exit: Option<u16>,
+    /// Whether processors have system-management mode. Firmware uses it; without firmware nobody gets to know of it.
+    pub smm: bool,
     /// Whether there is the device of test programs ([`test_device`]).
     pub test_device: bool,
 }

@@ -3,14 +3,15 @@
 //! Status bits that are enabled assert the system control interrupt. The machine is always in ACPI mode: SCI_EN can't be
 //! cleared, and there is no SMI command port. The only sleep state is S5.
 //!
-//! Behind ACPI's registers are an ICH9's own. There is no SMM: SMI_EN says that the SMI of the APM port is set up already,
-//! which firmware takes for "leave it alone". General-purpose events never happen, and the TCO timer is halted.
+//! Behind ACPI's registers are an ICH9's own. SMI_EN and SMI_STS are [`Smi`]'s. General-purpose events never happen, and the
+//! TCO timer is halted.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::{Clock, nanoseconds, ticks};
 use crate::constants::{PM_SIZE, PM_TIMER_HZ, S5_SLEEP_TYPE};
 use crate::irq::InterruptLine;
+use crate::smi::Smi;
 use crate::timer::{Timer, Timers};
 use crate::{Device, PowerEvents};
 
@@ -20,11 +21,11 @@ const ENABLE: usize = 2;
 const CONTROL: usize = 4;
 const TIMER: usize = 8;
 const REGISTERS: usize = 12;
-/// The rest of the block (Intel ICH9 13.8.3, 13.9): general-purpose event enables, SMI enables, TCO.
+/// The rest of the block (Intel ICH9 13.8.3, 13.9): general-purpose event enables, SMIs, TCO.
 const REST: usize = PM_SIZE as usize - REGISTERS;
 const GPE0_ENABLE: std::ops::Range<usize> = 0x28..0x30;
-const SMI_ENABLE: usize = 0x30;
-const SMI_ENABLE_APM: u8 = 1 << 5;
+/// SMI_EN and SMI_STS.
+const SMI: std::ops::Range<usize> = 0x30..0x38;
 const TCO_RELOAD: usize = 0x60;
 const TCO_DATA: std::ops::Range<usize> = 0x62..0x64;
 const TCO_CONTROL_HIGH: usize = 0x69;
@@ -64,7 +65,7 @@ struct State {
 /// The rest of the block after a reset.
 fn initial_rest() -> [u8; REST] {
     let mut rest = [0; REST];
-    for (offset, value) in [(SMI_ENABLE, SMI_ENABLE_APM), (TCO_CONTROL_HIGH, TCO_HALTED), (TCO_TIMER.start, 4)] {
+    for (offset, value) in [(TCO_CONTROL_HIGH, TCO_HALTED), (TCO_TIMER.start, 4)] {
         rest[offset - REGISTERS] = value;
     }
     rest
@@ -74,11 +75,10 @@ fn initial_rest() -> [u8; REST] {
 fn writable(offset: usize) -> u8 {
     const TCO_RELOAD_HIGH: usize = TCO_RELOAD + 1;
     match offset {
-        SMI_ENABLE => 0x1f,
         TCO_RELOAD_HIGH => 0x03,
         TCO_CONTROL_HIGH => 0x03,
         TCO_CONTROL_2 => 0x3e,
-        0x31..0x34 | TCO_RELOAD => 0xff,
+        TCO_RELOAD => 0xff,
         _ if [GPE0_ENABLE, TCO_DATA, TCO_SCRATCH, TCO_TIMER].iter().any(|range| range.contains(&offset)) => 0xff,
         _ => 0,
     }
@@ -91,11 +91,18 @@ pub struct PowerManagement {
     line: InterruptLine,
     timer: Timer,
     power: Arc<dyn PowerEvents>,
+    smi: Arc<Smi>,
 }
 
 impl PowerManagement {
     /// `line` is the system control interrupt.
-    pub fn new(clock: Arc<dyn Clock>, timers: &Timers, line: InterruptLine, power: Arc<dyn PowerEvents>) -> Arc<Self> {
+    pub fn new(
+        clock: Arc<dyn Clock>,
+        timers: &Timers,
+        line: InterruptLine,
+        power: Arc<dyn PowerEvents>,
+        smi: Arc<Smi>,
+    ) -> Arc<Self> {
         Arc::new_cyclic(|device: &std::sync::Weak<PowerManagement>| {
             let device = device.clone();
             let timer = timers.create(move || {
@@ -105,7 +112,7 @@ impl PowerManagement {
             });
             let carries = ticks(clock.now(), PM_TIMER_HZ) / CARRY_PERIOD;
             let state = Mutex::new(State { status: 0, enable: 0, control: 0, carries, rest: initial_rest() });
-            PowerManagement { state, clock, line, timer, power }
+            PowerManagement { state, clock, line, timer, power, smi }
         })
     }
 
@@ -166,7 +173,9 @@ impl Device for PowerManagement {
         }
         let registers = self.registers(&state);
         data.fill(0);
-        let bytes = registers.iter().chain(&state.rest).skip(offset as usize);
+        let mut rest = state.rest;
+        rest.iter_mut().skip(SMI.start - REGISTERS).zip(self.smi.registers()).for_each(|(to, from)| *to = from);
+        let bytes = registers.iter().chain(&rest).skip(offset as usize);
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     }
 
@@ -183,6 +192,7 @@ impl Device for PowerManagement {
                     let value = state.control & rest | bits;
                     off |= Self::write_control(&mut state, value);
                 }
+                _ if SMI.contains(&at) => self.smi.write_register(at - SMI.start, byte),
                 _ => {
                     let mask = writable(at);
                     if let Some(old) = at.checked_sub(REGISTERS).and_then(|index| state.rest.get_mut(index)) {
@@ -220,6 +230,7 @@ mod tests {
         timers: Timers,
         all: Controllers,
         power: Arc<Power>,
+        smi: Arc<Smi>,
         device: Arc<PowerManagement>,
     }
 
@@ -228,9 +239,10 @@ mod tests {
             let clock = FakeClock::new();
             let timers = Timers::manual(clock.clone());
             let all = Controllers::default();
-            let power = Arc::new(Power::default());
-            let device = PowerManagement::new(clock.clone(), &timers, all.lines.connect(SCI_IRQ), power.clone());
-            Bench { clock, timers, all, power, device }
+            let (power, smi) = (Arc::new(Power::default()), Smi::new(Some(all.recorder.clone())));
+            let device =
+                PowerManagement::new(clock.clone(), &timers, all.lines.connect(SCI_IRQ), power.clone(), smi.clone());
+            Bench { clock, timers, all, power, smi, device }
         }
 
         fn word(&self, offset: usize) -> u16 {
@@ -300,10 +312,14 @@ mod tests {
     }
 
     #[test]
-    fn smi_is_said_to_be_set_up_and_the_watchdog_is_halted() {
+    fn smis_have_their_registers_and_the_watchdog_is_halted() {
         let bench = Bench::new();
-        bench.device.write(0x30, &[0; 4]);
-        assert_eq!(read::<4>(&*bench.device, 0x30), [SMI_ENABLE_APM, 0, 0, 0]);
+        bench.device.write(0x30, &[0x21, 0, 0, 2]);
+        assert_eq!(read::<4>(&*bench.device, 0x30), [0x21, 0, 0, 2]);
+        bench.smi.write(0, &[1]);
+        assert_eq!(read::<4>(&*bench.device, 0x34), [0x20, 0, 0, 0]);
+        bench.device.write(0x34, &[0xff; 4]);
+        assert_eq!(read::<4>(&*bench.device, 0x34), [0; 4]);
         bench.device.write(0x68, &[0xff; 2]);
         assert_eq!(read::<2>(&*bench.device, 0x68), [0, 0x0b]);
         bench.device.write(0x28, &[0xff; 4]);

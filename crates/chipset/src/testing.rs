@@ -16,12 +16,18 @@ use crate::{Chipset, ChipsetConfig, Device, HostClock, PowerEvents};
 pub struct Recorder {
     pub messages: Mutex<Vec<(u64, u32)>>,
     pub pic_output: Mutex<bool>,
+    smis: Mutex<Vec<bool>>,
 }
 
 impl Recorder {
     /// Takes the messages that were sent since the last call.
     pub fn take(&self) -> Vec<(u64, u32)> {
         std::mem::take(&mut self.messages.lock().unwrap())
+    }
+
+    /// Takes the system-management interrupts since the last call: whether each was for all processors.
+    pub fn take_smis(&self) -> Vec<bool> {
+        std::mem::take(&mut self.smis.lock().unwrap())
     }
 
     pub fn output(&self) -> bool {
@@ -39,6 +45,10 @@ impl engine::Interrupts for Recorder {
     }
 
     fn send_nmi(&self, _vcpu: u32) {}
+
+    fn send_smi(&self, all: bool) {
+        self.smis.lock().unwrap().push(all);
+    }
 }
 
 /// Notes what the guest asks of the machine.
@@ -90,6 +100,7 @@ impl Default for Board {
             firmware: None,
             debug_console: None,
             debug_exit: None,
+            smm: false,
             test_device: false,
         };
         let chipset = Chipset::new(config, recorder.clone(), Arc::new(Power::default())).unwrap();

@@ -20,6 +20,14 @@ pub trait Bus: Send + Sync {
     fn mmio_read(&self, address: u64, data: &mut [u8]);
     /// A write of 1 to 64 bytes at a guest-physical address that is not RAM. Where nothing answers, it is dropped.
     fn mmio_write(&self, address: u64, data: &[u8]);
+    /// [`Bus::mmio_read`] by a vCPU in system-management mode, whose accesses bear a mark on the bus.
+    fn mmio_read_from_smm(&self, address: u64, data: &mut [u8]) {
+        self.mmio_read(address, data);
+    }
+    /// The same for [`Bus::mmio_write`].
+    fn mmio_write_from_smm(&self, address: u64, data: &[u8]) {
+        self.mmio_write(address, data);
+    }
     /// IN: 1, 2 or 4 bytes.
     fn pio_read(&self, port: u16, data: &mut [u8]);
     /// OUT: 1, 2 or 4 bytes.
@@ -46,6 +54,9 @@ pub trait Interrupts: Send + Sync {
     fn set_pic_output(&self, asserted: bool);
     /// A non-maskable interrupt to one vCPU.
     fn send_nmi(&self, vcpu: u32);
+    /// A system-management interrupt (Intel SDM 3C 32.2): to all vCPUs or, if not to `all`, to the one whose access to a
+    /// device this call is part of. Of no effect on an engine without that mode.
+    fn send_smi(&self, _all: bool) {}
     /// Something that a source of messages, such as one vector of a device, keeps and sends them by instead of
     /// [`Interrupts::send_msi`], if the engine knows a shorter way for what is sent again and again.
     fn message_source(&self) -> Option<Box<dyn MessageSource>> {
@@ -106,6 +117,11 @@ pub trait Engine: Send + Sync {
     /// Creates processor `id` (also its APIC id), in reset state: processor 0 running, all others waiting for SIPI.
     fn create_vcpu(&self, id: u32, bus: Arc<dyn Bus>) -> Result<Box<dyn Vcpu>, Error>;
     fn interrupts(&self) -> Arc<dyn Interrupts>;
+    /// Whether its vCPUs have system-management mode, in which they go by a memory map of its own
+    /// (`memory::MemoryMap::smm_sections`).
+    fn has_smm(&self) -> bool {
+        false
+    }
     /// The engine's [`Doorbells`], if it has any.
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None

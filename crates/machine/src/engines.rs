@@ -23,9 +23,12 @@ pub struct Selection {
     pub reason: String,
 }
 
-/// Makes the engine that fits `accel` and this host, for the processors that `config` describes. `ram` holds nothing yet.
-pub fn select_engine(accel: Accel, ram: &Ram, config: translator::Config) -> Result<Selection, Error> {
+/// Makes the engine that fits `accel` and this host, for the processors that `config` describes; `smm`: what they start
+/// from needs system-management mode. `ram` holds nothing yet.
+pub fn select_engine(accel: Accel, ram: &Ram, config: translator::Config, smm: bool) -> Result<Selection, Error> {
     match accel {
+        Accel::Kvm if smm => Err(Error::NoSmm),
+        Accel::Auto if smm => translator(ram, config, "the firmware needs system-management mode".into()),
         Accel::Translate => translator(ram, config, "--accel translate asks for it".into()),
         Accel::Kvm => {
             let engine = Arc::new(hardware(ram, &config)?);

@@ -53,6 +53,8 @@ pub enum Error {
     Engine(#[from] engine::Error),
     #[error("{}", kvm_message(.0))]
     Kvm(#[from] kvm::Error),
+    #[error("--accel kvm: the firmware needs system-management mode, which there is only with --accel translate")]
+    NoSmm,
     #[error(transparent)]
     Chipset(#[from] chipset::Error),
     #[error(transparent)]
@@ -177,6 +179,7 @@ impl Machine {
             firmware,
             debug_console: config.debug_console,
             debug_exit: config.debug_exit,
+            smm: engine.has_smm(),
             test_device: config.test_device,
         };
         let mut machine = Self::assemble(parts, config.no_reboot, ram, engine, loader)?;

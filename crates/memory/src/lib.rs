@@ -4,9 +4,12 @@
 //! holds code that an engine has translated, tells the engine ([`CodeWatcher`]). Engines use [`Ram::host_address`] and
 //! do the same bookkeeping themselves through [`Ram::tracker`].
 //!
+//! What is set apart for system-management mode, devices don't reach.
+//!
 //! The memory map is a PC's: RAM from 0 up to the PCI hole at [`HOLE_START`], the rest from 4 GiB up. What a processor
 //! finds at an address can change while the machine runs: [`map`] has ROM, frame buffers and RAM that is turned off.
 
+mod closed;
 mod device;
 mod discard;
 pub mod file;
@@ -20,6 +23,8 @@ use std::sync::Arc;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use closed::Closed;
+pub use closed::RamRegion;
 use device::DeviceMemories;
 pub use device::{Access, DeviceMemory, MAX_DEVICE_MEMORY, Window};
 pub use discard::discard;
@@ -38,7 +43,7 @@ pub const MIN_SIZE: u64 = 4 << 20;
 pub const MAX_SIZE: u64 = 512 << 30;
 
 /// The address space that devices read and write.
-pub type View = vm_memory::GuestMemoryMmap<RegionTracker>;
+pub type View = vm_memory::GuestRegionCollection<RamRegion>;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +99,7 @@ impl Ram {
         let map_error = |why: String| Error::Map { size, why };
         let mut regions = Vec::new();
         let mut mapped = Vec::new();
+        let closed = Arc::new(Closed::default());
         for (start, length, offset) in spans {
             let bitmap = RegionTracker::new(tracker.clone(), offset);
             let region = MmapRegionBuilder::new_with_bitmap(length as usize, bitmap)
@@ -103,13 +109,12 @@ impl Ram {
                 .build()
                 .map_err(|e| map_error(e.to_string()))?;
             regions.push(Region { start, size: length, host: region.as_ptr() as usize });
-            mapped.push(
-                GuestRegionMmap::new(region, GuestAddress(start))
-                    .ok_or_else(|| map_error("the region leaves the address space".into()))?,
-            );
+            let region = GuestRegionMmap::new(region, GuestAddress(start))
+                .ok_or_else(|| map_error("the region leaves the address space".into()))?;
+            mapped.push(RamRegion::new(region, closed.clone()));
         }
         let view = View::from_regions(mapped).map_err(|e| map_error(e.to_string()))?;
-        let map = Arc::new(MemoryMap::new(&regions));
+        let map = Arc::new(MemoryMap::new(&regions, closed));
         let devices = Arc::new(DeviceMemories::default());
         Ok(Ram { view, regions: Arc::new(regions), tracker, map, devices, file, size })
     }

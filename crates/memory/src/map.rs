@@ -4,6 +4,9 @@
 //! ([`MemoryMap::set_area`]: PAM registers, the video window). Below it are the windows of device memory
 //! ([`crate::DeviceMemory`]): ROM and frame buffers. Where no layer answers, an access goes to the bus.
 //!
+//! A part of RAM can be set apart for system-management mode ([`MemoryMap::set_smram`]). So there are two maps at any
+//! time: what processors see in that mode, and what they see, and devices reach, otherwise.
+//!
 //! Whoever needs the outcome takes a [`Sections`], a list that never changes, and is told through [`MapObserver`] when
 //! there is another one. All host memory in such a list stays mapped as long as the [`crate::Ram`], so that an engine
 //! which is still working by an old list reads or writes the wrong thing for a moment, as a bus may deliver accesses late,
@@ -13,7 +16,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
+use crate::closed::Closed;
 use crate::{PAGE_SIZE, Region};
+
+pub use crate::closed::MAX_RANGES as MAX_SMRAM;
 
 /// Where RAM can be turned off: the video window, and the areas of the PAM registers.
 pub const AREAS: Range<u64> = 0xa_0000..0x10_0000;
@@ -117,6 +123,18 @@ impl Sections {
     }
 }
 
+/// RAM for system-management mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Smram {
+    /// Where it is seen; bytes, in whole pages.
+    pub start: u64,
+    pub size: u64,
+    /// Which RAM that is: its address, were it not set apart.
+    pub ram: u64,
+    /// Processors see it outside of the mode, too.
+    pub open: bool,
+}
+
 /// An engine, as the map sees it.
 pub trait MapObserver: Send + Sync {
     /// The map is now this one. Called on the thread that changed it, perhaps in the middle of a vCPU's access, one change
@@ -139,7 +157,16 @@ struct Layout {
     areas: [(bool, bool); AREA_COUNT],
     /// What was mapped first lies on top.
     layers: Vec<Layer>,
+    smram: Vec<Smram>,
     a20: bool,
+}
+
+/// Who looks at memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Viewer {
+    /// A processor in system-management mode.
+    Smm,
+    Others,
 }
 
 /// A machine's memory map, which changes while it runs.
@@ -147,6 +174,9 @@ pub struct MemoryMap {
     ram: Vec<Section>,
     layout: Mutex<Layout>,
     sections: RwLock<Arc<Sections>>,
+    /// What is seen in system-management mode; of the same generation.
+    smm_sections: RwLock<Arc<Sections>>,
+    closed: Arc<Closed>,
     /// That of the newest `sections`.
     generation: AtomicU64,
     observers: Mutex<Vec<Weak<dyn MapObserver>>>,
@@ -154,7 +184,7 @@ pub struct MemoryMap {
 }
 
 impl MemoryMap {
-    pub(crate) fn new(regions: &[Region]) -> Self {
+    pub(crate) fn new(regions: &[Region], closed: Arc<Closed>) -> Self {
         let mut page = 0;
         let mut ram = Vec::new();
         for region in regions {
@@ -162,12 +192,14 @@ impl MemoryMap {
             ram.push(Section { start: region.start, size: region.size, read: place, write: place });
             page += (region.size / PAGE_SIZE) as usize;
         }
-        let layout = Layout { areas: [(true, true); AREA_COUNT], layers: Vec::new(), a20: true };
-        let sections = Arc::new(flatten(&ram, &layout, 0));
+        let layout = Layout { areas: [(true, true); AREA_COUNT], layers: Vec::new(), smram: Vec::new(), a20: true };
+        let sections = Arc::new(flatten(&ram, &layout, Viewer::Others, 0));
         MemoryMap {
             ram,
             layout: Mutex::new(layout),
+            smm_sections: RwLock::new(sections.clone()),
             sections: RwLock::new(sections),
+            closed,
             generation: AtomicU64::new(0),
             observers: Mutex::default(),
             next_id: AtomicU64::new(0),
@@ -177,6 +209,11 @@ impl MemoryMap {
     /// The map as it is now.
     pub fn sections(&self) -> Arc<Sections> {
         self.sections.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The map that a processor in system-management mode goes by. The A20 gate has no effect there.
+    pub fn smm_sections(&self) -> Arc<Sections> {
+        self.smm_sections.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The generation of [`MemoryMap::sections`], for a quick look whether they have changed.
@@ -202,6 +239,31 @@ impl MemoryMap {
             }
         }
         if layout.areas != before {
+            self.changed(&layout);
+        }
+    }
+
+    /// Sets RAM apart for system-management mode, in place of what was before. It lies on top of all else in that mode;
+    /// outside of it, where it is not open, RAM is off. Devices don't reach it. What is not in whole pages, or no RAM, is
+    /// left out, and so is what exceeds [`MAX_SMRAM`] ranges.
+    pub fn set_smram(&self, smram: &[Smram]) {
+        let whole = |at: u64| at.is_multiple_of(PAGE_SIZE);
+        let is_ram = |from: u64, size: u64| {
+            let fits = |ram: &&Section| ram.start <= from && from.checked_add(size).is_some_and(|end| end <= ram.end());
+            self.ram.iter().any(|ram| fits(&ram))
+        };
+        let possible = |range: &&Smram| {
+            let Smram { start, size, ram, .. } = **range;
+            size != 0
+                && [start, size, ram].into_iter().all(whole)
+                && start.checked_add(size).is_some()
+                && is_ram(ram, size)
+        };
+        let smram: Vec<Smram> = smram.iter().filter(possible).take(MAX_SMRAM).copied().collect();
+        let mut layout = self.layout();
+        if layout.smram != smram {
+            self.closed.set(smram.iter().map(|range| range.ram..range.ram + range.size));
+            layout.smram = smram;
             self.changed(&layout);
         }
     }
@@ -254,7 +316,11 @@ impl MemoryMap {
     /// Makes the new list. The layout is locked meanwhile, so that observers see all changes in their order.
     fn changed(&self, layout: &Layout) {
         let generation = self.generation() + 1;
-        let sections = Arc::new(flatten(&self.ram, layout, generation));
+        let make = |viewer| Arc::new(flatten(&self.ram, layout, viewer, generation));
+        let sections = make(Viewer::Others);
+        let same = layout.smram.is_empty() && layout.a20;
+        let smm_sections = if same { sections.clone() } else { make(Viewer::Smm) };
+        *self.smm_sections.write().unwrap_or_else(PoisonError::into_inner) = smm_sections;
         *self.sections.write().unwrap_or_else(PoisonError::into_inner) = sections.clone();
         self.generation.store(generation, Ordering::Release);
         self.each_observer(|observer| observer.map_changed(&sections));
@@ -266,35 +332,43 @@ impl MemoryMap {
     }
 }
 
-fn flatten(ram: &[Section], layout: &Layout, generation: u64) -> Sections {
+fn flatten(ram: &[Section], layout: &Layout, viewer: Viewer, generation: u64) -> Sections {
     let areas = (0..).map(|index| AREAS.start + index * AREA_SIZE).take(AREA_COUNT + 1);
     let layers = layout.layers.iter().map(|layer| &layer.section);
     let ends = ram.iter().chain(layers).flat_map(|section| [section.start, section.end()]);
-    let mut borders: Vec<u64> = areas.chain(ends).collect();
+    let smram = layout.smram.iter().flat_map(|range| [range.start, range.start + range.size]);
+    let mut borders: Vec<u64> = areas.chain(ends).chain(smram).collect();
     borders.sort_unstable();
     borders.dedup();
     let mut sections: Vec<Section> = Vec::new();
     for pair in borders.windows(2) {
         let &[start, end] = pair else { continue };
-        if let Some(section) = at_top(ram, layout, start, end) {
+        if let Some(section) = at_top(ram, layout, viewer, start, end) {
             push(&mut sections, section);
         }
     }
-    if !layout.a20 {
+    let a20 = layout.a20 || viewer == Viewer::Smm;
+    if !a20 {
         sections = without_a20(sections);
     }
     let empty = Section { start: 0, size: 0, read: None, write: None };
     let largest = sections.iter().copied().max_by_key(|section| section.size).unwrap_or(empty);
-    let address_mask = if layout.a20 { u64::MAX } else { !A20 };
+    let address_mask = if a20 { u64::MAX } else { !A20 };
     Sections { sections, largest, address_mask, generation }
 }
 
 /// What lies from `start` to `end`, between which no layer begins or ends.
-fn at_top(ram: &[Section], layout: &Layout, start: u64, end: u64) -> Option<Section> {
+fn at_top(ram: &[Section], layout: &Layout, viewer: Viewer, start: u64, end: u64) -> Option<Section> {
     let covers = |section: &&Section| section.start <= start && end <= section.end();
+    let smram = layout.smram.iter().find(|range| range.start <= start && end - range.start <= range.size);
+    if let Some(range) = smram.filter(|range| range.open || viewer == Viewer::Smm) {
+        let from = range.ram + (start - range.start);
+        let of = ram.iter().find(|section| section.start <= from && from < section.end());
+        return of.map(|section| Section { start, ..section.part(from, from + (end - start)) });
+    }
     let area = AREAS.contains(&start).then(|| layout.areas.get(((start - AREAS.start) / AREA_SIZE) as usize));
     let (reads, writes) = area.flatten().copied().unwrap_or((true, true));
-    let ram = ram.iter().find(covers).map(|section| section.part(start, end));
+    let ram = ram.iter().filter(|_| smram.is_none()).find(covers).map(|section| section.part(start, end));
     let below = layout.layers.iter().map(|layer| &layer.section).find(covers).map(|section| section.part(start, end));
     let read = ram.filter(|_| reads).or(below).and_then(|section| section.read);
     let write = ram.filter(|_| writes).or(below).and_then(|section| section.write);
@@ -398,6 +472,44 @@ mod tests {
         assert_eq!(0x10_0000 & sections.address_mask(), 0);
         ram.map().set_a20(true);
         assert_eq!(ranges(&ram), [(0, 16 << 20, true, true)]);
+    }
+
+    #[test]
+    fn smram_is_seen_in_its_mode_only_and_may_be_ram_of_elsewhere() {
+        let ram = Ram::new(16 << 20).unwrap();
+        let (map, mib) = (ram.map(), 1 << 20);
+        let range = |start, size, ram, open| Smram { start, size, ram, open };
+        map.set_area(0xa_0000, 0x2_0000, false, false);
+        map.set_smram(&[
+            range(15 * mib, mib, 15 * mib, false),
+            range(0xfeda_0000, 0x2_0000, 0xa_0000, false),
+            range(0x3_0000, 0x2_0000, 0x3_0000, true),
+            // Neither RAM nor whole pages.
+            range(0x7000, 0x1000, 16 * mib, false),
+            range(0x8000, 0x800, 0x8000, false),
+        ]);
+        let page = |sections: &Sections, at: u64| sections.find(at).and_then(|s| s.at(at).0).map(|place| place.page);
+        let (seen, smm) = (map.sections(), map.smm_sections());
+        assert_eq!(seen.generation(), smm.generation());
+        for (at, others, inside) in [
+            (15 * mib, None, Some(0xf00)),
+            (16 * mib - 1, None, Some(0xfff)),
+            (15 * mib - 1, Some(0xeff), Some(0xeff)),
+            (0xa_0000, None, None),
+            (0xfeda_1000, None, Some(0xa1)),
+            (0x3_0000, Some(0x30), Some(0x30)),
+            (0x7000, Some(7), Some(7)),
+            (0x8000, Some(8), Some(8)),
+        ] {
+            assert_eq!((page(&seen, at), page(&smm, at)), (others, inside), "{at:#x}");
+        }
+        map.set_a20(false);
+        assert_eq!(page(&map.sections(), 0x10_0000), Some(0));
+        assert_eq!((page(&map.smm_sections(), 0x10_0000), map.smm_sections().address_mask()), (Some(0x100), u64::MAX));
+        map.set_a20(true);
+        map.set_smram(&[]);
+        assert_eq!(page(&map.sections(), 15 * mib), Some(0xf00));
+        assert_eq!(page(&map.smm_sections(), 0xfeda_1000), None);
     }
 
     #[test]

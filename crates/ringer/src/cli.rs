@@ -73,7 +73,7 @@ pub struct RunArgs {
     /// A Linux kernel (bzImage), an ELF with a PVH entry or a Multiboot kernel; default: that of the first disk, or else Debian's, fetched once
     #[arg(long, value_name = "FILE", group = "what")]
     pub kernel: Option<PathBuf>,
-    /// Start as a PC does, from firmware: seabios, ovmf, or the path of an image; needed by what is no Linux
+    /// Start as a PC does, from firmware: seabios, ovmf, or the path of an image (Secure Boot: OVMF_CODE_4M.ms.fd); needed by what is no Linux
     #[arg(long, value_name = "FIRMWARE", value_parser = firmware::parse, group = "what")]
     pub firmware: Option<FirmwareArg>,
     /// Where EFI firmware keeps its variables; made if it is not there. Without it they are lost at the end

@@ -58,6 +58,15 @@ pub fn wanted(args: &RunArgs) -> Option<FirmwareArg> {
     args.firmware.clone().or(only_disc.then_some(FirmwareArg::SeaBios))
 }
 
+/// Whether the firmware was built to need system-management mode, as its name says in all distributions: the target's,
+/// where it is a link (`OVMF_CODE_4M.ms.fd`).
+pub fn needs_smm(firmware: &FirmwareArg) -> bool {
+    let FirmwareArg::Path(path) = firmware else { return false };
+    let target = path.canonicalize().unwrap_or_else(|_| path.clone());
+    let name = target.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
+    name.contains("secboot") || name.contains("smm")
+}
+
 /// Reads the firmware and what goes with it. `boot_order`: Open Firmware paths.
 pub fn prepare(
     what: &FirmwareArg,
@@ -151,6 +160,21 @@ mod tests {
         assert_eq!(parse("seabios"), Ok(FirmwareArg::SeaBios));
         assert_eq!(parse("./ovmf"), Ok(FirmwareArg::Path("./ovmf".into())));
         assert!(parse("").is_err());
+    }
+
+    #[test]
+    fn the_name_of_firmware_says_whether_it_needs_system_management_mode() {
+        let directory = tempfile::tempdir().unwrap();
+        let (code, link) =
+            (directory.path().join("OVMF_CODE_4M.secboot.fd"), directory.path().join("OVMF_CODE_4M.ms.fd"));
+        std::fs::write(&code, [0]).unwrap();
+        std::os::unix::fs::symlink(&code, &link).unwrap();
+        for (path, needs) in
+            [(code, true), (link, true), ("OVMF_CODE.fd".into(), false), ("ovmf-x86_64-smm-code.bin".into(), true)]
+        {
+            assert_eq!(needs_smm(&FirmwareArg::Path(path.clone())), needs, "{}", path.display());
+        }
+        assert!(!needs_smm(&FirmwareArg::Ovmf));
     }
 
     #[test]

@@ -97,7 +97,8 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         perf_map: args.perf_map,
         stats: args.stats,
     };
-    let selection = select_engine(args.accel, &ram, translator)?;
+    let smm = firmware.as_ref().is_some_and(firmware::needs_smm);
+    let selection = select_engine(args.accel, &ram, translator, smm)?;
     let has_firmware = firmware.is_some();
     let plan = match firmware {
         Some(firmware) => Plan::Firmware(firmware),

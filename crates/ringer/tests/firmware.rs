@@ -82,6 +82,81 @@ fn ovmf_boots_a_kernel_that_is_named() {
     kernel_by("ovmf");
 }
 
+const SHIM: &str = "/usr/lib/shim/shimx64.efi.signed";
+const GRUB: &str = "/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed";
+/// Firmware that guards its variables by system-management mode, and those with Microsoft's keys.
+const SECURE_FIRMWARE: &str = "/usr/share/OVMF/OVMF_CODE_4M.ms.fd";
+const SECURE_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.ms.fd";
+
+/// Reads a file of a package.
+fn packaged(path: &str) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|error| panic!("{path}: {error}; .ci/run says which package has it"))
+}
+
+/// Makes a disk from which EFI firmware starts `loader`, that Debian's GRUB, and that the guest's kernel with a script.
+fn efi_disk(path: &Path, loader: Vec<u8>, script: Script) {
+    let (kernel, initrd) = script.kernel_and_initrd();
+    let menu = "set timeout=0\nmenuentry guest {\nlinux /vmlinuz console=ttyS0 panic=-1\ninitrd /initrd\n}\n";
+    let content = [
+        ("EFI/BOOT/BOOTX64.EFI", loader),
+        ("EFI/BOOT/grubx64.efi", packaged(GRUB)),
+        ("EFI/debian/grub.cfg", menu.into()),
+        ("vmlinuz", fs::read(kernel).unwrap()),
+        ("initrd", initrd),
+    ];
+    let disk = fs::File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    disk.set_len(128 << 20).unwrap();
+    fatfs::format_volume(&disk, fatfs::FormatVolumeOptions::new()).unwrap();
+    let volume = fatfs::FileSystem::new(&disk, fatfs::FsOptions::new()).unwrap();
+    for directory in ["EFI", "EFI/BOOT", "EFI/debian"] {
+        volume.root_dir().create_dir(directory).unwrap();
+    }
+    for (name, bytes) in content {
+        std::io::Write::write_all(&mut volume.root_dir().create_file(name).unwrap(), &bytes).unwrap();
+    }
+}
+
+/// Starts a disk with this boot loader by firmware that has Microsoft's keys; `then` looks at it. Returns its variables.
+fn with_microsofts_keys(loader: Vec<u8>, then: impl FnOnce(Process)) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, variables) = (directory.path().join("disk"), directory.path().join("variables.fd"));
+    let says = "dmesg | grep -o 'Secure boot enabled' && [ $(nproc) = 2 ]";
+    efi_disk(&disk, loader, Script::new().step("secure", says));
+    let mut command = ringer();
+    command.args(["run", "--no-reboot", "--cpus", "2", "--net", "none", "--firmware"]).arg(SECURE_FIRMWARE);
+    command.arg("--disk").arg(format!("{},format=raw", disk.display())).arg("--firmware-vars").arg(&variables);
+    let _turn = one_machine_at_a_time();
+    then(Process::start(command.stdin(Stdio::null())));
+    fs::read(variables).unwrap()
+}
+
+#[test]
+fn secure_boot_starts_what_is_signed_and_keeps_its_variables_by_system_management_mode() {
+    let kept = with_microsofts_keys(packaged(SHIM), |machine| {
+        let ended = machine.end();
+        assert!(ended.status.success(), "{ended:?}");
+        assert_eq!(steps(&ended.stdout)["secure"].status, 0, "{ended:?}");
+    });
+    assert_ne!(kept, packaged(SECURE_VARIABLES), "the firmware has written its boot order");
+}
+
+#[test]
+fn secure_boot_refuses_what_was_changed_after_it_was_signed() {
+    let mut changed = packaged(SHIM);
+    let middle = changed.len() / 2;
+    changed[middle] ^= 1;
+    with_microsofts_keys(changed, |mut machine| machine.wait_for_drawn("Access Denied"));
+}
+
+#[test]
+fn firmware_of_32_bits_with_system_management_mode_starts_its_shell() {
+    let code = "/usr/share/OVMF/OVMF32_CODE_4M.secboot.fd";
+    let _turn = one_machine_at_a_time();
+    let mut command = ringer();
+    command.args(["run", "--cpus", "2", "--net", "none", "--firmware", code]);
+    Process::start(command.stdin(Stdio::null())).wait_for_drawn("Shell>");
+}
+
 /// A Multiboot kernel that sends its first module to the debug console, and exits with what EAX was right for.
 fn multiboot_kernel() -> Vec<u8> {
     const LOAD: u32 = 0x10_0000;
@@ -172,5 +247,6 @@ fn firmware_that_is_none_is_refused_with_a_reason() {
     refuses(&["--firmware", "seabios", "--firmware-vars", &text(&bad)], &["keeps no variables"]);
     fs::write(&bad, [1; 4096]).unwrap();
     refuses(&["--firmware", "ovmf", "--firmware-vars", &text(&bad)], &["bad.bin", "holds no EFI variables"]);
+    refuses(&["--accel", "kvm", "--firmware", SECURE_FIRMWARE], &["system-management mode", "--accel translate"]);
     refuses(&["--debug-exit", "0x10000"], &["--debug-exit", "allowed are"]);
 }

@@ -154,6 +154,7 @@ pub struct Vcpu {
     pub pending_debug: u64,
     /// An event that came with the state, to be delivered before anything else: vector, error code.
     pub pending_event: Option<(u8, Option<u32>)>,
+    pub smm: crate::smm::SmmState,
     /// The RIP of the instruction that a semantics function executes.
     pub insn_rip: u64,
     /// The processor's number, and its APIC id.

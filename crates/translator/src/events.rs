@@ -1,5 +1,5 @@
-//! What happens between instructions: INIT and start-up, debug traps, NMIs, interrupts, in the order of Intel SDM 3A
-//! table 6-2; and sleeping while halted.
+//! What happens between instructions: INIT and start-up, SMIs, debug traps, NMIs, interrupts, in the order of Intel SDM
+//! 3A table 6-2; and sleeping while halted.
 //!
 //! The requests NMI and INTERRUPT stay set for as long as something is pending that can't be taken yet (blocked, RFLAGS.IF
 //! clear, interrupt shadow), so that one look at the word tells code that enables interrupts whether to leave. The poll
@@ -38,12 +38,25 @@ impl Vcpu {
     #[inline]
     pub fn event_deliverable(&self) -> bool {
         let requests = self.shared.requests.load(Ordering::Relaxed);
-        requests & (request::TIMER | request::INIT | request::SIPI) != 0
+        requests & (request::TIMER | request::INIT | request::SIPI | request::SMI) != 0
+            && requests & self.unmasked() != 0
             || self.pending_debug != 0 && !self.debug_shadow
             || self.pending_event.is_some()
             || !self.interrupt_shadow
                 && (requests & request::NMI != 0 && !self.nmi_blocked
                     || requests & request::INTERRUPT != 0 && self.rflags & rflags::IF != 0)
+    }
+
+    /// Of the timer, INIT, start-up and SMI, those that can be taken now: system-management mode holds off all but the first,
+    /// and SMIs wait for a processor to be started.
+    fn unmasked(&self) -> u32 {
+        if self.smm.active {
+            request::TIMER
+        } else if self.interrupt_shadow || self.activity == Activity::WaitForSipi {
+            request::TIMER | request::INIT | request::SIPI
+        } else {
+            request::TIMER | request::INIT | request::SIPI | request::SMI
+        }
     }
 
     /// Takes what is pending and may be taken between two instructions.
@@ -57,6 +70,10 @@ impl Vcpu {
         }
         if let Some((vector, code)) = self.pending_event.take() {
             deliver(self, self.saved_event(vector, code))?;
+        }
+        if self.unmasked() & request::SMI != 0 && self.take_request(request::SMI) {
+            self.enter_smm();
+            return Ok(());
         }
         if self.pending_debug != 0 && !self.debug_shadow {
             let bits = std::mem::take(&mut self.pending_debug);
@@ -122,7 +139,7 @@ impl Vcpu {
 
     /// INIT and the start-up IPI (Intel SDM 3A 9.4.2).
     fn take_startup(&mut self) {
-        if self.requests() & (request::INIT | request::SIPI) == 0 {
+        if self.smm.active || self.requests() & (request::INIT | request::SIPI) == 0 {
             return;
         }
         if self.take_request(request::INIT) {
@@ -144,10 +161,12 @@ impl Vcpu {
 
     /// The requests that end a halt: those that change something for a processor in this state.
     fn waking_requests(&self) -> u32 {
-        let always = request::STOP | request::INVALIDATE | request::TIMER | request::INIT;
+        let always =
+            request::STOP | request::INVALIDATE | request::TIMER | if self.smm.active { 0 } else { request::INIT };
         if self.activity == Activity::WaitForSipi {
             return always | request::SIPI;
         }
+        let always = always | if self.smm.active { 0 } else { request::SMI };
         let nmi = if self.nmi_blocked { 0 } else { request::NMI };
         let interrupt = if self.rflags & rflags::IF != 0 { request::INTERRUPT } else { 0 };
         always | nmi | interrupt

@@ -83,8 +83,7 @@ impl VcpuShared {
                     self.post_interrupt(message.vector, message.level);
                 }
             }
-            // There is no system-management mode to enter.
-            Delivery::Smi => {}
+            Delivery::Smi => self.request(request::SMI),
             Delivery::Nmi => self.request_nmi(),
             Delivery::Init => {
                 // A start-up IPI from before this INIT has no effect after it.
@@ -208,6 +207,14 @@ impl engine::Interrupts for InterruptLines {
         }
     }
 
+    fn send_smi(&self, all: bool) {
+        let own = if all { None } else { crate::signals::current_vcpu() };
+        let vcpus = self.0.vcpus();
+        // Where no vCPU asks for it, it is the boot processor's.
+        let of = |v: &&Arc<VcpuShared>| all || v.id == own.unwrap_or(0);
+        vcpus.iter().filter(of).for_each(|v| v.request(request::SMI));
+    }
+
     fn send_nmi(&self, vcpu: u32) {
         if let Some(v) = self.0.vcpus().get(vcpu as usize) {
             v.request_nmi();
@@ -320,11 +327,22 @@ mod tests {
     }
 
     #[test]
-    fn an_apic_disabled_by_software_takes_only_nmi_init_and_startup() {
+    fn an_apic_disabled_by_software_takes_only_smi_nmi_init_and_startup() {
         let machine = machine_of(1);
         assert_eq!(msi(&machine, 0xfee0_0000, 0x41), [] as [usize; 0]);
         InterruptLines(machine.clone()).send_msi(0xfee0_0000, 0x400);
-        assert_eq!(machine.vcpus()[0].requests.load(Ordering::SeqCst), request::NMI);
+        InterruptLines(machine.clone()).send_msi(0xfee0_0000, 0x200);
+        assert_eq!(machine.vcpus()[0].requests.load(Ordering::SeqCst), request::NMI | request::SMI);
+    }
+
+    #[test]
+    fn an_smi_reaches_all_processors_or_one() {
+        let machine = machine_of(3);
+        let taken = || machine.vcpus().iter().map(|v| v.requests.swap(0, Ordering::SeqCst)).collect::<Vec<_>>();
+        InterruptLines(machine.clone()).send_smi(true);
+        assert_eq!(taken(), [request::SMI; 3]);
+        InterruptLines(machine.clone()).send_smi(false);
+        assert_eq!(taken(), [request::SMI, 0, 0]);
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub mod run;
 pub mod semantics;
 pub mod shared;
 mod signals;
+pub mod smm;
 mod snippets;
 pub mod spaces;
 pub mod stats;
@@ -127,6 +128,10 @@ impl engine::Engine for Translator {
 
     fn interrupts(&self) -> Arc<dyn engine::Interrupts> {
         Arc::new(interrupts::InterruptLines(self.machine.clone()))
+    }
+
+    fn has_smm(&self) -> bool {
+        true
     }
 
     fn clocks(&self) -> Result<engine::Clocks, engine::Error> {

@@ -64,9 +64,15 @@ impl Vcpu {
     /// Works by the newest map from now on.
     pub fn follow_map(&mut self) {
         if self.machine.ram.map().generation() != self.map.generation() {
-            self.map = self.machine.ram.map().sections();
-            self.mmu_flush_all();
+            self.take_map();
         }
+    }
+
+    /// Works by the newest map for its mode: there is another one in system-management mode.
+    pub fn take_map(&mut self) {
+        let map = self.machine.ram.map();
+        self.map = if self.smm.active { map.smm_sections() } else { map.sections() };
+        self.mmu_flush_all();
     }
 
     /// Reads within one page.
@@ -128,16 +134,24 @@ impl Vcpu {
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         let gpa = gpa & self.map.address_mask();
-        if !self.apic_mmio_read(gpa, data) {
-            self.machine.bus().mmio_read(gpa, data);
+        if self.apic_mmio_read(gpa, data) {
+            return;
         }
+        let bus = self.machine.bus();
+        if self.smm.active { bus.mmio_read_from_smm(gpa, data) } else { bus.mmio_read(gpa, data) }
     }
 
     fn mmio_write(&mut self, gpa: u64, data: &[u8]) {
         let gpa = gpa & self.map.address_mask();
-        if !self.apic_mmio_write(gpa, data) {
-            self.machine.bus().mmio_write(gpa, data);
-            self.follow_map();
+        if self.apic_mmio_write(gpa, data) {
+            return;
         }
+        let bus = self.machine.bus();
+        if self.smm.active {
+            bus.mmio_write_from_smm(gpa, data)
+        } else {
+            bus.mmio_write(gpa, data)
+        }
+        self.follow_map();
     }
 }

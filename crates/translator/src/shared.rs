@@ -27,6 +27,8 @@ pub mod request {
     pub const MAP: u32 = 1 << 7;
     /// With [`NMI`]: another one came before that was taken.
     pub const SECOND_NMI: u32 = 1 << 8;
+    /// System-management interrupt.
+    pub const SMI: u32 = 1 << 9;
 }
 
 /// What other threads reach of a vCPU.

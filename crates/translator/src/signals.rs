@@ -22,6 +22,14 @@ thread_local! {
     static CURRENT: Cell<*mut Vcpu> = const { Cell::new(ptr::null_mut()) };
 }
 
+/// The id of the vCPU that runs on this thread.
+pub fn current_vcpu() -> Option<u32> {
+    let vcpu = CURRENT.get();
+    // SAFETY: null, or the vCPU that this very thread is running (see `Attached`); its id, written when it was made, is
+    // read by address, since the thread may be inside a method of it.
+    (!vcpu.is_null()).then(|| unsafe { (&raw const (*vcpu).id).read() })
+}
+
 static PREVIOUS: OnceLock<[libc::sigaction; SIGNALS.len()]> = OnceLock::new();
 
 /// Installs the handlers, once a process.

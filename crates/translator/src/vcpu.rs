@@ -75,6 +75,7 @@ impl Vcpu {
             debug_shadow: false,
             pending_debug: 0,
             pending_event: None,
+            smm: Default::default(),
             insn_rip: 0,
             id: id,
             engine: EngineState::new(memory, perf_map),
@@ -165,6 +166,7 @@ impl Vcpu {
             nmi_pending: self.shared.requests.load(std::sync::atomic::Ordering::SeqCst) & request::NMI != 0,
             nmi_blocked: self.nmi_blocked,
             interrupt_shadow: self.interrupt_shadow,
+            smm: self.saved_smm(),
         }
     }
 
@@ -212,12 +214,13 @@ impl Vcpu {
         self.debug_shadow = false;
         self.pending_debug = 0;
         self.pending_event = s.pending_exception;
+        self.restore_smm(&s.smm);
         self.resume_apic_timer();
         if s.nmi_pending {
             self.shared.flag(request::NMI);
         }
         self.shared.flag(request::TIMER | request::INTERRUPT);
-        self.mmu_flush_all();
+        self.take_map();
         Ok(())
     }
 }

@@ -153,6 +153,11 @@ impl ConfigSpace {
         }
     }
 
+    /// Takes bits back that software could change.
+    pub fn forbid_bits(&mut self, offset: usize, mask: &[u8]) {
+        self.writable.iter_mut().skip(offset).zip(mask).for_each(|(writable, mask)| *writable &= !mask);
+    }
+
     /// Makes bytes read-only that software could change.
     pub fn forbid(&mut self, offset: usize, count: usize) {
         self.writable.iter_mut().skip(offset).take(count).for_each(|mask| *mask = 0);

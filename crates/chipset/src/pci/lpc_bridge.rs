@@ -9,6 +9,7 @@ use crate::Device;
 use crate::constants::{PM_BASE, PM_SIZE};
 use crate::irq::{Lines, PIRQS};
 use crate::power::PowerManagement;
+use crate::smi::Smi;
 
 /// Registers.
 const HEADER_TYPE: usize = 0x0e;
@@ -22,6 +23,8 @@ const LPC_IO_DEC: usize = 0x80;
 const LPC_EN: usize = 0x82;
 const GEN_DECODE: usize = 0x84;
 const GEN_PMCON: usize = 0xa0;
+/// GEN_PMCON_1: whether SMIs are enabled can't be changed any more, nor this.
+const SMI_LOCK: u8 = 1 << 4;
 const BIOS_CNTL: usize = 0xdc;
 const RCBA: usize = 0xf0;
 
@@ -45,11 +48,12 @@ pub struct LpcBridge {
     power: Arc<PowerManagement>,
     registers: Arc<ChipsetConfiguration>,
     lines: Arc<Lines>,
+    smi: Arc<Smi>,
 }
 
 impl LpcBridge {
     /// `firmware`: in the state after power-on, else in the one that firmware leaves.
-    pub fn new(power: Arc<PowerManagement>, lines: Arc<Lines>, firmware: bool) -> Arc<Self> {
+    pub fn new(power: Arc<PowerManagement>, lines: Arc<Lines>, smi: Arc<Smi>, firmware: bool) -> Arc<Self> {
         let mut config = ConfigSpace::new(Identity {
             vendor: 0x8086,
             device: 0x2918,
@@ -83,7 +87,7 @@ impl LpcBridge {
         config.allow(GEN_PMCON, &[0xff, 0x07, 0xff, 0x00, 0x1f]);
         config.allow(BIOS_CNTL, &[0x1f]);
         config.allow(RCBA, &(RCBA_ADDRESS | RCBA_ON).to_le_bytes());
-        Arc::new(LpcBridge { config: Mutex::new(config), power, registers: Arc::default(), lines })
+        Arc::new(LpcBridge { config: Mutex::new(config), power, registers: Arc::default(), lines, smi })
     }
 
     fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -110,6 +114,12 @@ impl PciFunction for LpcBridge {
     fn write_config(&self, offset: u16, data: &[u8]) {
         let mut config = self.lock();
         config.write(offset, data);
+        let mut management = [0];
+        config.read(GEN_PMCON as u16, &mut management);
+        if management[0] & SMI_LOCK != 0 {
+            config.forbid_bits(GEN_PMCON, &[SMI_LOCK]);
+            self.smi.lock_enable();
+        }
         self.route(&config);
     }
 
@@ -142,6 +152,7 @@ impl PciFunction for LpcBridge {
     fn reset(&self) {
         let mut config = self.lock();
         config.reset();
+        config.allow(GEN_PMCON, &[SMI_LOCK]);
         self.registers.reset();
         self.route(&config);
     }
@@ -191,6 +202,7 @@ mod tests {
     struct Bench {
         all: Controllers,
         bridge: Arc<LpcBridge>,
+        smi: Arc<Smi>,
         _timers: Timers,
     }
 
@@ -199,9 +211,10 @@ mod tests {
             let (all, clock) = (Controllers::default(), FakeClock::new());
             let timers = Timers::manual(clock.clone());
             let line = all.lines.connect(SCI_IRQ);
-            let power = PowerManagement::new(clock, &timers, line, Arc::new(Power::default()));
-            let bridge = LpcBridge::new(power, all.lines.clone(), firmware);
-            Bench { all, bridge, _timers: timers }
+            let smi = Smi::new(Some(all.recorder.clone()));
+            let power = PowerManagement::new(clock, &timers, line, Arc::new(Power::default()), smi.clone());
+            let bridge = LpcBridge::new(power, all.lines.clone(), smi.clone(), firmware);
+            Bench { all, bridge, smi, _timers: timers }
         }
     }
 
@@ -217,6 +230,24 @@ mod tests {
         let rcrb = BarWindow { bar: RCRB_WINDOW, io: false, address: 0xfed1_c000, size: 0x4000 };
         assert_eq!(bench.bridge.windows(), [window, rcrb]);
         assert_eq!(Bench::new(false).bridge.windows()[0].address, u64::from(PM_BASE));
+    }
+
+    #[test]
+    fn the_smi_lock_stays_and_holds_the_enable_bit() {
+        let bench = Bench::new(true);
+        bench.smi.write_register(0, 1);
+        bench.bridge.write_config(0xa0, &[SMI_LOCK | 1, 0]);
+        bench.bridge.write_config(0xa0, &[0, 0]);
+        let mut value = [0];
+        bench.bridge.read_config(0xa0, &mut value);
+        assert_eq!(value, [SMI_LOCK]);
+        bench.smi.write_register(0, 0);
+        assert_eq!(bench.smi.registers()[0], 1);
+        bench.bridge.reset();
+        bench.bridge.write_config(0xa0, &[SMI_LOCK]);
+        bench.bridge.write_config(0xa0, &[SMI_LOCK]);
+        bench.bridge.read_config(0xa0, &mut value);
+        assert_eq!(value, [SMI_LOCK]);
     }
 
     #[test]

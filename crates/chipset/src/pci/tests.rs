@@ -85,10 +85,12 @@ impl Bench {
         ports.insert(PCI_CONFIG_PORT.into(), 8, 0, mechanism).unwrap();
         let (all, clock) = (Controllers::default(), FakeClock::new());
         let timers = Timers::manual(clock.clone());
-        let management = PowerManagement::new(clock, &timers, all.lines.connect(SCI_IRQ), power.clone());
+        let smi = crate::smi::Smi::new(None);
+        let line = all.lines.connect(SCI_IRQ);
+        let management = PowerManagement::new(clock, &timers, line, power.clone(), smi.clone());
         let ram = memory::Ram::new(5 << 30).unwrap();
-        pci.insert(0, 0, HostBridge::new(&ram, Arc::downgrade(&pci), false)).unwrap();
-        pci.insert(31, 0, LpcBridge::new(management, all.lines, false)).unwrap();
+        pci.insert(0, 0, HostBridge::new(&ram, Arc::downgrade(&pci), false, None)).unwrap();
+        pci.insert(31, 0, LpcBridge::new(management, all.lines, smi, false)).unwrap();
         pci.insert(1, 0, Card::new(1)).unwrap();
         pci.insert(2, 0, Card::new(2)).unwrap();
         Bench { memory, ports, pci, power, _timers: timers }

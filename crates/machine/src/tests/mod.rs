@@ -120,6 +120,7 @@ fn parts(ram: &Ram, cpus: u32, serial: [SerialOutput; 4]) -> ChipsetConfig {
         firmware: None,
         debug_console: None,
         debug_exit: Some(0x501),
+        smm: false,
         test_device: false,
     }
 }

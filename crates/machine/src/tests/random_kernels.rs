@@ -160,7 +160,7 @@ fn random_kernels_neither_break_nor_hang_the_machine() {
     let number = Arc::new(AtomicU64::new(first));
     let current = number.clone();
     let ram = Ram::new(16 << 20).unwrap();
-    let selection = select_engine(Accel::Translate, &ram, translator::Config::default()).unwrap();
+    let selection = select_engine(Accel::Translate, &ram, translator::Config::default(), false).unwrap();
     let loader = Box::new(move |ram: &Ram| {
         let mut random = Random(current.load(Ordering::SeqCst));
         ram.view().write_slice(&random.kernel(), GuestAddress(KERNEL)).unwrap();

@@ -253,14 +253,19 @@ impl Script {
         self
     }
 
+    /// Where the guest's kernel is, and its initramfs with this script in it.
+    pub fn kernel_and_initrd(self) -> (&'static Path, Vec<u8>) {
+        (&self.guest.kernel, self.image.file(guest::RUN_SCRIPT, 0o644, self.text).build())
+    }
+
     /// A machine with this script in its initramfs, to which options may be added. The directory holds the initramfs.
     pub fn command(self, append: &str) -> (Command, tempfile::TempDir) {
-        let image = self.image;
         let directory = tempfile::tempdir().expect("a temporary directory");
         let initrd = directory.path().join("initrd.cpio");
-        std::fs::write(&initrd, image.file(guest::RUN_SCRIPT, 0o644, self.text).build()).expect("it can be written");
+        let (kernel, image) = self.kernel_and_initrd();
+        std::fs::write(&initrd, image).expect("it can be written");
         let mut command = ringer();
-        command.arg("run").arg("--kernel").arg(&self.guest.kernel).arg("--initrd").arg(initrd);
+        command.arg("run").arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
         command.arg("--append").arg(format!("console=ttyS0 quiet panic=-1 {append}"));
         (command, directory)
     }

@@ -26,6 +26,7 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
         Rdpkru => (rdpkru, false),
         Wrpkru => (wrpkru, true),
         Vmcall | Vmmcall => (hypercall, false),
+        Rsm => (rsm, true),
         _ if absent(insn.mnemonic()) => (undefined, true),
         _ => return None,
     };
@@ -44,8 +45,8 @@ fn absent(mnemonic: Mnemonic) -> bool {
         // SVM
         Vmrun | Vmload | Vmsave | Vmgexit | Stgi | Clgi | Skinit | Invlpga | Invlpgb | Tlbsync | Psmash | Pvalidate
         | Rmpadjust | Rmpupdate | Rmpquery => true,
-        // SMX, SGX, TDX, total memory encryption; RSM outside of SMM
-        Getsec | Encls | Enclu | Enclv | Seamcall | Seamops | Seamret | Tdcall | Pconfig | Rsm => true,
+        // SMX, SGX, TDX, total memory encryption
+        Getsec | Encls | Enclu | Enclv | Seamcall | Seamops | Seamret | Tdcall | Pconfig => true,
         // TSX
         Xbegin | Xend | Xabort | Xtest | Xsusldtrk | Xresldtrk => true,
         // Shadow stacks
@@ -63,6 +64,11 @@ fn undefined(_: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
 
 fn require(cpu: &Vcpu, feature: Feature) -> Result<(), Exception> {
     if cpu.machine.cpuid.has(feature) { Ok(()) } else { Err(Exception::invalid_opcode()) }
+}
+
+/// Whatever the mode and the privilege level, where it was entered (Intel SDM 2B RSM).
+fn rsm(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
+    if cpu.smm.active { cpu.leave_smm() } else { Err(Exception::invalid_opcode().into()) }
 }
 
 fn hlt(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
