@@ -34,6 +34,7 @@ mod testing;
 use std::path::PathBuf;
 
 use arch::CpuState;
+use arch::cpuid::Topology;
 use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use memory::{Ram, View};
 
@@ -48,8 +49,8 @@ pub struct BootConfig {
     /// The initial RAM disk; of a Multiboot kernel, its modules.
     pub initrd: Vec<PathBuf>,
     pub command_line: String,
-    /// Processors to announce; their APIC ids are 0 to `cpus` - 1.
-    pub cpus: u32,
+    /// Processors to announce.
+    pub cpus: Topology,
     /// There are a graphics adapter, in a mode with this picture, a keyboard and a mouse.
     pub screen: Option<Framebuffer>,
 }
@@ -121,8 +122,8 @@ fn mib(bytes: u64) -> String {
 
 /// Lays kernel, RAM disk and tables into `ram` and returns the state in which the boot processor starts.
 pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
-    if !(1..=MAX_CPUS).contains(&config.cpus) {
-        return Err(Error::Cpus { cpus: config.cpus });
+    if !(1..=MAX_CPUS).contains(&config.cpus.count()) {
+        return Err(Error::Cpus { cpus: config.cpus.count() });
     }
     if config.command_line.contains('\0') {
         return Err(Error::CommandLineZero);
@@ -135,7 +136,7 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
     let header = if magic == file::Magic::BzImage || pvh { None } else { multiboot::Header::find(&kernel)? };
     // First, because a Multiboot kernel is given a copy of the RSDP.
     let inventory =
-        acpi::Inventory { cpus: config.cpus, vga: config.screen.is_some(), keyboard: config.screen.is_some() };
+        acpi::Inventory { cpus: config.cpus.count(), vga: config.screen.is_some(), keyboard: config.screen.is_some() };
     acpi::write(ram, inventory)?;
     let state = match (header, elf) {
         (Some(header), elf) => multiboot::load(ram, &kernel, &header, elf.as_ref(), &modules, &config.command_line)?,

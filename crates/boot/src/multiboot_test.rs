@@ -3,6 +3,7 @@
 use super::*;
 use crate::BootConfig;
 use crate::testing::{Files, read};
+use arch::cpuid::Topology;
 use arch::registers::{cr0, gpr};
 
 const LOAD: u32 = 0x10_0000;
@@ -38,7 +39,7 @@ fn boot(kernel: &[u8], modules: &[&[u8]]) -> Result<(Ram, CpuState), Error> {
         kernel: files.add("kernel", kernel),
         initrd,
         command_line: "-v one".into(),
-        cpus: 1,
+        cpus: Topology::of_cores(1),
         screen: None,
     };
     let ram = Ram::new(64 << 20).unwrap();

@@ -1,5 +1,6 @@
 //! SMBIOS tables: what `dmidecode` shows and kernels match quirks against (DMTF DSP0134, 3.7).
 
+use arch::cpuid::Topology;
 use memory::Ram;
 
 use crate::{Error, layout};
@@ -12,15 +13,15 @@ const VERSION: [u8; 3] = [3, 7, 0];
 const MANUFACTURER: &str = "Ringer";
 const PRODUCT: &str = "Virtual Machine";
 
-/// Writes entry point and structures for that RAM and `cpus` processors.
-pub fn write(ram: &Ram, cpus: u32) -> Result<(), Error> {
+/// Writes entry point and structures for that RAM and these processors.
+pub fn write(ram: &Ram, cpus: Topology) -> Result<(), Error> {
     let structures = structures(ram, cpus);
     crate::write(ram.view(), "the SMBIOS tables", STRUCTURES, &structures)?;
     crate::write(ram.view(), "the SMBIOS entry point", layout::SMBIOS, &entry_point(structures.len() as u32))
 }
 
 /// Entry point and structures for firmware, which puts them where it likes, and the address into the entry point.
-pub fn for_firmware(ram: &Ram, cpus: u32) -> (Vec<u8>, Vec<u8>) {
+pub fn for_firmware(ram: &Ram, cpus: Topology) -> (Vec<u8>, Vec<u8>) {
     let structures = structures(ram, cpus);
     (entry_point(structures.len() as u32), structures)
 }
@@ -96,8 +97,9 @@ const FIRST_ARRAY_ADDRESS: u16 = 0x1300;
 const NONE: u16 = 0xfffe;
 const UNKNOWN_WORD: u16 = 0;
 
-fn structures(ram: &Ram, cpus: u32) -> Vec<u8> {
-    let mut all = vec![firmware(), system(), chassis(), processor(cpus)];
+fn structures(ram: &Ram, cpus: Topology) -> Vec<u8> {
+    let mut all = vec![firmware(), system(), chassis()];
+    all.extend((0..cpus.sockets()).map(|socket| processor(socket, cpus)));
     all.extend(memory(ram));
     // 7.33: no boot error. 7.127: the end.
     all.push(Structure::new(32, 0x2000).bytes(&[0; 7]));
@@ -146,18 +148,20 @@ fn chassis() -> Structure {
         .bytes(&[0, 0, 0, 0, 0])
 }
 
-/// 7.5, type 4: one package with all cores.
-fn processor(cpus: u32) -> Structure {
+/// 7.5, type 4: a package.
+fn processor(socket: u32, cpus: Topology) -> Structure {
     const CENTRAL: u8 = 3;
     const FAMILY_OTHER: u8 = 1;
     const POPULATED_ENABLED: u8 = 0x41;
     const UPGRADE_OTHER: u8 = 1;
     const NO_CACHE: u16 = 0xffff;
     const CAPABLE_64_BIT_MULTI_CORE: u16 = 1 << 2 | 1 << 3;
-    let small = u8::try_from(cpus).unwrap_or(0xff);
-    let cores = cpus.min(0xffff) as u16;
-    Structure::new(4, 0x400)
-        .string("CPU 0")
+    const CAPABLE_THREADS: u16 = 1 << 4;
+    let short = |count: u32| u8::try_from(count).unwrap_or(0xff);
+    let long = |count: u32| u16::try_from(count).unwrap_or(0xffff);
+    let capable = CAPABLE_64_BIT_MULTI_CORE | if cpus.threads() > 1 { CAPABLE_THREADS } else { 0 };
+    Structure::new(4, 0x400 + long(socket))
+        .string(&format!("CPU {socket}"))
         .bytes(&[CENTRAL, FAMILY_OTHER])
         .string(MANUFACTURER)
         .qword(0)
@@ -169,12 +173,12 @@ fn processor(cpus: u32) -> Structure {
         .word(NO_CACHE)
         .word(NO_CACHE)
         .word(NO_CACHE)
-        .bytes(&[0, 0, 0, small, small, small])
-        .word(CAPABLE_64_BIT_MULTI_CORE)
+        .bytes(&[0, 0, 0, short(cpus.cores()), short(cpus.cores()), short(cpus.package())])
+        .word(capable)
         .word(FAMILY_OTHER.into())
-        .word(cores)
-        .word(cores)
-        .word(cores)
+        .word(long(cpus.cores()))
+        .word(long(cpus.cores()))
+        .word(long(cpus.package()))
 }
 
 /// 7.17 to 7.20: an array of one device for each piece of RAM.
@@ -259,7 +263,7 @@ mod tests {
     #[test]
     fn structures_have_the_lengths_of_their_types() {
         let ram = Ram::new(4 << 30).unwrap();
-        let all = parse(&structures(&ram, 2));
+        let all = parse(&structures(&ram, Topology::of_cores(2)));
         let lengths: Vec<(u8, usize)> = all.iter().map(|(kind, bytes, _)| (*kind, bytes.len())).collect();
         // SMBIOS 3.7: 7.1, 7.2, 7.4, 7.5, 7.17, 7.18, 7.20, 7.33, 7.46
         let expected = [
@@ -277,6 +281,19 @@ mod tests {
         ];
         assert_eq!(lengths, expected);
         assert_eq!(all[1].2, [MANUFACTURER, PRODUCT]);
+    }
+
+    #[test]
+    fn every_socket_is_a_processor_with_its_cores_and_threads() {
+        let ram = Ram::new(1 << 30).unwrap();
+        let all = parse(&structures(&ram, Topology::new(2, 4, 2).unwrap()));
+        let processors: Vec<_> = all.iter().filter(|(kind, ..)| *kind == 4).collect();
+        assert_eq!(processors.len(), 2);
+        for (socket, (_, bytes, strings)) in processors.iter().enumerate() {
+            assert_eq!(u16::from_le_bytes([bytes[2], bytes[3]]), 0x400 + socket as u16);
+            assert_eq!(bytes[0x23..0x26], [4, 4, 8], "cores, cores enabled, threads");
+            assert_eq!(strings[0], format!("CPU {socket}"));
+        }
     }
 
     #[test]

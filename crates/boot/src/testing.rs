@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use arch::CpuState;
+use arch::cpuid::Topology;
 use linux_loader::loader::bootparam::setup_header;
 use memory::Ram;
 use memory::vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -65,7 +66,7 @@ pub fn boot(ram: u64, kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) 
         kernel: files.add("kernel", kernel),
         initrd: initrd.into_iter().map(|bytes| files.add("initrd", bytes)).collect(),
         command_line: command_line.into(),
-        cpus: 1,
+        cpus: Topology::of_cores(1),
         screen: None,
     };
     let ram = Ram::new(ram).unwrap();
@@ -101,7 +102,13 @@ pub fn mutate(kernel: &[u8], seed: u64) {
             bytes.truncate(random(bytes.len()));
         }
         let kernel = files.add("kernel", &bytes);
-        let config = BootConfig { kernel, initrd: Vec::new(), command_line: "quiet".into(), cpus: 1, screen: None };
+        let config = BootConfig {
+            kernel,
+            initrd: Vec::new(),
+            command_line: "quiet".into(),
+            cpus: Topology::of_cores(1),
+            screen: None,
+        };
         if let Err(error) = load(&ram, &config) {
             assert!(!error.to_string().contains('\n'));
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use arch::cpuid::Topology;
 use engine::Engine;
 use memory::Ram;
 
@@ -10,7 +11,7 @@ pub fn named(name: &str, ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
     match name {
         "kvm" => Arc::new(kvm(ram, cpus).expect("a /dev/kvm that can be used")),
         "translate" => {
-            let config = translator::Config { cpus, ..Default::default() };
+            let config = translator::Config { cpus: Topology::of_cores(cpus), ..Default::default() };
             Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
         }
         other => panic!("there is no engine {other}: there are translate and kvm"),
@@ -18,7 +19,7 @@ pub fn named(name: &str, ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
 }
 
 fn kvm(ram: &Ram, cpus: u32) -> Result<kvm::Kvm, kvm::Error> {
-    kvm::Kvm::new(ram.clone(), kvm::Config { cpus, model: Default::default() })
+    kvm::Kvm::new(ram.clone(), kvm::Config { cpus: Topology::of_cores(cpus), model: Default::default() })
 }
 
 /// What the probe says of this host, in RAM of its own.

@@ -31,7 +31,7 @@ mod words;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arch::cpuid::Model;
+use arch::cpuid::{Model, Topology};
 use memory::Ram;
 
 pub use error::Error;
@@ -40,8 +40,8 @@ pub use probe::Verdict;
 /// How the virtual processors are to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// How many vCPUs the machine will have, 1 or more.
-    pub cpus: u32,
+    /// The vCPUs that the machine will have.
+    pub cpus: Topology,
     /// Which processor they are.
     pub model: Model,
 }

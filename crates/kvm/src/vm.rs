@@ -52,8 +52,8 @@ pub struct Vm {
 impl Vm {
     pub fn new(system: &System, ram: Ram, config: Config) -> Result<Self, Error> {
         let most = system.kvm.get_max_vcpus();
-        if config.cpus as usize > most {
-            return Err(Error::Vcpus { asked: config.cpus, most });
+        if config.cpus.count() as usize > most {
+            return Err(Error::Vcpus { asked: config.cpus.count(), most });
         }
         let fd = system.kvm.create_vm().map_err(Error::call("make a virtual machine"))?;
         fd.set_identity_map_address(IDENTITY_MAP).map_err(Error::call("place the identity map"))?;

@@ -8,7 +8,7 @@ use memory::Ram;
 #[test]
 fn the_probe_ends_in_time_and_leaves_ram_empty() {
     let ram = Ram::new(16 << 20).unwrap();
-    let kvm = match Kvm::new(ram.clone(), Config { cpus: 1, model: Default::default() }) {
+    let kvm = match Kvm::new(ram.clone(), Config { cpus: Default::default(), model: Default::default() }) {
         Ok(kvm) => kvm,
         Err(error @ (Error::Absent | Error::Denied { .. })) => return eprintln!("nothing to probe: {error}"),
         Err(error) => panic!("{error}"),

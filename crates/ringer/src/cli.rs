@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use arch::cpuid::Model;
+use arch::cpuid::{Model, Topology};
 use block::Format;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -64,9 +64,9 @@ pub struct RunArgs {
     /// The processor that the guest sees: host, x86-64-v2, x86-64-v3, x86-64-v4
     #[arg(long, value_name = "MODEL", default_value = "host")]
     pub cpu: Model,
-    /// Number of processors
+    /// Processors: N[,sockets=S][,cores=C][,threads=T]; cores of one socket, unless said otherwise
     #[arg(long, value_name = "N", default_value = "1", allow_hyphen_values = true, value_parser = cpus)]
-    pub cpus: u32,
+    pub cpus: Topology,
     /// RAM, with unit: 512M, 2G
     #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M", allow_hyphen_values = true, value_parser = memory)]
     pub memory: u64,
@@ -220,9 +220,41 @@ fn translation_cache(text: &str) -> Result<u64, String> {
     Ok(size)
 }
 
-fn cpus(text: &str) -> Result<u32, String> {
+fn cpus(text: &str) -> Result<Topology, String> {
     let most = machine::MAX_CPUS;
-    text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or_else(|| format!("allowed are 1 to {most}"))
+    let number = |text: &str| text.parse().ok().filter(|n| (1..=most).contains(n));
+    let (count, settings) = text.split_once(',').unwrap_or((text, ""));
+    let count = number(count).ok_or_else(|| format!("allowed are 1 to {most}"))?;
+    let (mut sockets, mut cores, mut threads) = (None, None, None);
+    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+        let (name, value) = setting.split_once('=').unwrap_or((setting, ""));
+        let place = match name {
+            "sockets" => &mut sockets,
+            "cores" => &mut cores,
+            "threads" => &mut threads,
+            _ => {
+                return Err(format!(
+                    "\"{setting}\" is not known: allowed after the number are sockets=S, cores=C, threads=T"
+                ));
+            }
+        };
+        *place = Some(number(value).ok_or_else(|| format!("\"{setting}\": allowed are 1 to {most}"))?);
+    }
+    let threads = threads.unwrap_or(1);
+    // What is not said is what the number leaves: cores of one socket.
+    let (sockets, cores) = match (sockets, cores) {
+        (Some(sockets), Some(cores)) => (sockets, cores),
+        (Some(sockets), None) => (sockets, count / sockets / threads),
+        (None, Some(cores)) => (count / cores / threads, cores),
+        (None, None) => (1, count / threads),
+    };
+    let topology = Topology::new(sockets, cores, threads).filter(|topology| topology.count() == count);
+    topology.ok_or_else(|| {
+        format!(
+            "{sockets} sockets of {cores} cores with {threads} threads are not {count} processors, or no powers of two: \
+             where there are several sockets, each has 1, 2, 4... processors, where several cores, each has 1, 2, 4... threads"
+        )
+    })
 }
 
 fn port(text: &str) -> Result<u16, String> {

@@ -122,7 +122,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     for (number, (disk, arg)) in disks.iter().zip(&args.disk).enumerate() {
         match arg.bus {
             Bus::Virtio => {
-                devices.push(disk::device(disk, arg, args.cpus));
+                devices.push(disk::device(disk, arg, args.cpus.count()));
                 boot_order.push((Kind::Disk, boot_path::virtio_disk(devices.len())));
             }
             bus => {
@@ -156,7 +156,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
     if let Some(seed) = &args.cloud_init {
         devices.push(seed::device(seed)?);
     }
-    let (paravirtual, cards) = net::devices(&args.net, args.cpus, has_firmware)?;
+    let (paravirtual, cards) = net::devices(&args.net, args.cpus.count(), has_firmware)?;
     for device in paravirtual {
         devices.push(device);
         boot_order.push((Kind::Network, boot_path::network(devices.len())));
@@ -183,7 +183,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         }
     };
     let config = Config {
-        cpus: args.cpus,
+        cpus: args.cpus.count(),
         start,
         serial: [output("--serial", &serial, &link)?, None, None, None],
         devices: devices.clone(),

@@ -74,6 +74,15 @@ fn an_impossible_number_of_processors_is_a_usage_error() {
     for cpus in ["0", "5000", "-1", "two", "99999999999"] {
         refuses(&["run", "--cpus", cpus], 2, &["--cpus", "1 to 128"]);
     }
+    for (cpus, why) in [
+        ("4,sockets=3", "not 4 processors"),
+        ("6,sockets=2", "powers of two"),
+        ("2,sockets=0", "1 to 128"),
+        ("2,cores=9", "not 2 processors"),
+        ("2,dies=1", "sockets=S, cores=C, threads=T"),
+    ] {
+        refuses(&["run", "--cpus", cpus], 2, &["--cpus", why]);
+    }
 }
 
 #[test]

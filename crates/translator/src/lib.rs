@@ -68,8 +68,8 @@ use memory::Ram;
 /// How the virtual processors are to be.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// How many vCPUs the machine will have, 1 or more.
-    pub cpus: u32,
+    /// The vCPUs that the machine will have.
+    pub cpus: arch::cpuid::Topology,
     /// Which processor they are.
     pub model: arch::cpuid::Model,
     /// Bytes of host code that each vCPU may keep.
@@ -83,7 +83,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Config {
-            cpus: 1,
+            cpus: arch::cpuid::Topology::default(),
             model: arch::cpuid::Model::default(),
             translation_cache: code_memory::DEFAULT_SIZE,
             perf_map: false,

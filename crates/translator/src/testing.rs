@@ -48,7 +48,7 @@ pub const DPL3: u64 = 3 << 45;
 
 /// A vCPU in reset state, alone in a machine with `memory` bytes of RAM.
 pub fn test_vcpu(memory: u64) -> Box<Vcpu> {
-    let config = Config { cpus: 1, ..Config::default() };
+    let config = Config::default();
     let model = crate::semantics::cpuid::model(&config, 2_000_000).unwrap();
     let ram = memory::Ram::new(memory).unwrap();
     let machine = Machine::new(ram, config, model, Default::default());

@@ -90,7 +90,8 @@ pub fn on_this_host(engine: &str, programs: &[Program]) -> Result<Results, Error
 /// What kind of KVM this host has, if it opens.
 fn kvm_here() -> Result<Option<Kind>, Error> {
     let ram = memory::Ram::new(memory::MIN_SIZE).map_err(|error| Error::Failed(error.to_string()))?;
-    let probed = kvm::Kvm::new(ram, kvm::Config { cpus: 1, model: Default::default() }).and_then(|kvm| kvm.probe());
+    let probed = kvm::Kvm::new(ram, kvm::Config { cpus: Default::default(), model: Default::default() })
+        .and_then(|kvm| kvm.probe());
     match probed {
         Ok(kvm::Verdict::Runs) => Ok(Some(Kind::Hardware)),
         Ok(kvm::Verdict::DoesNotRun(why)) => {

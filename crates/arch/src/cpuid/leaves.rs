@@ -2,7 +2,7 @@
 
 use super::capabilities::{AMD_BTC_NO, AMD_LFENCE_SERIALIZING, AMD_SRSO_NO};
 use super::features::FEATURES;
-use super::{APIC_TIMER_HZ, CpuModel, Host, Leaf, Model};
+use super::{APIC_TIMER_HZ, CpuModel, Host, Leaf, Model, Topology};
 
 /// The vendors' strings as EBX, EDX, ECX of leaf 0.
 pub(super) const AMD: (u32, u32, u32) = (0x6874_7541, 0x6974_6e65, 0x444d_4163);
@@ -21,7 +21,13 @@ pub(super) const fn has_subleaves(leaf: u32) -> bool {
 
 impl CpuModel {
     /// Fills the table.
-    pub(super) fn write_leaves(&mut self, model: Model, cpuid: &dyn Fn(u32, u32) -> Leaf, cpus: u32, tsc_khz: u32) {
+    pub(super) fn write_leaves(
+        &mut self,
+        model: Model,
+        cpuid: &dyn Fn(u32, u32) -> Leaf,
+        cpus: Topology,
+        tsc_khz: u32,
+    ) {
         let host = Host::new(cpuid);
         // 0x1f is the highest of Intel's that has content here. AMD's kernels look for their topology elsewhere.
         self.max_basic = if self.amd { 0x16 } else { 0x1f };
@@ -41,13 +47,13 @@ impl CpuModel {
         self.table.push(((leaf, subleaf), value));
     }
 
-    fn identity(&mut self, model: Model, host: &Host, cpus: u32) {
+    fn identity(&mut self, model: Model, host: &Host, cpus: Topology) {
         let vendor = host.leaf(0, 0);
         self.set(0, 0, Leaf { eax: self.max_basic, ..vendor });
         let version = host.leaf(1, 0);
         // CLFLUSH line size as the host's; the APIC id comes with the lookup.
-        let ebx = (version.ebx & 0xff00) | id_space(cpus).min(0xff) << 16;
-        let htt = u32::from(cpus > 1) << 28;
+        let ebx = (version.ebx & 0xff00) | cpus.package_ids().min(0xff) << 16;
+        let htt = u32::from(cpus.package() > 1) << 28;
         self.set(1, 0, Leaf { eax: version.eax & 0x0fff_3fff, ebx, ecx: 0, edx: htt });
         let brand = brand(model, host);
         for (leaf, words) in (0x8000_0002..).zip(brand.chunks_exact(16)) {
@@ -57,8 +63,9 @@ impl CpuModel {
         }
     }
 
-    /// Caches as the host has them, shared as the guest's topology says: levels 1 and 2 by one core, higher ones by all.
-    fn caches(&mut self, host: &Host, cpus: u32) {
+    /// Caches as the host has them, shared as the guest's topology says: levels 1 and 2 by one core, higher ones by a
+    /// package.
+    fn caches(&mut self, host: &Host, cpus: Topology) {
         self.set(2, 0, host.leaf(2, 0));
         for subleaf in 0..8 {
             let cache = host.leaf(4, subleaf);
@@ -66,20 +73,25 @@ impl CpuModel {
                 break;
             }
             let level = cache.eax >> 5 & 7;
-            let sharing = if level >= 3 { (id_space(cpus) - 1).min(0xfff) } else { 0 };
-            let cores = (id_space(cpus) - 1).min(0x3f);
+            let sharing = if level >= 3 { cpus.package_ids() } else { cpus.core_ids() };
+            let sharing = (sharing - 1).min(0xfff);
+            let cores = (cpus.package_ids() / cpus.core_ids() - 1).min(0x3f);
             self.set(4, subleaf, Leaf { eax: cache.eax & 0x3ff | sharing << 14 | cores << 26, ..cache });
         }
     }
 
-    /// One package of `cpus` cores with one thread each (Intel SDM 3A 9.9).
-    fn topology(&mut self, cpus: u32) {
+    /// Which bits of the APIC id name the thread, the core, the package (Intel SDM 3A 9.9).
+    fn topology(&mut self, cpus: Topology) {
         const SMT: u32 = 1 << 8;
         const CORE: u32 = 2 << 8;
         for leaf in if self.amd { &[0xb][..] } else { &[0xb, 0x1f][..] } {
-            self.set(*leaf, 0, Leaf { eax: 0, ebx: 1, ecx: SMT, edx: 0 });
-            let shift = id_space(cpus).trailing_zeros();
-            self.set(*leaf, 1, Leaf { eax: shift, ebx: cpus & 0xffff, ecx: CORE, edx: 0 });
+            self.set(
+                *leaf,
+                0,
+                Leaf { eax: cpus.core_ids().trailing_zeros(), ebx: cpus.threads() & 0xffff, ecx: SMT, edx: 0 },
+            );
+            let shift = cpus.package_ids().trailing_zeros();
+            self.set(*leaf, 1, Leaf { eax: shift, ebx: cpus.package() & 0xffff, ecx: CORE, edx: 0 });
         }
     }
 
@@ -116,7 +128,7 @@ impl CpuModel {
         self.set(KVM_BASE + 0x10, 0, timing);
     }
 
-    fn extended(&mut self, model: Model, host: &Host, cpus: u32) {
+    fn extended(&mut self, model: Model, host: &Host, cpus: Topology) {
         let vendor = if self.amd { host.leaf(0, 0) } else { Leaf::default() };
         self.set(0x8000_0000, 0, Leaf { eax: self.max_extended, ..vendor });
         if model == Model::Host && self.amd {
@@ -128,7 +140,7 @@ impl CpuModel {
         if self.amd {
             let immune = |bit: u32, host: u32| if self.translated { bit } else { host & bit };
             sizes.ebx = immune(AMD_BTC_NO, host.leaf(0x8000_0008, 0).ebx);
-            sizes.ecx = (cpus - 1).min(0xff) | id_space(cpus).trailing_zeros() << 12;
+            sizes.ecx = (cpus.package() - 1).min(0xff) | cpus.package_ids().trailing_zeros() << 12;
             let facts = host.leaf(0x8000_0021, 0).eax;
             let eax = facts & AMD_LFENCE_SERIALIZING | immune(AMD_SRSO_NO, facts);
             self.set(0x8000_0021, 0, Leaf { eax, ..Leaf::default() });
@@ -184,11 +196,6 @@ fn brand(model: Model, host: &Host) -> Vec<u8> {
         .collect()
 }
 
-/// APIC ids that a package of `cpus` cores takes: the next power of two.
-fn id_space(cpus: u32) -> u32 {
-    cpus.checked_next_power_of_two().unwrap_or(1 << 31)
-}
-
 /// The fraction closest to `a` / `b` whose numerator is at most `most`; of equals the simplest.
 fn ratio(a: u32, b: u32, most: u32) -> (u32, u32) {
     let (a, b) = (u64::from(a), u64::from(b).max(1));
@@ -206,11 +213,5 @@ mod tests {
     #[test]
     fn features_beyond_subleaf_0_are_in_leaves_that_have_subleaves() {
         assert!(FEATURES.iter().all(|i| i.subleaf == 0 || has_subleaves(i.leaf)));
-    }
-
-    #[test]
-    fn ids_of_a_package_are_a_power_of_two() {
-        assert_eq!([1, 2, 3, 5, 256].map(id_space), [1, 2, 4, 8, 256]);
-        assert_eq!(id_space(u32::MAX), 1 << 31);
     }
 }

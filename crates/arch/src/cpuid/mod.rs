@@ -11,6 +11,7 @@
 pub mod capabilities;
 pub mod features;
 mod leaves;
+mod topology;
 mod xstate;
 
 use std::str::FromStr;
@@ -18,6 +19,7 @@ use std::str::FromStr;
 use crate::registers::{cr4, efer};
 use features::{FEATURES, Kind, Level};
 pub use features::{Feature, FeatureSet};
+pub use topology::Topology;
 use xstate::Layout;
 
 /// What CPUID returns for one leaf and sub-leaf.
@@ -147,7 +149,7 @@ impl CpuModel {
         model: Model,
         host: &dyn Fn(u32, u32) -> Leaf,
         engine: &EngineFeatures,
-        cpus: u32,
+        cpus: Topology,
         tsc_khz: u32,
     ) -> Result<Self, Error> {
         let features = offered(model, &Host::new(host), engine)?;
@@ -164,7 +166,7 @@ impl CpuModel {
             arch_capabilities: engine.arch_capabilities,
             translated: engine.translated,
         };
-        cpu.write_leaves(model, host, cpus.max(1), tsc_khz);
+        cpu.write_leaves(model, host, cpus, tsc_khz);
         Ok(cpu)
     }
 

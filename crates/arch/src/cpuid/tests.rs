@@ -45,7 +45,7 @@ fn engine() -> EngineFeatures {
 }
 
 fn model(kind: Model, cpus: u32) -> CpuModel {
-    CpuModel::new(kind, &host, &engine(), cpus, 2_600_000).unwrap()
+    CpuModel::new(kind, &host, &engine(), Topology::of_cores(cpus), 2_600_000).unwrap()
 }
 
 fn state() -> Dynamic {
@@ -124,16 +124,16 @@ fn protection_keys_without_the_hosts_get_room_behind_all_else() {
         (0xd, 9) => Leaf::default(),
         _ => host(leaf, subleaf),
     };
-    let cpu = CpuModel::new(Model::Host, &without, &engine(), 1, 1_000_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &without, &engine(), Topology::of_cores(1), 1_000_000).unwrap();
     assert_eq!(cpu.leaf(0xd, 9, &state()), Leaf { eax: 8, ebx: 2688, ecx: 0, edx: 0 });
 }
 
 #[test]
 fn state_that_the_hosts_kernel_has_not_enabled_hides_its_features() {
     let engine = EngineFeatures { host_xcr0: 7, ..engine() };
-    let cpu = CpuModel::new(Model::Host, &host, &engine, 1, 1_000_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &host, &engine, Topology::of_cores(1), 1_000_000).unwrap();
     assert!(cpu.has(Feature::Avx2) && !cpu.has(Feature::Avx512f) && !cpu.has(Feature::Avx512vbmi));
-    let error = CpuModel::new(Model::V4, &host, &engine, 1, 1_000_000).unwrap_err().to_string();
+    let error = CpuModel::new(Model::V4, &host, &engine, Topology::of_cores(1), 1_000_000).unwrap_err().to_string();
     assert!(error.contains("x86-64-v4") && error.contains("avx512f"), "{error}");
 }
 
@@ -143,7 +143,7 @@ fn system_features_do_not_need_the_hosts() {
         7 => Leaf { ebx: 0, ecx: 0, edx: 0, ..host(leaf, subleaf) },
         _ => host(leaf, subleaf),
     };
-    let cpu = CpuModel::new(Model::Host, &bare, &engine(), 1, 1_000_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &bare, &engine(), Topology::of_cores(1), 1_000_000).unwrap();
     for feature in [Feature::Smep, Feature::Smap, Feature::Umip, Feature::Fsgsbase, Feature::Invpcid, Feature::Pku] {
         assert!(cpu.has(feature), "{}", feature.name());
     }
@@ -153,7 +153,7 @@ fn system_features_do_not_need_the_hosts() {
 #[test]
 fn what_an_engine_declines_goes_with_all_that_needs_it() {
     let engine = EngineFeatures { declines: FeatureSet::EMPTY.with(Feature::Avx), ..engine() };
-    let cpu = CpuModel::new(Model::Host, &host, &engine, 1, 1_000_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &host, &engine, Topology::of_cores(1), 1_000_000).unwrap();
     assert!(!cpu.has(Feature::Avx) && !cpu.has(Feature::Vaes) && !cpu.has(Feature::Avx512bf16));
     assert_eq!(cpu.xcr0_mask(), 0x203);
 }
@@ -201,12 +201,12 @@ fn flushes_and_predictor_controls_are_shown_where_the_processor_itself_runs_the_
         implements: FeatureSet::system().iter().chain(FeatureSet::hardware().iter()).collect(),
         ..engine()
     };
-    let cpu = CpuModel::new(Model::Host, &host, &engine, 1, 2_600_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &host, &engine, Topology::of_cores(1), 2_600_000).unwrap();
     let bits = 1 << 10 | 1 << 27 | 1 << 28 | 1 << 31;
     assert_eq!(cpu.leaf(7, 0, &state()).edx & bits, bits);
     assert_eq!(cpu.leaf(0x8000_0008, 0, &state()).ebx, 1 << 12 | 1 << 14 | 1 << 15 | 1 << 24);
     // A level is the same on every engine.
-    let level = CpuModel::new(Model::V3, &host, &engine, 1, 2_600_000).unwrap();
+    let level = CpuModel::new(Model::V3, &host, &engine, Topology::of_cores(1), 2_600_000).unwrap();
     assert_eq!(level.leaf(7, 0, &state()).edx & bits, 0);
 }
 
@@ -231,6 +231,28 @@ fn every_processor_is_a_core_of_one_package() {
 }
 
 #[test]
+fn sockets_are_packages_of_their_own_and_threads_share_a_core() {
+    let shape = |sockets, cores, threads| {
+        let topology = Topology::new(sockets, cores, threads).unwrap();
+        CpuModel::new(Model::Host, &host, &engine(), topology, 2_600_000).unwrap()
+    };
+    // Two packages: neither has a second processor. Firmware that lists only the first of each lists both.
+    let cpu = shape(2, 1, 1);
+    let basic = cpu.leaf(1, 0, &state());
+    assert_eq!((basic.edx >> 28 & 1, basic.ebx >> 16 & 0xff), (0, 1));
+    assert_eq!((cpu.leaf(0xb, 1, &state()).eax, cpu.leaf(0xb, 1, &state()).ebx), (0, 1));
+    assert_eq!(cpu.leaf(4, 2, &state()).eax >> 14 & 0xfff, 0, "the last level is the package's");
+    // Two packages of two cores with two threads.
+    let cpu = shape(2, 2, 2);
+    let basic = cpu.leaf(1, 0, &state());
+    assert_eq!((basic.edx >> 28 & 1, basic.ebx >> 16 & 0xff), (1, 4));
+    let (smt, core) = (cpu.leaf(0xb, 0, &state()), cpu.leaf(0xb, 1, &state()));
+    assert_eq!((smt.eax, smt.ebx, core.eax, core.ebx), (1, 2, 2, 4));
+    let (first, last) = (cpu.leaf(4, 0, &state()).eax, cpu.leaf(4, 2, &state()).eax);
+    assert_eq!((first >> 14 & 0xfff, last >> 14 & 0xfff, last >> 26), (1, 3, 1));
+}
+
+#[test]
 fn private_caches_are_private_and_the_last_level_is_shared() {
     let cpu = model(Model::Host, 4);
     assert_eq!(cpu.leaf(4, 0, &state()).eax >> 14 & 0xfff, 0);
@@ -241,7 +263,7 @@ fn private_caches_are_private_and_the_last_level_is_shared() {
 #[test]
 fn the_tsc_frequency_is_right_where_kernels_calculate_it_in_32_bits() {
     for khz in [1_000_000u32, 2_600_000, 2_599_990, 3_999_975, 4_200_000, 4_294_967, 5_711_113, 800_001] {
-        let cpu = CpuModel::new(Model::Host, &host, &engine(), 1, khz).unwrap();
+        let cpu = CpuModel::new(Model::Host, &host, &engine(), Topology::of_cores(1), khz).unwrap();
         let ratio = cpu.leaf(0x15, 0, &state());
         let computed = (ratio.ecx / 1000).checked_mul(ratio.ebx).expect("no overflow") / ratio.eax;
         assert!(computed.abs_diff(khz) <= khz / 40_000, "{khz} became {computed}");
@@ -295,7 +317,7 @@ fn amd_processors_read_zero_where_there_is_no_leaf_and_mirror_basic_features() {
         4 => Leaf::default(),
         _ => host(leaf, subleaf),
     };
-    let cpu = CpuModel::new(Model::Host, &amd, &engine(), 3, 2_000_000).unwrap();
+    let cpu = CpuModel::new(Model::Host, &amd, &engine(), Topology::of_cores(3), 2_000_000).unwrap();
     assert_eq!(cpu.leaf(0x1000, 0, &state()), Leaf::default());
     assert_eq!(cpu.leaf(0x8000_0022, 0, &state()), Leaf::default());
     assert_eq!(cpu.leaf(0x8000_0001, 0, &state()).edx & 0x3ff, cpu.leaf(1, 0, &state()).edx & 0x3ff);

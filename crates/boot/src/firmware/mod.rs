@@ -9,6 +9,7 @@ mod linux;
 
 use std::path::PathBuf;
 
+use arch::cpuid::Topology;
 use chipset::Firmware;
 use chipset::fw_cfg::{self, Item, key};
 use memory::Ram;
@@ -25,7 +26,7 @@ pub struct FirmwareConfig {
     pub variables_template: Option<PathBuf>,
     /// Where it keeps them; made from the template if it is not there. None: they are gone with the machine.
     pub variables: Option<PathBuf>,
-    pub cpus: u32,
+    pub cpus: Topology,
     /// There is a graphics adapter.
     pub vga: bool,
     /// A Linux kernel that the firmware boots in place of what is on disks.
@@ -52,9 +53,9 @@ const OPTION_ROM: &str = "linuxboot_dma.bin";
 /// Reads everything, and says what the machine is to be made with.
 pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
     let image = image::load(config)?;
-    let acpi = loader::files(ram, Inventory { cpus: config.cpus, vga: config.vga, keyboard: true });
+    let acpi = loader::files(ram, Inventory { cpus: config.cpus.count(), vga: config.vga, keyboard: true });
     let (anchor, structures) = smbios::for_firmware(ram, config.cpus);
-    let mut items = fw_cfg::facts(ram.size(), config.cpus);
+    let mut items = fw_cfg::facts(ram.size(), config.cpus.count());
     items.extend([
         Item::number(key::BOOT_MENU, 0u16.to_le_bytes()),
         // The 8254 is at input 2 of the I/O APIC.

@@ -53,7 +53,7 @@ fn a_bios_is_a_rom_and_is_told_of_ram_and_boot_order() {
     let directory = tempfile::tempdir().unwrap();
     let config = FirmwareConfig {
         image: bios(directory.path(), 0x4_0000),
-        cpus: 2,
+        cpus: Topology::of_cores(2),
         boot_order: vec!["/a".into(), "/b".into()],
         serial_console: Some(0x3f8),
         ..FirmwareConfig::default()
@@ -76,7 +76,7 @@ fn efi_firmware_gets_its_own_copy_of_the_variables() {
         image: write(directory.path(), "code.fd", volume(false, 0x2_0000)),
         variables_template: Some(write(directory.path(), "vars.fd", volume(true, 0x1_0000))),
         variables: Some(own.clone()),
-        cpus: 1,
+        cpus: Topology::of_cores(1),
         ..FirmwareConfig::default()
     };
     let ram = Ram::new(64 << 20).unwrap();
@@ -102,7 +102,7 @@ fn what_is_no_firmware_is_refused_with_a_reason() {
     let directory = tempfile::tempdir().unwrap();
     let with = |content: Vec<u8>| FirmwareConfig {
         image: write(directory.path(), "image", content),
-        cpus: 1,
+        cpus: Topology::of_cores(1),
         ..FirmwareConfig::default()
     };
     assert!(why(&with(vec![1; 0x1_0001])).contains("64 KiB to 16 MiB"));
@@ -113,7 +113,11 @@ fn what_is_no_firmware_is_refused_with_a_reason() {
     assert!(why(&FirmwareConfig { variables: own.clone(), ..with(vec![1; 0x2_0000]) }).contains("no EFI firmware"));
     let efi = FirmwareConfig { variables: own, ..with(volume(false, 0x2_0000)) };
     assert!(why(&efi).contains("nothing to make it from"));
-    let missing = FirmwareConfig { image: directory.path().join("nothing"), cpus: 1, ..FirmwareConfig::default() };
+    let missing = FirmwareConfig {
+        image: directory.path().join("nothing"),
+        cpus: Topology::of_cores(1),
+        ..FirmwareConfig::default()
+    };
     assert!(why(&missing).contains("nothing"));
 }
 
@@ -136,7 +140,7 @@ fn a_kernel_is_handed_over_with_its_header_filled_in() {
     };
     let config = FirmwareConfig {
         image: bios(directory.path(), 0x2_0000),
-        cpus: 1,
+        cpus: Topology::of_cores(1),
         kernel: Some(kernel),
         ..FirmwareConfig::default()
     };

@@ -11,7 +11,7 @@ use crate::{Config, Vcpu, semantics};
 
 /// A machine of `cpus` processors with little RAM and nothing on its bus.
 pub fn machine_of(cpus: u32) -> (Arc<Machine>, Vec<Box<Vcpu>>) {
-    let config = Config { cpus, ..Config::default() };
+    let config = Config { cpus: arch::cpuid::Topology::of_cores(cpus), ..Config::default() };
     let time = Time::new();
     let cpuid = semantics::cpuid::model(&config, time.tsc_khz()).unwrap();
     let machine = Arc::new(Machine::new(memory::Ram::new(4 << 20).unwrap(), config, cpuid, time));

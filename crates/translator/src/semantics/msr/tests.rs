@@ -142,7 +142,7 @@ fn a_clock_outside_of_ram_is_ignored() {
 
 #[test]
 fn an_amd_kernel_finds_what_it_reads_without_asking() {
-    use arch::cpuid::{CpuModel, EngineFeatures, FeatureSet, Leaf, Model};
+    use arch::cpuid::{CpuModel, EngineFeatures, FeatureSet, Leaf, Model, Topology};
     let vendor = |leaf: u32, subleaf: u32| match leaf {
         0 => Leaf { eax: 0x10, ebx: 0x6874_7541, edx: 0x6974_6e65, ecx: 0x444d_4163 },
         _ => crate::host::cpuid(leaf, subleaf),
@@ -155,7 +155,7 @@ fn an_amd_kernel_finds_what_it_reads_without_asking() {
         arch_capabilities: 0,
         translated: true,
     };
-    let cpuid = CpuModel::new(Model::Host, &vendor, &engine, 1, 2_000_000).unwrap();
+    let cpuid = CpuModel::new(Model::Host, &vendor, &engine, Topology::default(), 2_000_000).unwrap();
     let ram = memory::Ram::new(4 << 20).unwrap();
     let machine = crate::shared::Machine::new(ram, Default::default(), cpuid, Default::default());
     let mut cpu = Vcpu::new(0, std::sync::Arc::new(machine)).unwrap();
