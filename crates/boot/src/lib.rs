@@ -24,6 +24,7 @@ mod entry;
 mod file;
 pub mod firmware;
 mod initrd;
+mod interrupts;
 pub mod layout;
 mod multiboot;
 mod pvh;
@@ -148,6 +149,7 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
         (None, None) => return Err(Error::NotAKernel { path: config.kernel.clone() }),
     };
     layout::write_bios_data(ram.view())?;
+    interrupts::write(ram.view())?;
     smbios::write(ram, config.cpus)?;
     Ok(state)
 }
