@@ -47,7 +47,7 @@ use file::Image;
 pub struct BootConfig {
     /// A bzImage, an ELF image with a PVH note, or a Multiboot kernel.
     pub kernel: PathBuf,
-    /// The initial RAM disk; of a Multiboot kernel, its modules.
+    /// The initial RAM disk; of a Multiboot kernel, its modules, perhaps with arguments behind a space.
     pub initrd: Vec<PathBuf>,
     pub command_line: String,
     /// Processors to announce.
@@ -130,7 +130,6 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
         return Err(Error::CommandLineZero);
     }
     let kernel = Image::open(&config.kernel)?;
-    let modules = config.initrd.iter().map(|path| Image::open(path)).collect::<Result<Vec<_>, _>>()?;
     let magic = kernel.magic()?;
     let elf = if magic == file::Magic::Elf { Some(elf::Elf::open(&kernel)?) } else { None };
     let pvh = elf.as_ref().is_some_and(|elf| elf.pvh_entry.is_some());
@@ -139,12 +138,18 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
     let inventory =
         acpi::Inventory { cpus: config.cpus.count(), vga: config.screen.is_some(), keyboard: config.screen.is_some() };
     acpi::write(ram, inventory)?;
+    let initrd = match config.initrd.first() {
+        Some(path) if header.is_none() => Some(Image::open(path)?),
+        _ => None,
+    };
     let state = match (header, elf) {
-        (Some(header), elf) => multiboot::load(ram, &kernel, &header, elf.as_ref(), &modules, &config.command_line)?,
-        (None, _) if modules.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
-        (None, Some(elf)) => pvh::load(ram, &kernel, &elf, modules.first(), &config.command_line)?,
+        (Some(header), elf) => {
+            multiboot::load(ram, &kernel, &header, elf.as_ref(), &config.initrd, &config.command_line)?
+        }
+        (None, _) if config.initrd.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
+        (None, Some(elf)) => pvh::load(ram, &kernel, &elf, initrd.as_ref(), &config.command_line)?,
         (None, None) if magic == file::Magic::BzImage => {
-            bzimage::load(ram, &kernel, modules.first(), &config.command_line, config.screen)?
+            bzimage::load(ram, &kernel, initrd.as_ref(), &config.command_line, config.screen)?
         }
         (None, None) => return Err(Error::NotAKernel { path: config.kernel.clone() }),
     };

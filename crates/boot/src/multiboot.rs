@@ -3,6 +3,8 @@
 //! A header in the first 8 or 32 KiB says how the kernel is to be loaded: as an ELF image, or as its own address fields
 //! have it. It is entered in 32-bit protected mode and told of memory, command line and modules.
 
+use std::path::{Path, PathBuf};
+
 use arch::CpuState;
 use memory::vm_memory::{Bytes, GuestAddress};
 use memory::{PAGE_SIZE, Ram};
@@ -80,6 +82,7 @@ pub struct Header {
 struct Module {
     start: u64,
     end: u64,
+    /// With its arguments.
     name: String,
 }
 
@@ -184,13 +187,23 @@ impl Header {
     }
 }
 
+/// A module as it is given: `FILE`, or `FILE ARGUMENTS` as in a boot loader's menu. A file of the whole name comes first.
+fn open_module(given: &Path) -> Result<Image, Error> {
+    let whole = Image::open(given);
+    let split = given.to_str().and_then(|given| given.split_once(' '));
+    match (whole, split) {
+        (Err(_), Some((file, _))) => Image::open(Path::new(file)),
+        (whole, _) => whole,
+    }
+}
+
 /// Loads the kernel and its modules, and writes what it is told.
 pub fn load(
     ram: &Ram,
     image: &Image,
     header: &Header,
     elf: Option<&Elf>,
-    modules: &[Image],
+    modules: &[PathBuf],
     command_line: &str,
 ) -> Result<CpuState, Error> {
     let view = ram.view();
@@ -244,17 +257,18 @@ pub fn load(
 }
 
 /// Puts the modules behind the kernel, in high memory, each at a page of its own.
-fn load_modules(ram: &Ram, modules: &[Image], mut next: u64, available: u64) -> Result<Vec<Module>, Error> {
+fn load_modules(ram: &Ram, modules: &[PathBuf], mut next: u64, available: u64) -> Result<Vec<Module>, Error> {
     let mut loaded = Vec::new();
     next = next.max(layout::HIGH_MEMORY);
-    for module in modules {
+    for given in modules {
+        let module = open_module(given)?;
         let (start, size) = (next.next_multiple_of(PAGE_SIZE), module.size());
         let Some(end) = start.checked_add(size).filter(|end| *end <= available) else {
             let room = available.saturating_sub(start);
             return Err(Error::InitrdTooLarge { path: module.path().to_owned(), size, room });
         };
         module.read_to(ram.view(), "a module", start, 0, size)?;
-        loaded.push(Module { start, end, name: module.path().display().to_string() });
+        loaded.push(Module { start, end, name: given.display().to_string() });
         next = end;
     }
     Ok(loaded)

@@ -46,6 +46,31 @@ fn boot(kernel: &[u8], modules: &[&[u8]]) -> Result<(Ram, CpuState), Error> {
     crate::load(&ram, &config).map(|state| (ram, state))
 }
 
+#[test]
+fn a_modules_arguments_are_told_with_its_name() {
+    let files = Files::new();
+    let kernel = files.add("kernel", &first(HAS_ADDRESSES | 3));
+    let (plain, spaced) = (files.add("plain", &[1; 5]), files.add("a name", &[2; 6]));
+    let with_arguments = format!("{} root=/dev/xvda quiet", plain.display());
+    let config = |initrd| BootConfig {
+        kernel: kernel.clone(),
+        initrd,
+        command_line: String::new(),
+        cpus: Topology::of_cores(1),
+        screen: None,
+    };
+    let ram = Ram::new(64 << 20).unwrap();
+    let state = crate::load(&ram, &config(vec![with_arguments.clone().into(), spaced.clone()])).unwrap();
+    let information = read::<INFORMATION_SIZE>(&ram, state.gpr[gpr::RBX]);
+    let modules = read::<32>(&ram, word(&information, 24).into());
+    assert_eq!(string(&ram, word(&modules, 8)), with_arguments);
+    assert_eq!(read::<5>(&ram, word(&modules, 0).into()), [1; 5]);
+    assert_eq!(string(&ram, word(&modules, 24)), spaced.display().to_string());
+    assert_eq!(read::<6>(&ram, word(&modules, 16).into()), [2; 6]);
+    let error = crate::load(&ram, &config(vec!["/nowhere quiet".into()])).err().unwrap().to_string();
+    assert!(error.contains("/nowhere:") || error.contains("/nowhere "), "{error}");
+}
+
 fn string(ram: &Ram, address: u32) -> String {
     let bytes = read::<200>(ram, address.into());
     String::from_utf8(bytes.split(|byte| *byte == 0).next().unwrap().to_vec()).unwrap()

@@ -79,7 +79,7 @@ pub struct RunArgs {
     /// Where EFI firmware keeps its variables; made if it is not there. Without it they are lost at the end
     #[arg(long, value_name = "FILE", requires = "firmware")]
     pub firmware_vars: Option<PathBuf>,
-    /// Initial RAM disk for --kernel; for a Multiboot kernel a module, repeatable
+    /// Initial RAM disk for --kernel; for a Multiboot kernel a module, repeatable: 'FILE' or 'FILE ARGUMENTS'
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Vec<PathBuf>,
     /// Kernel command line for --kernel; added to Ringer's own for a kernel that comes from --disk
