@@ -53,6 +53,19 @@ pub const EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         kind: Kind::EmulatedAmd,
+        why: "TCG checks no alignment",
+        tests: &["system_calls::sysret_that_sets_ac_has_alignment_checked"],
+    },
+    Exception {
+        kind: Kind::EmulatedAmd,
+        why: "TCG's SYSRET sets RF and VM where R11 has them",
+        tests: &[
+            "system_calls::a_breakpoint_where_sysret_leads_is_not_passed_by_rf",
+            "system_calls::system_calls_in_a_row_keep_flags_and_mask_those_of_the_kernel",
+        ],
+    },
+    Exception {
+        kind: Kind::EmulatedAmd,
         why: "TCG saves RF as set with an injected interrupt",
         tests: &["interrupts::the_saved_flags_of_an_interrupt_are_those_of_the_interrupted_code"],
     },
