@@ -24,6 +24,8 @@ pub mod rflags {
     pub const ID: u64 = 1 << 21;
     /// The six flags that arithmetic sets.
     pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
+    /// All that can be set: the others are reserved, or fixed.
+    pub const KNOWN: u64 = ARITHMETIC | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
 }
 
 /// CR0

@@ -1,9 +1,7 @@
 //! Loading kernels made here.
 
 use super::*;
-use crate::BootConfig;
-use crate::testing::{Files, read};
-use arch::cpuid::Topology;
+use crate::testing::{Files, config, read};
 use arch::registers::{cr0, gpr};
 
 const LOAD: u32 = 0x10_0000;
@@ -35,13 +33,7 @@ fn address_tags() -> Vec<u8> {
 fn boot(kernel: &[u8], modules: &[&[u8]]) -> Result<(Ram, CpuState), Error> {
     let files = Files::new();
     let initrd = modules.iter().enumerate().map(|(i, bytes)| files.add(&format!("module{i}"), bytes)).collect();
-    let config = BootConfig {
-        kernel: files.add("kernel", kernel),
-        initrd,
-        command_line: "-v one".into(),
-        cpus: Topology::of_cores(1),
-        screen: None,
-    };
+    let config = config(files.add("kernel", kernel), initrd, "-v one");
     let ram = Ram::new(64 << 20).unwrap();
     crate::load(&ram, &config).map(|state| (ram, state))
 }
@@ -52,13 +44,7 @@ fn a_modules_arguments_are_told_with_its_name() {
     let kernel = files.add("kernel", &first(HAS_ADDRESSES | 3));
     let (plain, spaced) = (files.add("plain", &[1; 5]), files.add("a name", &[2; 6]));
     let with_arguments = format!("{} root=/dev/xvda quiet", plain.display());
-    let config = |initrd| BootConfig {
-        kernel: kernel.clone(),
-        initrd,
-        command_line: String::new(),
-        cpus: Topology::of_cores(1),
-        screen: None,
-    };
+    let config = |initrd| config(kernel.clone(), initrd, "");
     let ram = Ram::new(64 << 20).unwrap();
     let state = crate::load(&ram, &config(vec![with_arguments.clone().into(), spaced.clone()])).unwrap();
     let information = read::<INFORMATION_SIZE>(&ram, state.gpr[gpr::RBX]);

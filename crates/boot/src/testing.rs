@@ -59,16 +59,16 @@ impl Files {
     }
 }
 
+/// One processor, no screen.
+pub fn config(kernel: PathBuf, initrd: Vec<PathBuf>, command_line: &str) -> BootConfig {
+    BootConfig { kernel, initrd, command_line: command_line.into(), cpus: Topology::of_cores(1), screen: None }
+}
+
 /// Boots a machine with `ram` bytes from files of these contents.
 pub fn boot(ram: u64, kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) -> Result<(Ram, CpuState), Error> {
     let files = Files::new();
-    let config = BootConfig {
-        kernel: files.add("kernel", kernel),
-        initrd: initrd.into_iter().map(|bytes| files.add("initrd", bytes)).collect(),
-        command_line: command_line.into(),
-        cpus: Topology::of_cores(1),
-        screen: None,
-    };
+    let initrd = initrd.into_iter().map(|bytes| files.add("initrd", bytes)).collect();
+    let config = config(files.add("kernel", kernel), initrd, command_line);
     let ram = Ram::new(ram).unwrap();
     load(&ram, &config).map(|state| (ram, state))
 }
@@ -101,14 +101,7 @@ pub fn mutate(kernel: &[u8], seed: u64) {
         if random(8) == 0 {
             bytes.truncate(random(bytes.len()));
         }
-        let kernel = files.add("kernel", &bytes);
-        let config = BootConfig {
-            kernel,
-            initrd: Vec::new(),
-            command_line: "quiet".into(),
-            cpus: Topology::of_cores(1),
-            screen: None,
-        };
+        let config = config(files.add("kernel", &bytes), Vec::new(), "quiet");
         if let Err(error) = load(&ram, &config) {
             assert!(!error.to_string().contains('\n'));
         }

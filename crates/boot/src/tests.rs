@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::{Files, boot, bzimage, mutate};
 
 fn config(kernel: PathBuf) -> BootConfig {
-    BootConfig { kernel, initrd: Vec::new(), command_line: String::new(), cpus: Topology::of_cores(1), screen: None }
+    crate::testing::config(kernel, Vec::new(), "")
 }
 
 fn error(config: &BootConfig) -> String {

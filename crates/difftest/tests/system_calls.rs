@@ -57,6 +57,16 @@ fn calls(a: &mut CodeAssembler, count: u32) -> Result<(), IcedError> {
     a.jnz(again)
 }
 
+/// What the kernel does in a call only that r15d, not 0, announces.
+fn at_last(a: &mut CodeAssembler, what: Code) -> Result<(), IcedError> {
+    let mut without = a.create_label();
+    a.test(r15d, r15d)?;
+    a.jz(without)?;
+    what(a)?;
+    a.set_label(&mut without)?;
+    a.nop()
+}
+
 #[test]
 fn system_calls_in_a_row_keep_flags_and_mask_those_of_the_kernel() {
     let m = run(
@@ -123,15 +133,12 @@ fn the_kernel_reaches_user_pages_if_the_mask_leaves_ac_set() {
                 a.int3()
             },
             &|a| {
-                let mut without = a.create_label();
-                a.test(r15d, r15d)?;
-                a.jz(without)?;
-                a.mov(rdi, rsp)?;
-                a.mov(rsp, DIRECT + STACK_TOP)?;
-                a.mov(rax, qword_ptr(USER_STACK - 64))?;
-                a.mov(rsp, rdi)?;
-                a.set_label(&mut without)?;
-                a.nop()
+                at_last(a, &|a| {
+                    a.mov(rdi, rsp)?;
+                    a.mov(rsp, DIRECT + STACK_TOP)?;
+                    a.mov(rax, qword_ptr(USER_STACK - 64))?;
+                    a.mov(rsp, rdi)
+                })
             },
         );
         assert_eq!(m.frame().vector, vector);
@@ -150,14 +157,7 @@ fn sysret_that_sets_ac_has_alignment_checked() {
             a.mov(eax, dword_ptr(rsp - 31))?;
             a.int3()
         },
-        &|a| {
-            let mut without = a.create_label();
-            a.test(r15d, r15d)?;
-            a.jz(without)?;
-            a.or(r9, 0x4_0000)?;
-            a.set_label(&mut without)?;
-            a.nop()
-        },
+        &|a| at_last(a, &|a| a.or(r9, 0x4_0000)),
     );
     assert_eq!((m.frame().vector, m.frame().rip), (17, m.state().gpr[8]));
 }
@@ -212,15 +212,12 @@ fn a_breakpoint_where_sysret_leads_is_not_passed_by_rf() {
             a.int3()
         },
         &|a| {
-            let mut without = a.create_label();
-            a.test(r15d, r15d)?;
-            a.jz(without)?;
-            a.mov(dr0, r8)?;
-            a.mov(eax, 2)?;
-            a.mov(dr7, rax)?;
-            a.or(r9, 0x1_0000)?;
-            a.set_label(&mut without)?;
-            a.nop()
+            at_last(a, &|a| {
+                a.mov(dr0, r8)?;
+                a.mov(eax, 2)?;
+                a.mov(dr7, rax)?;
+                a.or(r9, 0x1_0000)
+            })
         },
     );
     assert_eq!((m.frame().vector, m.frame().rip), (1, m.state().gpr[8]));
@@ -237,13 +234,8 @@ fn sysret_is_undefined_once_sce_is_clear() {
             a.syscall()
         },
         &|a| {
-            let mut without = a.create_label();
             a.mov(rsp, DIRECT + STACK_TOP)?;
-            a.test(r15d, r15d)?;
-            a.jz(without)?;
-            wrmsr(a, msr::EFER, 0xd00)?;
-            a.set_label(&mut without)?;
-            a.nop()
+            at_last(a, &|a| wrmsr(a, msr::EFER, 0xd00))
         },
     );
     assert_eq!((m.frame().vector, m.frame().cs), (6, KERNEL_CODE.into()));
@@ -265,14 +257,11 @@ fn programs_that_sysret_leads_to_read_the_tsc_only_without_tsd() {
             a.jmp(again)
         },
         &|a| {
-            let mut without = a.create_label();
-            a.test(r15d, r15d)?;
-            a.jz(without)?;
-            a.mov(rax, cr4)?;
-            a.or(rax, cr4::TSD as i32)?;
-            a.mov(cr4, rax)?;
-            a.set_label(&mut without)?;
-            a.nop()
+            at_last(a, &|a| {
+                a.mov(rax, cr4)?;
+                a.or(rax, cr4::TSD as i32)?;
+                a.mov(cr4, rax)
+            })
         },
     );
     assert_eq!((m.frame().vector, m.frame().rip), (13, m.state().gpr[8]));
@@ -290,15 +279,13 @@ fn a_pending_interrupt_comes_before_the_instruction_that_sysret_leads_to() {
             a.int3()
         },
         &|a| {
-            let mut without = a.create_label();
             a.mov(rdi, rsp)?;
             a.mov(rsp, DIRECT + STACK_TOP)?;
-            a.test(r15d, r15d)?;
-            a.jz(without)?;
-            wrmsr(a, msr::APIC_BASE, 0xfee0_0d00)?;
-            wrmsr(a, 0x80f, 0x1ff)?;
-            wrmsr(a, SELF_IPI, 0x55)?;
-            a.set_label(&mut without)?;
+            at_last(a, &|a| {
+                wrmsr(a, msr::APIC_BASE, 0xfee0_0d00)?;
+                wrmsr(a, 0x80f, 0x1ff)?;
+                wrmsr(a, SELF_IPI, 0x55)
+            })?;
             a.mov(rsp, rdi)
         },
     );

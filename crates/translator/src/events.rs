@@ -38,8 +38,7 @@ impl Vcpu {
     #[inline]
     pub fn event_deliverable(&self) -> bool {
         let requests = self.shared.requests.load(Ordering::Relaxed);
-        requests & (request::TIMER | request::INIT | request::SIPI | request::SMI) != 0
-            && requests & self.unmasked() != 0
+        requests & self.unmasked() != 0
             || self.pending_debug != 0 && !self.debug_shadow
             || self.pending_event.is_some()
             || !self.interrupt_shadow
@@ -161,15 +160,14 @@ impl Vcpu {
 
     /// The requests that end a halt: those that change something for a processor in this state.
     fn waking_requests(&self) -> u32 {
-        let always =
-            request::STOP | request::INVALIDATE | request::TIMER | if self.smm.active { 0 } else { request::INIT };
+        let always = request::STOP | request::INVALIDATE | request::TIMER;
+        let (init, smi) = if self.smm.active { (0, 0) } else { (request::INIT, request::SMI) };
         if self.activity == Activity::WaitForSipi {
-            return always | request::SIPI;
+            return always | init | request::SIPI;
         }
-        let always = always | if self.smm.active { 0 } else { request::SMI };
         let nmi = if self.nmi_blocked { 0 } else { request::NMI };
         let interrupt = if self.rflags & rflags::IF != 0 { request::INTERRUPT } else { 0 };
-        always | nmi | interrupt
+        always | init | smi | nmi | interrupt
     }
 
     /// Sleeps while halted or waiting for a start-up IPI, until a request comes that matters.

@@ -61,19 +61,6 @@ const RAX: usize = 0x1f8;
 const REVISION_ID: u32 = 0x64 | 1 << 17;
 /// Segment attributes that the area has room for: all but the limit's bits.
 const ATTRIBUTES: u16 = 0xf0ff;
-/// What RSM can set of RFLAGS: all that there is.
-const FLAGS: u64 = rflags::ARITHMETIC
-    | rflags::TF
-    | rflags::IF
-    | rflags::DF
-    | rflags::IOPL
-    | rflags::NT
-    | rflags::RF
-    | rflags::VM
-    | rflags::AC
-    | rflags::VIF
-    | rflags::VIP
-    | rflags::ID;
 /// What an SMI clears of CR0.
 const CR0_CLEARED: u64 = cr0::PE | cr0::EM | cr0::TS | cr0::PG;
 
@@ -220,7 +207,7 @@ impl Vcpu {
         let active = new_cr0 & cr0::PG != 0 && new_efer & efer::LME != 0;
         self.msrs.efer = new_efer & !efer::LMA | if active { efer::LMA } else { 0 };
         (self.dr6, self.dr7) = (area.u64(DR6) & 0xffff_ffff, area.u64(DR7) & 0xffff_ffff);
-        self.rflags = area.u64(RFLAGS) & FLAGS | rflags::FIXED;
+        self.rflags = area.u64(RFLAGS) & rflags::KNOWN | rflags::FIXED;
         self.rip = area.u64(RIP);
         if !self.code64() {
             self.rip &= 0xffff_ffff;

@@ -176,19 +176,7 @@ fn load_state(cpu: &mut Vcpu, new: &TaskState, flags: u64) -> Result<(), Excepti
         cpu.cr3 = cr3;
         cpu.mmu_flush_all();
     }
-    let known = rflags::ARITHMETIC
-        | rflags::TF
-        | rflags::IF
-        | rflags::DF
-        | rflags::IOPL
-        | rflags::NT
-        | rflags::RF
-        | rflags::VM
-        | rflags::AC
-        | rflags::VIF
-        | rflags::VIP
-        | rflags::ID;
-    cpu.rflags = flags & known | rflags::FIXED;
+    cpu.rflags = flags & rflags::KNOWN | rflags::FIXED;
     cpu.rip = new.rip;
     cpu.gpr[gpr::RAX..=gpr::RDI].copy_from_slice(&new.gpr);
     // Local breakpoints belong to the old task (Intel SDM 3B 17.2.4).

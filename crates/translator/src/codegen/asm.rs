@@ -218,6 +218,12 @@ impl Asm {
         self.byte(0xc0 | (reg & 7) << 3 | rm.0 & 7);
     }
 
+    /// The same for opcodes behind 0F, with a REX prefix in any case: it makes byte registers of 4 to 7 the low ones.
+    fn op_reg_0f(&mut self, wide: bool, opcode: u8, reg: u8, rm: Reg) {
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | rm.0 >> 3;
+        self.bytes(&[rex, 0x0f, opcode, 0xc0 | (reg & 7) << 3 | rm.0 & 7]);
+    }
+
     pub fn mov(&mut self, to: Reg, from: Reg) {
         if to != from {
             self.op_reg(true, 0x8b, to.0, from);
@@ -405,7 +411,7 @@ impl Asm {
     /// A move that extends the sign of the low 2, 4 or 8 bytes.
     pub fn mov_signed(&mut self, size: usize, to: Reg, from: Reg) {
         match size {
-            2 => self.bytes(&[0x48 | (to.0 >> 3) << 2 | from.0 >> 3, 0x0f, 0xbf, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]),
+            2 => self.op_reg_0f(true, 0xbf, to.0, from),
             4 => self.op_reg(true, 0x63, to.0, from),
             _ => self.mov(to, from),
         }
@@ -413,23 +419,21 @@ impl Asm {
 
     /// BT, BTS, BTR or BTC (by its second opcode byte) of 2, 4 or 8 bytes in a register.
     pub fn bit(&mut self, size: usize, opcode: u8, word: Reg, number: Reg) {
-        self.bit_prefixes(size, word, number);
-        self.bytes(&[0x0f, opcode, 0xc0 | (number.0 & 7) << 3 | word.0 & 7]);
+        if size == 2 {
+            self.byte(0x66);
+        }
+        self.op_reg_0f(size == 8, opcode, number.0, word);
     }
 
     /// The same, LOCKed, of memory at `[S0]`; the number has to be below that of the operand's bits.
     pub fn locked_bit(&mut self, size: usize, opcode: u8, number: Reg) {
         self.byte(0xf0);
-        self.bit_prefixes(size, S0, number);
-        self.bytes(&[0x0f, opcode]);
-        self.modrm(number.0, Mem::Base(S0, 0), 0);
-    }
-
-    fn bit_prefixes(&mut self, size: usize, operand: Reg, number: Reg) {
         if size == 2 {
             self.byte(0x66);
         }
-        self.byte(0x40 | u8::from(size == 8) << 3 | (number.0 >> 3) << 2 | operand.0 >> 3);
+        self.rex(size == 8, number.0, Mem::Base(S0, 0));
+        self.bytes(&[0x0f, opcode]);
+        self.modrm(number.0, Mem::Base(S0, 0), 0);
     }
 
     /// RORX (BMI2), 32 bits: leaves the flags alone.
@@ -512,8 +516,7 @@ impl Asm {
 
     /// CMOVB, 32 bits.
     pub fn move32_if_below(&mut self, to: Reg, from: Reg) {
-        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
-        self.bytes(&[rex, 0x0f, 0x42, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+        self.op_reg_0f(false, 0x42, to.0, from);
     }
 
     /// `shl reg, 32`
@@ -529,13 +532,11 @@ impl Asm {
     }
 
     pub fn movzx8(&mut self, to: Reg, from: Reg) {
-        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
-        self.bytes(&[rex, 0x0f, 0xb6, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+        self.op_reg_0f(false, 0xb6, to.0, from);
     }
 
     pub fn movzx16(&mut self, to: Reg, from: Reg) {
-        let rex = 0x40 | (to.0 >> 3) << 2 | from.0 >> 3;
-        self.bytes(&[rex, 0x0f, 0xb7, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+        self.op_reg_0f(false, 0xb7, to.0, from);
     }
 
     /// 16-bit move: keeps the rest of the register.
