@@ -167,6 +167,12 @@ impl Body<'_> {
         if ahead.is_empty() { start..end } else { start.min(ahead.start)..end.max(ahead.end) }
     }
 
+    /// The part of the next page that its instructions reach into.
+    pub fn beyond(&self) -> Range<usize> {
+        let end = (self.origin.address % PAGE_SIZE) as usize + self.record.bytes.len();
+        0..end.saturating_sub(PAGE_SIZE as usize)
+    }
+
     /// The instruction at an offset, with its bytes, in code at `rip`.
     pub fn decode(&self, rip: u64, guest_offset: u16) -> Option<(Instruction, [u8; 15])> {
         let offset = guest_offset as usize;
@@ -183,12 +189,9 @@ impl Body<'_> {
         let overlap = |span: Range<usize>| span.start < bytes.end && bytes.start < span.end;
         let start = (self.origin.address % PAGE_SIZE) as usize;
         let end = start + self.record.bytes.len();
-        let size = PAGE_SIZE as usize;
-        if frame == self.origin.frame() {
-            overlap(start..end.min(size)) || overlap(self.record.lookahead())
-        } else {
-            overlap(0..end.saturating_sub(size))
-        }
+        let of_first = || overlap(start..end.min(PAGE_SIZE as usize)) || overlap(self.record.lookahead());
+        // Both may be one frame, mapped twice in a row.
+        frame == self.origin.frame() && of_first() || self.second_page == Some(frame) && overlap(self.beyond())
     }
 
     /// The guest address that a link leads to from code at `rip`.

@@ -114,10 +114,30 @@ struct SensitiveEntry {
     next: Option<u32>,
 }
 
+/// A block that depends on a page.
+#[derive(Clone, Copy)]
+struct PageBlock {
+    id: BlockId,
+    /// The first byte of the page that translation looked at, and the one after the last: of most blocks a store has to know no
+    /// more than these, since to ask their records takes longer.
+    start: u16,
+    end: u16,
+}
+
+impl PageBlock {
+    fn extent(&self) -> Range<usize> {
+        self.start.into()..self.end.into()
+    }
+
+    fn touches(&self, bytes: &Range<usize>) -> bool {
+        usize::from(self.start) < bytes.end && bytes.start < usize::from(self.end)
+    }
+}
+
 /// The blocks that depend on a page.
 #[derive(Default)]
 struct PageCode {
-    blocks: Vec<BlockId>,
+    blocks: Vec<PageBlock>,
     /// A bit for each 64 bytes: translation may have looked at some of them.
     lines: u64,
 }
@@ -401,15 +421,15 @@ impl Cache {
     /// Lets a block be found.
     fn attach(&mut self, id: BlockId) {
         let body = self.body(id);
-        let (origin, second_page, extent) = (body.origin, body.second_page, body.extent());
+        let (origin, second_page, extent, beyond) = (body.origin, body.second_page, body.extent(), body.beyond());
         let alias = self.at_origin(origin).next();
         let block = self.at_mut(id);
         (block.alias, block.live) = (alias, true);
         self.lead_origin(origin, Some(id));
-        for (page, lines) in std::iter::once((origin.frame(), lines(&extent))).chain(second_page.map(|p| (p, 1))) {
+        for (page, extent) in std::iter::once((origin.frame(), extent)).chain(second_page.map(|p| (p, beyond))) {
             let code = self.by_page.entry(page).or_default();
-            code.blocks.push(id);
-            code.lines |= lines;
+            code.blocks.push(PageBlock { id, start: extent.start as u16, end: extent.end as u16 });
+            code.lines |= lines(&extent);
         }
     }
 
@@ -516,14 +536,21 @@ impl Cache {
     /// Whether translation looked at any of these bytes of a page.
     pub fn overlaps(&self, page: u64, bytes: &Range<usize>) -> bool {
         let Some(code) = self.by_page.get(&page) else { return false };
-        code.lines & lines(bytes) != 0 && code.blocks.iter().any(|&id| self.body(id).overlaps(page, bytes))
+        code.lines & lines(bytes) != 0 && code.blocks.iter().any(|block| self.looked_at(block, page, bytes))
+    }
+
+    fn looked_at(&self, block: &PageBlock, page: u64, bytes: &Range<usize>) -> bool {
+        block.touches(bytes) && self.body(block.id).overlaps(page, bytes)
     }
 
     /// Drops the blocks made from `bytes` of a physical page, but for those that can sleep; how many.
     pub fn invalidate(&mut self, page: u64, bytes: Range<usize>) -> usize {
         let Some(code) = self.by_page.get(&page) else { return 0 };
-        let ids = code.blocks.iter().copied();
-        let hit: Vec<BlockId> = ids.filter(|&id| self.body(id).overlaps(page, &bytes)).collect();
+        if code.lines & lines(&bytes) == 0 {
+            return 0;
+        }
+        let hit = code.blocks.iter().filter(|block| self.looked_at(block, page, &bytes));
+        let hit: Vec<BlockId> = hit.map(|block| block.id).collect();
         for &id in &hit {
             self.stats.invalidated += 1;
             self.put_to_sleep(id);
@@ -533,14 +560,8 @@ impl Cache {
     }
 
     fn find_lines(&mut self, page: u64) {
-        let Some(code) = self.by_page.get(&page) else { return };
-        let spans = code.blocks.iter().map(|&id| {
-            let body = self.body(id);
-            if page == body.origin.frame() { lines(&body.extent()) } else { 1 }
-        });
-        let found = spans.fold(0, |all, lines| all | lines);
         if let Some(code) = self.by_page.get_mut(&page) {
-            code.lines = found;
+            code.lines = code.blocks.iter().fold(0, |all, block| all | lines(&block.extent()));
         }
     }
 
@@ -579,7 +600,7 @@ impl Cache {
         self.at_mut(id).alias = None;
         for page in std::iter::once(origin.frame()).chain(second_page) {
             if let Some(code) = self.by_page.get_mut(&page) {
-                code.blocks.retain(|&other| other != id);
+                code.blocks.retain(|other| other.id != id);
                 if code.blocks.is_empty() {
                     self.by_page.remove(&page);
                 }

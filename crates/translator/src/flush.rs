@@ -47,15 +47,34 @@ impl Vcpu {
         if !pcids || left & 0xfff == self.pcid() {
             return self.flush_current();
         }
-        let space = self.engine.spaces.leave(left, self.cr3);
+        self.leave_space(left, self.cr3);
+        if !keep {
+            self.engine.spaces.forget(self.pcid());
+        }
+        self.enter_space(self.cr3);
+    }
+
+    /// Goes on by another memory map than before without paging. Addresses mean what they meant when that map was last left, unless
+    /// something was flushed since: firmware enters system-management mode each time that it changes from 16-bit to 32-bit code.
+    /// Paging and PCIDs being off, no address space waits in either map: both can do so under a value of CR3 that is not in use.
+    pub fn mmu_change_unpaged_map(&mut self, smm: bool) {
+        let key = u64::from;
+        self.leave_space(key(!smm), key(smm));
+        self.enter_space(key(smm));
+    }
+
+    /// Lets what is not global wait under a value of CR3.
+    fn leave_space(&mut self, left: u64, next: u64) {
+        let space = self.engine.spaces.leave(left, next);
         self.tlb.take_local(&mut space.mappings);
         self.engine.cache.jumps.take_local(&mut space.jumps);
         space.fetches.clear();
         std::mem::swap(&mut self.engine.fetches, &mut space.fetches);
-        if !keep {
-            self.engine.spaces.forget(self.pcid());
-        }
-        let Some(space) = self.engine.spaces.enter(self.cr3) else { return };
+    }
+
+    /// Goes on with what waits under a value of CR3.
+    fn enter_space(&mut self, cr3: u64) {
+        let Some(space) = self.engine.spaces.enter(cr3) else { return };
         self.tlb.put_back(&space.mappings);
         self.engine.cache.jumps.put_back(&space.jumps);
         std::mem::swap(&mut self.engine.fetches, &mut space.fetches);

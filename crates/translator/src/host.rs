@@ -98,19 +98,41 @@ fn advertised_hz() -> Option<u64> {
     hz.checked_div(u64::from(ratio.eax)).filter(|&hz| hz != 0)
 }
 
-/// A reading of the counter and of CLOCK_MONOTONIC at one moment: the tightest of several, so that being
-/// descheduled between the two does not count.
-fn sample() -> (u64, u64) {
-    let mut best = (u64::MAX, 0, 0);
-    for _ in 0..16 {
-        let before = ordered_rdtsc();
-        let ns = monotonic_ns();
-        let width = ordered_rdtsc().wrapping_sub(before);
-        if width < best.0 {
-            best = (width, before + width / 2, ns);
+/// A reading of the counter and of CLOCK_MONOTONIC at one moment.
+#[derive(Clone, Copy)]
+struct Sample {
+    ticks: u64,
+    ns: u64,
+    /// Ticks between the two readings of the counter that the clock's is between.
+    width: u64,
+}
+
+impl Sample {
+    /// The tightest of several, so that being descheduled between the readings does not count.
+    fn take() -> Sample {
+        let mut best = Sample { ticks: 0, ns: 0, width: u64::MAX };
+        for _ in 0..16 {
+            let before = ordered_rdtsc();
+            let ns = monotonic_ns();
+            let width = ordered_rdtsc().wrapping_sub(before);
+            if width < best.width {
+                best = Sample { ticks: before + width / 2, ns, width };
+            }
         }
+        best
     }
-    (best.1, best.2)
+
+    /// Ticks a second until a later sample.
+    fn rate(&self, later: &Sample) -> u64 {
+        let (ticks, ns) = (later.ticks.saturating_sub(self.ticks), later.ns.saturating_sub(self.ns).max(1));
+        ((u128::from(ticks) * 1_000_000_000 / u128::from(ns)) as u64).max(1_000_000)
+    }
+
+    /// Whether what is not known of either moment is at most the `part`th part of the time between.
+    fn tells(&self, later: &Sample, part: u64) -> bool {
+        let unknown = self.width.saturating_add(later.width) / 2;
+        later.ticks.saturating_sub(self.ticks) / part >= unknown
+    }
 }
 
 fn ordered_rdtsc() -> u64 {
@@ -119,24 +141,28 @@ fn ordered_rdtsc() -> u64 {
     rdtsc()
 }
 
-/// Ticks a second, against CLOCK_MONOTONIC. A short look (2 ms, good to 100 ppm) is enough to trust what CPUID states,
-/// which is exact; without it a longer one (30 ms, good to 10 ppm) is the measurement.
+/// Ticks a second, against CLOCK_MONOTONIC. A short look (good to 100 ppm) is enough to trust what CPUID states, which is
+/// exact; without it a measurement that is good to 10 ppm counts. How long either takes depends on how closely the clock can be
+/// read: less than a millisecond, or a few; a clock that takes a system call has 30.
 fn measure(advertised: Option<u64>) -> u64 {
-    let start = sample();
-    let rate = |wait| {
-        std::thread::sleep(Duration::from_millis(wait));
-        let end = sample();
-        let (ticks, ns) = (end.0.saturating_sub(start.0), end.1.saturating_sub(start.1).max(1));
-        ((u128::from(ticks) * 1_000_000_000 / u128::from(ns)) as u64).max(1_000_000)
-    };
-    if let Some(hz) = advertised {
-        let measured = rate(2);
-        if hz.abs_diff(measured) < hz / 1000 {
-            return hz;
+    const PATIENCE_NS: u64 = 30_000_000;
+    let start = Sample::take();
+    let until = |part| {
+        loop {
+            std::thread::sleep(Duration::from_micros(250));
+            let end = Sample::take();
+            if start.tells(&end, part) || end.ns.saturating_sub(start.ns) > PATIENCE_NS {
+                return start.rate(&end);
+            }
         }
+    };
+    if let Some(hz) = advertised
+        && hz.abs_diff(until(10_000)) < hz / 1000
+    {
+        return hz;
     }
     // To the kHz, in which CPUID and the guest's clock code count.
-    (rate(30) + 500) / 1000 * 1000
+    (until(100_000) + 500) / 1000 * 1000
 }
 
 thread_local! {
@@ -263,12 +289,22 @@ mod tests {
     #[test]
     fn tsc_frequency_agrees_with_the_monotonic_clock() {
         let tsc = tsc();
-        let start = sample();
+        let start = Sample::take();
         std::thread::sleep(Duration::from_millis(50));
-        let end = sample();
-        let ns = u128::from(end.0 - start.0) * 1_000_000_000 / u128::from(tsc.hz);
-        let real = u128::from(end.1 - start.1);
+        let end = Sample::take();
+        let ns = u128::from(end.ticks - start.ticks) * 1_000_000_000 / u128::from(tsc.hz);
+        let real = u128::from(end.ns - start.ns);
         assert!(ns.abs_diff(real) < real / 1000, "{ns} ns by TSC, {real} ns by clock");
+    }
+
+    #[test]
+    fn a_measurement_takes_until_its_readings_are_close_enough_for_the_time_between() {
+        let start = Sample { ticks: 1_000, ns: 0, width: 100 };
+        let after = |ticks| Sample { ticks: 1_000 + ticks, ns: ticks / 2, width: 60 };
+        assert!(!start.tells(&after(7_999_999), 100_000));
+        assert!(start.tells(&after(8_000_000), 100_000));
+        assert!(!start.tells(&Sample { width: u64::MAX, ..after(u64::MAX / 2) }, 10_000));
+        assert_eq!(start.rate(&after(8_000_000)), 2_000_000_000);
     }
 
     #[test]

@@ -70,9 +70,29 @@ impl Vcpu {
 
     /// Works by the newest map for its mode: there is another one in system-management mode.
     pub fn take_map(&mut self) {
+        self.find_map();
+        self.mmu_flush_all();
+    }
+
+    /// The same when only that mode was entered or left; `plain`: the map [alone](Vcpu::map_is_all) decided before what an address is.
+    pub fn change_map(&mut self, plain: bool) {
+        let known = self.map.generation();
+        self.find_map();
+        if plain && self.map_is_all() && self.map.generation() == known {
+            self.mmu_change_unpaged_map(self.smm.active);
+        } else {
+            self.mmu_flush_all();
+        }
+    }
+
+    /// Neither paging nor a breakpoint has a say in what an access at an address is.
+    pub fn map_is_all(&self) -> bool {
+        !self.paging() && self.dr7 & 0xff == 0
+    }
+
+    fn find_map(&mut self) {
         let map = self.machine.ram.map();
         self.map = if self.smm.active { map.smm_sections() } else { map.sections() };
-        self.mmu_flush_all();
     }
 
     /// Reads within one page.

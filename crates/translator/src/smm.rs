@@ -144,6 +144,7 @@ impl Vcpu {
     /// An SMI (Intel SDM 3C 32.4, 32.5).
     pub fn enter_smm(&mut self) {
         let area = self.state_to_save();
+        let plain = self.map_is_all();
         self.smm.active = true;
         self.smm.nmis_were_blocked = std::mem::replace(&mut self.nmi_blocked, true);
         self.smm.debug = std::mem::take(&mut self.pending_debug);
@@ -161,7 +162,7 @@ impl Vcpu {
         self.msrs.efer = 0;
         self.dr7 = debug::DR7_INIT;
         self.idtr = DescriptorTable::default();
-        self.take_map();
+        self.change_map(plain);
         self.write_area(&area);
     }
 
@@ -195,6 +196,7 @@ impl Vcpu {
         if !self.possible(new_cr0, new_cr4, new_efer) {
             return Err(Stop::Exit(Exit::TripleFault));
         }
+        let plain = self.map_is_all();
         for (index, segment) in self.segments.iter_mut().enumerate() {
             *segment = area.segment(segment_at(index));
         }
@@ -222,7 +224,7 @@ impl Vcpu {
         if halted & 1 != 0 {
             self.activity = Activity::Halted;
         }
-        self.take_map();
+        self.change_map(plain);
         Ok(())
     }
 

@@ -34,7 +34,7 @@ impl Default for Time {
 }
 
 impl Time {
-    /// Time that begins now. The first call in a process measures the host's frequency (2 to 30 ms).
+    /// Time that begins now. The first call in a process measures the host's frequency (1 to 30 ms).
     pub fn new() -> Self {
         Self::with_host(host::tsc())
     }

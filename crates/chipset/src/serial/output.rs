@@ -1,6 +1,7 @@
 //! The way out of a serial port: a bounded queue, and a thread that writes it to whatever the user connected.
 //!
-//! A vCPU never waits for the sink. When the queue is full, the port keeps its bytes and shows a busy transmitter.
+//! A vCPU never waits for the sink. When the queue is full, the port keeps its bytes and shows a busy transmitter. Nor does it wake
+//! the thread for each byte of a line: that takes longer than all else about it.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -11,12 +12,16 @@ use std::time::Duration;
 const CAPACITY: usize = 64 << 10;
 /// How many are written at once: small enough to see that a slow sink is not a stuck one.
 const PIECE: usize = 4 << 10;
+/// After a write more is expected for so long, which then needs no wake-up.
+const PAUSE: Duration = Duration::from_micros(200);
 
 #[derive(Default)]
 struct Queue {
     bytes: VecDeque<u8>,
-    /// The thread is writing what it took.
+    /// The thread is writing what it took, or comes back for more by itself.
     writing: bool,
+    /// Bytes were refused since the thread last took some.
+    refused: bool,
     /// No more bytes will come.
     closed: bool,
 }
@@ -35,11 +40,18 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for bytes and takes some. None when there will be no more.
-    fn take(&self) -> Option<Vec<u8>> {
+    /// Waits for bytes and takes some; whether others were refused before. None when there will be no more.
+    fn take(&self) -> Option<(Vec<u8>, bool)> {
         let mut queue = self.lock();
-        queue.writing = false;
-        self.written.notify_all();
+        if queue.writing && queue.bytes.is_empty() && !queue.closed {
+            drop(queue);
+            std::thread::sleep(PAUSE);
+            queue = self.lock();
+        }
+        if queue.bytes.is_empty() {
+            queue.writing = false;
+            self.written.notify_all();
+        }
         while queue.bytes.is_empty() {
             if queue.closed {
                 return None;
@@ -48,7 +60,7 @@ impl Shared {
         }
         queue.writing = true;
         let count = queue.bytes.len().min(PIECE);
-        Some(queue.bytes.drain(..count).collect())
+        Some((queue.bytes.drain(..count).collect(), std::mem::take(&mut queue.refused)))
     }
 }
 
@@ -58,14 +70,16 @@ pub struct Output {
 }
 
 impl Output {
-    /// Starts a thread that writes to `sink` and calls `space` whenever the queue has room again.
+    /// Starts a thread that writes to `sink` and calls `space` when the queue has room again for what it refused.
     pub fn start(mut sink: Box<dyn Write + Send>, space: impl Fn() + Send + 'static) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let thread = shared.clone();
         wake::thread("serial output").spawn(move || {
             let mut broken = false;
-            while let Some(bytes) = thread.take() {
-                space();
+            while let Some((bytes, refused)) = thread.take() {
+                if refused {
+                    space();
+                }
                 if broken {
                     continue;
                 }
@@ -88,6 +102,7 @@ impl Output {
         let mut queue = self.shared.lock();
         let taken = bytes.len().min(CAPACITY.saturating_sub(queue.bytes.len()));
         queue.bytes.extend(bytes.iter().take(taken));
+        queue.refused |= taken < bytes.len();
         if taken > 0 && !queue.writing {
             self.shared.more.notify_one();
         }
@@ -148,14 +163,34 @@ mod tests {
         let (space, spaces) = mpsc::channel();
         let sink = Slow { permits, written: written.clone() };
         let output = Output::start(Box::new(sink), move || space.send(()).unwrap_or_default()).unwrap();
-        assert!(output.push(b'a'));
-        spaces.recv_timeout(PATIENCE).unwrap();
-        (0..CAPACITY).for_each(|_| assert!(output.push(b'b')));
-        assert!(!output.push(b'c'));
+        let sent = (0..2 * CAPACITY).take_while(|_| output.push(b'a')).count();
+        assert!((CAPACITY..=CAPACITY + PIECE).contains(&sent), "{sent}");
         assert!(!output.flush(Duration::from_millis(1)));
-        (0..=CAPACITY / PIECE).for_each(|_| permit.send(()).unwrap());
+        (0..=CAPACITY / PIECE + 1).for_each(|_| permit.send(()).unwrap());
+        spaces.recv_timeout(PATIENCE).unwrap();
         assert!(output.flush(PATIENCE));
-        assert_eq!(written.lock().unwrap().len(), 1 + CAPACITY);
+        assert_eq!(written.lock().unwrap().len(), sent);
+    }
+
+    #[test]
+    fn a_line_is_written_in_few_pieces_though_its_bytes_come_one_by_one() {
+        struct Count(mpsc::Sender<usize>);
+        impl Write for Count {
+            fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+                self.0.send(data.len()).map_err(std::io::Error::other)?;
+                Ok(data.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (count, pieces) = mpsc::channel();
+        let output = Output::start(Box::new(Count(count)), || ()).unwrap();
+        (0..1000).for_each(|_| assert!(output.push(b'x')));
+        assert!(output.flush(PATIENCE));
+        let pieces: Vec<usize> = pieces.try_iter().collect();
+        assert_eq!(pieces.iter().sum::<usize>(), 1000);
+        assert!(pieces.len() < 500, "{} pieces", pieces.len());
     }
 
     #[test]

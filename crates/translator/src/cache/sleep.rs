@@ -39,7 +39,8 @@ impl Cache {
     /// Puts all blocks of a page to sleep, or drops them.
     pub fn rest_page(&mut self, page: u64) {
         let Some(code) = self.by_page.get(&page) else { return };
-        for id in code.blocks.clone() {
+        let ids: Vec<BlockId> = code.blocks.iter().map(|block| block.id).collect();
+        for id in ids {
             self.put_to_sleep(id);
         }
     }

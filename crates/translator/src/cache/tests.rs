@@ -234,3 +234,37 @@ fn blocks_that_sleep_make_room_like_others() {
     assert!(cache.asleep.len() < 5000 && cache.blocks.len() < 5000);
     assert!(cache.by_origin.is_empty() && cache.by_page.is_empty());
 }
+
+#[test]
+fn a_store_drops_exactly_the_blocks_that_were_made_of_its_bytes() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0x100, 3, 0);
+    block_code(&mut page, 0x110, 3, 0);
+    let ids = [0x100, 0x110].map(|at| add(&mut cache, origin(1, at), &page, RIP + at as u64));
+    // Within a line of theirs, and of none.
+    for bytes in [0x0fc..0x100, 0x121..0x122, 0x800..0x808] {
+        assert!(!cache.overlaps(1 << 12, &bytes));
+        assert_eq!(cache.invalidate(1 << 12, bytes), 0);
+    }
+    assert!(cache.overlaps(1 << 12, &(0x0fd..0x101)));
+    assert_eq!(cache.invalidate(1 << 12, 0x120..0x121), 1);
+    assert_eq!(ids.map(|id| cache.is_live(id)), [true, false]);
+    assert!(!cache.overlaps(1 << 12, &(0x120..0x121)));
+    assert_eq!(cache.invalidate(1 << 12, 0x0fd..0x101), 1);
+    assert!(!cache.has_page(1 << 12));
+}
+
+#[test]
+fn a_block_across_two_mappings_of_one_frame_goes_with_the_bytes_of_either() {
+    let page = [vec![0x90; 4090], vec![0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8, 0xc3], vec![0x90; 4085]].concat();
+    for (bytes, hit) in [(0..1, 1), (3..5, 1), (5..6, 0), (0xff9..0xffa, 0), (0xfff..0x1000, 1)] {
+        let mut cache = small_cache();
+        let origin = origin(1, 4090);
+        let code = GuestCode { page: &page[..4100], offset: 4090, segment: CodeSegment::FLAT };
+        let mut t = translate(code, RIP, &setting(origin.mode), &mut Workspace::default()).unwrap();
+        assert!(cache.make_room(t.code.len()));
+        cache.insert(origin, RIP, Some(1 << 12), &page[4090..4101], None, &mut t).unwrap();
+        assert_eq!(cache.invalidate(1 << 12, bytes.clone()), hit, "{bytes:?}");
+    }
+}

@@ -224,3 +224,42 @@ fn the_state_of_a_processor_in_smm_can_be_taken_elsewhere() {
     other.restore_smm(&smm);
     assert_eq!(other.saved_smm(), smm);
 }
+
+#[test]
+fn without_paging_addresses_are_known_across_smm_unless_something_changed_what_they_are() {
+    fn vcpu() -> Box<Vcpu> {
+        let mut cpu = test_vcpu(8 << 20);
+        let smram = Smram { start: 0xa_0000, size: 0x2_0000, ram: 0xa_0000, open: false };
+        cpu.machine.ram.clone().map().set_smram(&[smram]);
+        cpu.follow_map();
+        cpu.smm.base = 0xa_0000;
+        touch(&mut cpu, 0x9000);
+        request_smi(&mut cpu);
+        touch(&mut cpu, 0xa_9000);
+        cpu
+    }
+    fn touch(cpu: &mut Vcpu, va: u64) {
+        cpu.write_sized(va, 8, 1, cpu.context()).unwrap();
+    }
+    fn known(cpu: &Vcpu) -> [bool; 2] {
+        [0x9000, 0xa_9000].map(|va| cpu.tlb.entry(cpu.context(), va).host_address(va, 8, true).is_some())
+    }
+    let mut cpu = vcpu();
+    assert_eq!(known(&cpu), [false, true]);
+    execute(&mut cpu, RSM).unwrap();
+    assert_eq!(known(&cpu), [true, false], "SMRAM is there in the mode only");
+    request_smi(&mut cpu);
+    assert_eq!(known(&cpu), [false, true]);
+    cpu.machine.ram.clone().map().set_smram(&[]);
+    cpu.follow_map();
+    execute(&mut cpu, RSM).unwrap();
+    assert_eq!(known(&cpu), [false, false], "the map changed");
+    for (at, value) in [(DR7, 0x401), (CR0, cr0::PG | cr0::PE)] {
+        let mut cpu = vcpu();
+        poke(&mut cpu, 0xa_0000 + AREA + at as u64, value);
+        execute(&mut cpu, RSM).unwrap();
+        assert_eq!(known(&cpu), [false, false], "{at:#x}");
+        request_smi(&mut cpu);
+        assert_eq!(known(&cpu), [false, false], "{at:#x}");
+    }
+}
