@@ -1,8 +1,11 @@
 //! The host memory of one vCPU's translated code, and of the table by which emitted code finds it.
 //!
 //! Code is mapped twice: writable for the translator, executable for the processor, never both at one address. Its first
-//! page holds two words that emitted code reads: one that backward branches poll, and the base of the jump table, from
-//! guest addresses to host code. To stop a vCPU ([`PollWord::set`]) the one is set and the other led to an empty table.
+//! page holds words that emitted code reads: one that backward branches poll, and those by which it finds an entry of the
+//! jump table, from guest addresses to host code. To stop a vCPU ([`PollWord::set`]) the first is set and the others lead to
+//! entries that are empty.
+//!
+//! The jump table lies right below the [vCPU](crate::Vcpu), so that emitted code reaches both by one register.
 
 use std::io;
 use std::ptr::NonNull;
@@ -11,9 +14,14 @@ use std::sync::{Arc, OnceLock};
 
 use crate::mode::{CodeSegment, Mode};
 
-/// Offsets in code memory: the word that backward branches poll, the base of the jump table, and the first block.
+/// Offsets in code memory: the word that backward branches poll, ...
 pub const POLL_OFFSET: usize = 0;
-pub const JUMP_BASE_OFFSET: usize = 64;
+/// ... the bits of an address that index the jump table, and the same where code segments have bases, ...
+pub const JUMP_MASK_OFFSET: usize = 64;
+pub const SEGMENTED_JUMP_MASK_OFFSET: usize = 72;
+/// ... what is added to the address of an entry that is found without them, ...
+pub const JUMP_SHIFT_OFFSET: usize = 80;
+/// ... and the first block.
 pub const CODE_START: usize = 4096;
 /// Host code of one vCPU, in bytes.
 pub const DEFAULT_SIZE: usize = 128 << 20;
@@ -43,7 +51,7 @@ pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
     rip | u64::from(segment.base) << 32
 }
 
-/// The index of a [`jump_key`] in a slot.
+/// The index of a [`jump_key`] in a slot. The first entry stays empty: a vCPU that is to stop finds no other.
 pub fn jump_index(key: u64, mode: Mode) -> usize {
     if !has_bmi2() {
         (key & 0xff) as usize
@@ -61,7 +69,7 @@ pub fn empty_tag(tag_index: usize) -> u64 {
     if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == last { u64::MAX } else { 0 }
 }
 
-/// Offsets of a slot's arrays from the jump table's base.
+/// Offsets of a slot's arrays from the jump table's first byte.
 #[derive(Clone, Copy, Debug)]
 pub struct JumpSlot {
     /// The complements of the addresses.
@@ -71,6 +79,9 @@ pub struct JumpSlot {
     /// Where to enter with the flags parked.
     pub parked: i32,
 }
+
+/// The distance from the jump table's first byte to the vCPU's.
+pub const JUMP_TABLE_BELOW: i32 = JUMP_BYTES as i32;
 
 pub fn jump_slot_offsets(slot: usize) -> JumpSlot {
     let array = (JUMP_ENTRIES * 8) as i32;
@@ -115,9 +126,9 @@ impl Drop for Mapping {
 pub struct CodeMemory {
     writable: Mapping,
     executable: Mapping,
+    /// With room for a vCPU behind it.
     jump_table: Mapping,
-    /// Never written: the host backs it with one page of zeros. While it stands in for the jump table every indirect branch
-    /// misses.
+    /// Never written: the host backs it with one page of zeros. While it stands in for the jump table every branch misses.
     empty_table: Mapping,
 }
 
@@ -131,15 +142,15 @@ impl CodeMemory {
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let file = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
         file.set_len(size as u64)?;
-        let table = || {
+        let table = |more: usize| {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            Mapping::new(JUMP_BYTES, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+            Mapping::new(JUMP_BYTES + more, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
         };
         let memory = CodeMemory {
             writable: Mapping::new(size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd)?,
             executable: Mapping::new(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd)?,
-            jump_table: table()?,
-            empty_table: table()?,
+            jump_table: table(size_of::<crate::Vcpu>())?,
+            empty_table: table(0)?,
         };
         memory.go_on();
         Ok(memory)
@@ -150,18 +161,31 @@ impl CodeMemory {
         unsafe { AtomicU32::from_ptr(self.writable.start.as_ptr().add(POLL_OFFSET).cast()) }
     }
 
-    fn jump_base(&self) -> &AtomicU64 {
-        // SAFETY: as `poll_word`.
-        unsafe { AtomicU64::from_ptr(self.writable.start.as_ptr().add(JUMP_BASE_OFFSET).cast()) }
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: as `poll_word`; the offsets are those of words in the first page.
+        unsafe { AtomicU64::from_ptr(self.writable.start.as_ptr().add(offset).cast()) }
+    }
+
+    /// Where a vCPU of this memory has to be: `size_of::<Vcpu>()` bytes at a page's beginning, zeros at first.
+    pub fn vcpu_place(&self) -> NonNull<crate::Vcpu> {
+        // SAFETY: the mapping is that much longer than the table.
+        unsafe { self.jump_table.start.add(JUMP_BYTES) }.cast()
     }
 
     fn stop(&self) {
         self.poll_word().store(1, Ordering::SeqCst);
-        self.jump_base().store(self.empty_table.address(), Ordering::SeqCst);
+        let shift = self.empty_table.address().wrapping_sub(self.jump_table.address());
+        for (offset, value) in [(JUMP_MASK_OFFSET, 0), (SEGMENTED_JUMP_MASK_OFFSET, 0), (JUMP_SHIFT_OFFSET, shift)] {
+            self.word(offset).store(value, Ordering::SeqCst);
+        }
     }
 
     fn go_on(&self) {
-        self.jump_base().store(self.jump_table.address(), Ordering::SeqCst);
+        for (offset, value) in
+            [(JUMP_MASK_OFFSET, JUMP_MASK), (SEGMENTED_JUMP_MASK_OFFSET, SEGMENTED_JUMP_MASK), (JUMP_SHIFT_OFFSET, 0)]
+        {
+            self.word(offset).store(value, Ordering::SeqCst);
+        }
         self.poll_word().store(0, Ordering::SeqCst);
     }
 
@@ -205,7 +229,7 @@ impl CodeMemory {
     }
 }
 
-/// What makes emitted code return to the dispatcher: a word that loops look at, and an empty jump table.
+/// What makes emitted code return to the dispatcher: a word that loops look at, and empty entries for all other branches.
 #[derive(Default)]
 pub struct PollWord {
     memory: OnceLock<Arc<CodeMemory>>,

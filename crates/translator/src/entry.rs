@@ -53,8 +53,6 @@ pub struct Near {
     pub helper: u64,
     /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
     pub saved_ax: u64,
-    /// Bits of a RIP that index the jump table.
-    pub jump_mask: u64,
 }
 
 /// Fields of a [`Vcpu`] that only emitted code and its entry use.
@@ -67,8 +65,6 @@ pub struct Hot {
     pub target: u64,
     /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
     pub branch: u64,
-    /// Bits of a key that index the jump table where code segments have bases.
-    pub segmented_jump_mask: u64,
     /// See [`crate::mmu::segmentation`].
     pub segment_ends: [crate::mmu::segmentation::Ends; 6],
     /// A guest register lent to the translator within one instruction.
@@ -153,7 +149,6 @@ impl Default for Near {
             exit_event: address(ringer_exit_event),
             helper: address(ringer_helper),
             saved_ax: 0,
-            jump_mask: crate::code_memory::JUMP_MASK,
         }
     }
 }
@@ -167,7 +162,6 @@ impl Hot {
             host_rsp: 0,
             target: 0,
             branch: NO_BRANCH,
-            segmented_jump_mask: crate::code_memory::SEGMENTED_JUMP_MASK,
             segment_ends: Default::default(),
             lent: 0,
             resolve: address(ringer_resolve),

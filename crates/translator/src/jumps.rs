@@ -148,6 +148,9 @@ impl Jumps {
         let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
         (self.slots[slot].used, self.slots[slot].resident) = (true, true);
         let index = jump_index(key, mode);
+        if index == 0 {
+            return;
+        }
         let tag_index = tags as usize / 8 + index;
         self.displace(slot, tag_index, key);
         // An entry may be listed for what it held before as well: clearing it too often does no harm.

@@ -16,6 +16,7 @@ use crate::codegen::groups::Sharing;
 use crate::cpu::{Stop, Vcpu};
 use crate::mode::Mode;
 use crate::shared::Machine;
+use crate::vcpu::VcpuBox;
 
 pub const PML4: u64 = 0x1000;
 pub const PDPT: u64 = 0x2000;
@@ -47,7 +48,7 @@ pub const DATA: u64 = 0x00cf_9300_0000_ffff;
 pub const DPL3: u64 = 3 << 45;
 
 /// A vCPU in reset state, alone in a machine with `memory` bytes of RAM.
-pub fn test_vcpu(memory: u64) -> Box<Vcpu> {
+pub fn test_vcpu(memory: u64) -> VcpuBox {
     let config = Config::default();
     let model = crate::semantics::cpuid::model(&config, 2_000_000).unwrap();
     let ram = memory::Ram::new(memory).unwrap();
@@ -58,7 +59,7 @@ pub fn test_vcpu(memory: u64) -> Box<Vcpu> {
 }
 
 /// A vCPU in 64-bit mode at level 0.
-pub fn kernel_vcpu() -> Box<Vcpu> {
+pub fn kernel_vcpu() -> VcpuBox {
     let mut cpu = test_vcpu(8 << 20);
     let table = pte::P | pte::W | pte::U;
     poke(&mut cpu, PML4, PDPT | table);
@@ -92,7 +93,7 @@ pub fn kernel_vcpu() -> Box<Vcpu> {
 }
 
 /// The same vCPU running a 64-bit program.
-pub fn user_vcpu() -> Box<Vcpu> {
+pub fn user_vcpu() -> VcpuBox {
     let mut cpu = kernel_vcpu();
     cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(USER_CS, true, 3);
     cpu.segments[SegmentRegister::Ss as usize] = Segment::flat_data(USER_SS, 3);

@@ -1,6 +1,8 @@
 //! A vCPU as the machine sees it: creation, the [`engine::Vcpu`] trait, and the neutral state.
 
 use std::io;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use arch::CpuState;
@@ -24,7 +26,7 @@ macro_rules! emplace {
         let _all = |vcpu: &Vcpu| {
             let Vcpu { $tlb: _, $($field: _),* } = vcpu;
         };
-        // SAFETY: the place is an allocation for one vCPU, all zeros, and writing does not read or drop what was there.
+        // SAFETY: the place is memory for one vCPU, all zeros, and writing does not read or drop what was there.
         unsafe {
             Tlb::initialize(&raw mut (*$place).$tlb);
             $((&raw mut (*$place).$field).write($value);)*
@@ -32,18 +34,47 @@ macro_rules! emplace {
     }};
 }
 
+/// A vCPU where emitted code expects it: right behind the jump table.
+pub struct VcpuBox {
+    vcpu: NonNull<Vcpu>,
+    _memory: Arc<CodeMemory>,
+}
+
+impl Deref for VcpuBox {
+    type Target = Vcpu;
+
+    fn deref(&self) -> &Vcpu {
+        // SAFETY: `Vcpu::new` has written it all, in memory that lives as long as `self`, which nobody else uses.
+        unsafe { self.vcpu.as_ref() }
+    }
+}
+
+impl DerefMut for VcpuBox {
+    fn deref_mut(&mut self) -> &mut Vcpu {
+        // SAFETY: as above.
+        unsafe { self.vcpu.as_mut() }
+    }
+}
+
+impl Drop for VcpuBox {
+    fn drop(&mut self) {
+        // SAFETY: dropped once, here; its memory is still mapped.
+        unsafe { self.vcpu.drop_in_place() };
+    }
+}
+
 impl Vcpu {
     /// Adds processor `id`, the machine's next, as power-on leaves it: the bootstrap processor (0) running, others waiting
     /// for their start-up IPI.
-    pub fn new(id: u32, machine: Arc<Machine>) -> io::Result<Box<Vcpu>> {
+    pub fn new(id: u32, machine: Arc<Machine>) -> io::Result<VcpuBox> {
         let memory = Arc::new(CodeMemory::new(machine.config.translation_cache)?);
         let perf_map = if machine.config.perf_map { Some(PerfMap::open()?) } else { None };
         let shared = Arc::new(VcpuShared::new(id));
         machine.add_vcpu(shared.clone());
         shared.poll.attach(memory.clone());
         let reset = CpuState::reset();
-        let mut place = Box::<Vcpu>::new_zeroed();
-        let p = place.as_mut_ptr();
+        let place = memory.vcpu_place();
+        let p = place.as_ptr();
         // `shared` and `machine` are used by other fields, which come first.
         emplace!(p, tlb, {
             near: Near::default(),
@@ -78,21 +109,20 @@ impl Vcpu {
             smm: Default::default(),
             insn_rip: 0,
             id: id,
-            engine: EngineState::new(memory, perf_map),
+            engine: EngineState::new(memory.clone(), perf_map),
             shared: shared,
             map: machine.ram.map().sections(),
             machine: machine,
             timer: Default::default(),
         });
-        // SAFETY: `emplace` has written every field, the TLB among them.
-        let mut vcpu = unsafe { place.assume_init() };
+        let mut vcpu = VcpuBox { vcpu: place, _memory: memory };
         vcpu.mmu_flush_all();
         Ok(vcpu)
     }
 }
 
-/// Makes a vCPU of the engine usable as [`engine::Vcpu`]. The processor is boxed: emitted code knows its address.
-pub struct Handle(pub Box<Vcpu>);
+/// Makes a vCPU of the engine usable as [`engine::Vcpu`]. It stays where it is: emitted code knows its address.
+pub struct Handle(pub VcpuBox);
 
 // SAFETY: a vCPU holds raw pointers only into its own mappings; it is used by one thread at a time, which `&mut self` enforces.
 unsafe impl Send for Handle {}

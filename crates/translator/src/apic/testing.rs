@@ -7,10 +7,11 @@ use super::registers::reg;
 use super::{Apic, SVR_ENABLE, base};
 use crate::shared::{Machine, VcpuShared};
 use crate::time::Time;
+use crate::vcpu::VcpuBox;
 use crate::{Config, Vcpu, semantics};
 
 /// A machine of `cpus` processors with little RAM and nothing on its bus.
-pub fn machine_of(cpus: u32) -> (Arc<Machine>, Vec<Box<Vcpu>>) {
+pub fn machine_of(cpus: u32) -> (Arc<Machine>, Vec<VcpuBox>) {
     let config = Config { cpus: arch::cpuid::Topology::of_cores(cpus), ..Config::default() };
     let time = Time::new();
     let cpuid = semantics::cpuid::model(&config, time.tsc_khz()).unwrap();

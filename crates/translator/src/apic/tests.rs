@@ -10,10 +10,11 @@ use super::testing::{enable_apic, enable_x2apic, machine_of};
 use super::*;
 use crate::Vcpu;
 use crate::shared::request;
+use crate::vcpu::VcpuBox;
 
 const PAGE: u64 = base::RESET_ADDRESS;
 
-fn vcpu() -> Box<Vcpu> {
+fn vcpu() -> VcpuBox {
     let cpu = machine_of(1).1.remove(0);
     enable_apic(&cpu.shared);
     cpu
@@ -29,7 +30,7 @@ fn write(cpu: &mut Vcpu, register: usize, value: u32) {
     assert!(cpu.apic_mmio_write(PAGE + register as u64 * 16, &value.to_le_bytes()));
 }
 
-fn x2apic() -> Box<Vcpu> {
+fn x2apic() -> VcpuBox {
     let cpu = machine_of(1).1.remove(0);
     enable_x2apic(&cpu.shared);
     cpu
@@ -279,7 +280,8 @@ fn a_running_vcpu_is_told_when_its_deadline_passes() {
     let soon = |cpu: &Vcpu, ns| cpu.guest_tsc() + cpu.machine.time.ns_to_ticks(ns);
     // Pushed out and pulled in: what counts is the last one.
     for ns in [5_000_000, 50_000_000, 3_000_000] {
-        cpu.set_tsc_deadline(soon(&cpu, ns));
+        let deadline = soon(&cpu, ns);
+        cpu.set_tsc_deadline(deadline);
     }
     let start = std::time::Instant::now();
     while cpu.shared.apic.deliverable().is_none() {
@@ -317,7 +319,8 @@ fn a_guest_learns_that_it_was_paused_when_its_timer_is_seconds_late() {
     cpu.set_tsc_deadline(1);
     assert_eq!(flags(&cpu), 1);
     let second = cpu.machine.time.ns_to_ticks(1_000_000_000);
-    cpu.set_tsc_deadline(cpu.guest_tsc() + second);
+    let deadline = cpu.guest_tsc() + second;
+    cpu.set_tsc_deadline(deadline);
     cpu.machine.time.set_tsc(cpu.machine.time.tsc() + 3 * second);
     cpu.poll_apic_timer();
     assert_eq!(flags(&cpu), 3);

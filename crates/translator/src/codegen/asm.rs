@@ -38,8 +38,8 @@ pub enum Mem {
     Scaled(Reg, u8, i32),
     /// `[disp]`, sign-extended
     Absolute(i32),
-    /// `[base + disp]` in the jump table's entry for a guest address
-    Jump(Reg, i32, u64),
+    /// `[base + index + disp]` in the jump table's entry for a guest address
+    Jump(Reg, Reg, i32, u64),
     /// RIP-relative, to an offset in the code memory
     Code(usize),
 }
@@ -128,8 +128,8 @@ impl Asm {
 
     fn rex(&mut self, wide: bool, reg: u8, mem: Mem) {
         let (x, b) = match mem {
-            Mem::Base(base, _) | Mem::Jump(base, ..) => (0, base.0 >> 3),
-            Mem::Index(base, index, _, _) => (index.0 >> 3, base.0 >> 3),
+            Mem::Base(base, _) => (0, base.0 >> 3),
+            Mem::Index(base, index, ..) | Mem::Jump(base, index, ..) => (index.0 >> 3, base.0 >> 3),
             Mem::Scaled(index, _, _) => (index.0 >> 3, 0),
             Mem::Absolute(_) | Mem::Code(_) => (0, 0),
         };
@@ -181,8 +181,9 @@ impl Asm {
                 self.byte(0x25);
                 self.imm32(disp);
             }
-            Mem::Jump(base, disp, address) => {
-                self.byte(0x80 | reg | base.0 & 7);
+            Mem::Jump(base, index, disp, address) => {
+                self.byte(0x84 | reg);
+                self.byte((index.0 & 7) << 3 | base.0 & 7);
                 self.note(Field::JumpIndex, address);
                 self.imm32(disp);
             }
@@ -642,16 +643,17 @@ mod tests {
 
     #[test]
     fn what_is_emitted_is_what_is_named() {
-        let cases: [(&str, String); 10] = [
+        let cases: [(&str, String); 11] = [
             ("mov r14,[rsp+50h]", disassemble(|a| a.load(S0, Mem::Base(RSP, 0x50)))),
             ("mov [rbp],r11", disassemble(|a| a.store(Mem::Base(RBP, 0), S2))),
             ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),
             ("xor r11,[rsp+r10+1000h]", disassemble(|a| a.alu_mem(Alu::Xor, S2, Mem::Index(RSP, S1, 1, 0x1000)))),
             ("cmp r11,0FFCh", disassemble(|a| a.alu_imm(Alu::Cmp, S2, 0xffc))),
-            ("pext r10,r14,[rsp+100h]", disassemble(|a| a.pext(S1, S0, Mem::Base(RSP, 0x100)))),
+            ("pext r10,r14,[100h]", disassemble(|a| a.pext(S1, S0, Mem::Code(0x100)))),
             ("rorx r10d,r14d,7", disassemble(|a| a.rorx32(S1, S0, 7))),
             ("cmp dword ptr [8],0", disassemble(|a| a.cmp_mem32_imm8(Mem::Code(8), 0))),
-            ("jmp qword ptr [r11+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(S2, S1, 8, 0x8000)))),
+            ("jmp qword ptr [rsp+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(RSP, S1, 8, 0x8000)))),
+            ("jmp qword ptr [rsp+r10-8000h]", disassemble(|a| a.jmp_mem(Mem::Jump(RSP, S1, -0x8000, 0x1000)))),
             ("mov r14,0FFFFFFFF81000000h", disassemble(|a| a.mov_imm(S0, 0xffff_ffff_8100_0000))),
         ];
         for (expected, got) in cases {

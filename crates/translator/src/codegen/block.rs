@@ -4,6 +4,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
+use super::control::Missed;
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Sharing, constant_move};
@@ -154,6 +155,7 @@ enum Behind {
         /// Where the block goes on; if nowhere, the instruction ends it.
         back: Option<Label>,
     },
+    Missed(Missed),
     /// A branch's target that is not linked directly.
     Goto {
         entry: Label,
@@ -397,6 +399,10 @@ impl Builder<'_> {
         entry
     }
 
+    pub fn missed_stub(&mut self, missed: Missed) {
+        self.behind.push(Behind::Missed(missed));
+    }
+
     /// Whether another instruction of the block surely follows the current one.
     pub fn goes_on(&self) -> bool {
         self.current + 1 < self.items.len() && self.asm.position() + MAX_HOST_BYTES / 2 < MAX_HOST_BYTES
@@ -590,51 +596,63 @@ impl Builder<'_> {
         debug_assert_eq!(self.links.last().map(|l| l.return_offset), Some(return_offset));
     }
 
-    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
-        let body_length = self.asm.position();
-        let mut all_behind = std::mem::take(&mut self.behind);
-        for behind in all_behind.drain(..) {
-            match behind {
-                Behind::Slow { stub, point, parked } => {
-                    self.asm.bind(stub.entry);
-                    let (mut call, mut detours) = (context_offset!(hot.resolve), false);
-                    if let Slow::Miss { tag, detour } = stub.why {
-                        self.asm.alu_mem(Alu::Xor, S0, tag);
-                        detours = detour;
-                        call = if detour { context_offset!(near.slow_or_detour) } else { context_offset!(near.slow) };
-                    }
-                    self.asm.mov_imm(S1, stub.kind.bits() as u64);
-                    self.asm.call_mem(Mem::Base(RSP, call));
-                    let return_offset = self.position();
-                    self.sites.push(Site { return_offset, point, parked });
-                    self.asm.jmp(stub.back);
-                    if detours {
-                        let target = self.points[usize::from(point)].guest_offset as i16;
-                        self.detour(return_offset, target, parked);
-                    }
+    fn emit_behind(&mut self, behind: Behind) {
+        match behind {
+            Behind::Slow { stub, point, parked } => {
+                self.asm.bind(stub.entry);
+                let (mut call, mut detours) = (context_offset!(hot.resolve), false);
+                if let Slow::Miss { tag, detour } = stub.why {
+                    self.asm.alu_mem(Alu::Xor, S0, tag);
+                    detours = detour;
+                    call = if detour { context_offset!(near.slow_or_detour) } else { context_offset!(near.slow) };
                 }
-                Behind::Sensitive { entry, item, parked, back } => {
-                    self.asm.bind(entry);
-                    self.current = item;
-                    if parked {
-                        unpark_flags(&mut self.asm);
-                    }
-                    let insn = self.items[item].insn;
-                    if let Some(s) = super::classify::sensitive(&insn) {
-                        self.sensitive(&insn, s.exec, back.is_none());
-                    }
-                    // What was parked is so still.
-                    if let Some(back) = back {
-                        self.asm.jmp(back);
-                    }
-                }
-                Behind::Goto { entry, target, item } => {
-                    self.asm.bind(entry);
-                    self.current = item;
-                    self.flags = FlagState::Host;
-                    self.goto(target);
+                self.asm.mov_imm(S1, stub.kind.bits() as u64);
+                self.asm.call_mem(Mem::Base(RSP, call));
+                let return_offset = self.position();
+                self.sites.push(Site { return_offset, point, parked });
+                self.asm.jmp(stub.back);
+                if detours {
+                    let target = self.points[usize::from(point)].guest_offset as i16;
+                    self.detour(return_offset, target, parked);
                 }
             }
+            Behind::Sensitive { entry, item, parked, back } => {
+                self.asm.bind(entry);
+                self.current = item;
+                if parked {
+                    unpark_flags(&mut self.asm);
+                }
+                let insn = self.items[item].insn;
+                if let Some(s) = super::classify::sensitive(&insn) {
+                    self.sensitive(&insn, s.exec, back.is_none());
+                }
+                // What was parked is so still.
+                if let Some(back) = back {
+                    self.asm.jmp(back);
+                }
+            }
+            Behind::Missed(missed) => {
+                self.asm.bind(missed.entry);
+                self.leave_missed(missed);
+            }
+            Behind::Goto { entry, target, item } => {
+                self.asm.bind(entry);
+                self.current = item;
+                self.flags = FlagState::Host;
+                self.goto(target);
+            }
+        }
+    }
+
+    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
+        let body_length = self.asm.position();
+        // What stands behind the body may have something behind it as well.
+        let mut all_behind = std::mem::take(&mut self.behind);
+        while !all_behind.is_empty() {
+            for behind in all_behind.drain(..) {
+                self.emit_behind(behind);
+            }
+            std::mem::swap(&mut all_behind, &mut self.behind);
         }
         let mut all_pending = std::mem::take(&mut self.pending);
         for pending in all_pending.drain(..) {

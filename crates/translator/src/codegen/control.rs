@@ -1,5 +1,7 @@
 //! Near branches: direct ones are linked within a page, all others look the target up in the jump table inline.
 
+use std::mem::offset_of;
+
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
@@ -7,7 +9,10 @@ use super::block::Builder;
 use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
 use crate::access::AccessKind;
-use crate::code_memory::{self, JUMP_BASE_OFFSET, JumpSlot, POLL_OFFSET};
+use crate::code_memory::{
+    self, JUMP_MASK_OFFSET, JUMP_SHIFT_OFFSET, JumpSlot, POLL_OFFSET, SEGMENTED_JUMP_MASK_OFFSET,
+};
+use crate::cpu::Vcpu;
 use crate::entry::context_offset;
 use crate::mode::Mode;
 use crate::semantics::stack::{counter_width, operand_size};
@@ -39,6 +44,24 @@ pub enum Target {
     Computed,
     /// If it can't be, the fault comes there.
     Entry,
+}
+
+/// A lookup whose entry has another tag, to be emitted behind the body.
+#[derive(Clone, Copy)]
+pub struct Missed {
+    pub entry: Label,
+    parked: bool,
+    /// S0 has the base of a code segment in its upper half.
+    based: bool,
+    /// The branch, if it computed the target.
+    computed: Option<u64>,
+}
+
+/// Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment: that one is
+/// remembered. Clobbers S1.
+fn note_branch(asm: &mut Asm, ip: u64) {
+    asm.mov_address(S1, ip);
+    asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
 }
 
 impl Builder<'_> {
@@ -189,16 +212,11 @@ impl Builder<'_> {
     /// The same by the part of the jump table for another mode: that of the vCPU from here on.
     pub fn lookup_in(&mut self, slot: Option<usize>, target: Target) {
         let ip = self.current_ip();
-        // Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment.
-        let note = |asm: &mut Asm| {
-            if target == Target::Computed {
-                asm.mov_address(S1, ip);
-                asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
-            }
-        };
         let (Some(slot), false) = (slot, self.mode.is_single()) else {
             self.need_flags();
-            note(&mut self.asm);
+            if target == Target::Computed {
+                note_branch(&mut self.asm, ip);
+            }
             let exit = if self.mode.is_single() {
                 context_offset!(near.exit_event)
             } else {
@@ -207,9 +225,8 @@ impl Builder<'_> {
             self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };
-        let parked = self.flags == FlagState::Parked;
         let (mode, segment) = (self.mode, self.code.segment);
-        let target = match target {
+        let known = match target {
             Target::Known(address) => Some(address),
             Target::Computed | Target::Entry => None,
         };
@@ -221,66 +238,75 @@ impl Builder<'_> {
             asm.lea(S0, Mem::Index(S0, S1, 1, 0));
         }
         let JumpSlot { tags, codes, parked: parked_codes } = code_memory::jump_slot_offsets(slot);
-        let at = |offset: i32| match target {
-            Some(t) => {
-                let index = code_memory::jump_index(code_memory::jump_key(t, segment), mode);
-                Mem::Jump(S2, offset + index as i32 * 8, t)
+        // In S1: which entry; or how far it is from where it should be, if that is a constant.
+        let scale = self.entry_index(known.is_some());
+        let at = |array: i32| {
+            let offset = array - code_memory::JUMP_TABLE_BELOW - offset_of!(Vcpu, gpr) as i32;
+            match known {
+                Some(t) => {
+                    let index = code_memory::jump_index(code_memory::jump_key(t, segment), mode);
+                    Mem::Jump(RSP, S1, offset + index as i32 * 8, t)
+                }
+                None => Mem::Index(RSP, S1, scale, offset),
             }
-            None => Mem::Index(S2, S1, 8, offset),
         };
-        if target.is_none() {
-            if code_memory::has_bmi2() {
-                let mask = if mode.segmented() {
-                    context_offset!(hot.segmented_jump_mask)
-                } else {
-                    context_offset!(near.jump_mask)
-                };
-                asm.pext(S1, S0, Mem::Base(RSP, mask));
-            } else {
-                asm.movzx8(S1, S0);
-            }
-        }
-        asm.load(S2, Mem::Code(JUMP_BASE_OFFSET));
+        let parked = self.flags == FlagState::Parked;
+        let asm = &mut self.asm;
+        let missed = asm.label();
         if parked {
             // EFLAGS is free: the tag is simply compared.
-            let hit = asm.label();
             asm.not(S0);
             asm.alu_mem(Alu::Cmp, S0, at(tags));
-            asm.jcc(cc::NE ^ 1, hit);
-            asm.not(S0);
-            if based {
-                asm.mov32(S0, S0);
-            }
-            unpark_flags(asm);
-            note(asm);
-            asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
-            asm.bind(hit);
+            asm.jcc(cc::NE, missed);
             asm.jmp_mem(at(parked_codes));
-            return;
+        } else {
+            // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
+            asm.mov(S2, RCX);
+            asm.load(RCX, at(tags));
+            asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
+            asm.unless_rcx_zero(|asm| asm.jmp(missed));
+            asm.mov(RCX, S2);
+            asm.jmp_mem(at(codes));
         }
-        // A known target needs no register for its index: that waits in the context only where one does.
-        let keep = |asm: &mut Asm| match target {
-            Some(_) => asm.mov(S1, RCX),
-            None => asm.store(context(1), RCX),
-        };
-        let put_back = |asm: &mut Asm| match target {
-            Some(_) => asm.mov(RCX, S1),
-            None => asm.load(RCX, context(1)),
-        };
-        keep(asm);
-        asm.load(RCX, at(tags));
-        // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
-        asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
-        asm.unless_rcx_zero(|asm| {
-            put_back(asm);
-            if based {
-                asm.mov32(S0, S0);
-            }
-            note(asm);
-            asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
-        });
-        put_back(asm);
-        asm.jmp_mem(at(codes));
+        let computed = (target == Target::Computed).then_some(ip);
+        self.missed_stub(Missed { entry: missed, parked, based, computed });
+    }
+
+    /// Emits what finds an entry of the jump table: S1 is to be scaled by what is returned. `constant`: its place is known.
+    fn entry_index(&mut self, constant: bool) -> u8 {
+        let asm = &mut self.asm;
+        let shift = Mem::Code(JUMP_SHIFT_OFFSET);
+        if constant {
+            asm.load(S1, shift);
+            return 1;
+        }
+        if code_memory::has_bmi2() {
+            let segmented = self.mode.segmented();
+            asm.pext(S1, S0, Mem::Code(if segmented { SEGMENTED_JUMP_MASK_OFFSET } else { JUMP_MASK_OFFSET }));
+            return 8;
+        }
+        asm.load(S2, shift);
+        asm.movzx8(S1, S0);
+        asm.lea(S1, Mem::Index(S2, S1, 8, 0));
+        1
+    }
+
+    /// Leaves for the dispatcher, or for the assembly that looks further: S0 has what the jump table has not.
+    pub fn leave_missed(&mut self, Missed { parked, based, computed, .. }: Missed) {
+        let asm = &mut self.asm;
+        if parked {
+            asm.not(S0);
+            unpark_flags(asm);
+        } else {
+            asm.mov(RCX, S2);
+        }
+        if based {
+            asm.mov32(S0, S0);
+        }
+        if let Some(ip) = computed {
+            note_branch(asm, ip);
+        }
+        asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
     }
 
     /// The target of an indirect branch, in S0.

@@ -17,9 +17,9 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 use super::block::{Setting, Translated, Workspace, translate};
 use super::decode::GuestCode;
 use super::groups::Sharing;
-use crate::cpu::Vcpu;
 use crate::mode::{CodeSegment, Mode};
 use crate::testing::{KERNEL_CS, KERNEL_SS, USER_CS32, USER_SS, kernel_vcpu, test_vcpu, user_vcpu};
+use crate::vcpu::VcpuBox;
 
 const TABLE: &str = include_str!("golden.txt");
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/codegen/golden.txt");
@@ -28,7 +28,7 @@ const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/codegen/golden.txt"
 const LINEAR: u64 = 0x6000;
 
 /// Makes a vCPU in some mode.
-type Make = fn() -> Box<Vcpu>;
+type Make = fn() -> VcpuBox;
 
 /// The modes that the table names.
 const MODES: [(&str, Make); 8] = [
@@ -42,20 +42,20 @@ const MODES: [(&str, Make); 8] = [
     ("real16", real_vcpu),
 ];
 
-fn aligned_vcpu() -> Box<Vcpu> {
+fn aligned_vcpu() -> VcpuBox {
     let mut cpu = user_vcpu();
     cpu.cr0 |= cr0::AM;
     cpu.rflags |= rflags::AC;
     cpu
 }
 
-fn smap_vcpu() -> Box<Vcpu> {
+fn smap_vcpu() -> VcpuBox {
     let mut cpu = kernel_vcpu();
     cpu.cr4 |= cr4::SMAP;
     cpu
 }
 
-fn user32_vcpu() -> Box<Vcpu> {
+fn user32_vcpu() -> VcpuBox {
     let mut cpu = user_vcpu();
     let data = Segment::flat_data(USER_SS, 3);
     cpu.segments = [data; 6];
@@ -64,7 +64,7 @@ fn user32_vcpu() -> Box<Vcpu> {
 }
 
 /// Segments with a base and a limit.
-fn segmented_vcpu() -> Box<Vcpu> {
+fn segmented_vcpu() -> VcpuBox {
     let mut cpu = kernel_vcpu();
     let of = |segment: Segment| Segment { base: LINEAR, limit: 0xf_ffff, ..segment };
     cpu.segments = [of(Segment::flat_data(KERNEL_SS, 0)); 6];
@@ -72,7 +72,7 @@ fn segmented_vcpu() -> Box<Vcpu> {
     cpu
 }
 
-fn real_vcpu() -> Box<Vcpu> {
+fn real_vcpu() -> VcpuBox {
     let mut cpu = test_vcpu(8 << 20);
     cpu.segments = [Segment::real_mode((LINEAR >> 4) as u16, false); 6];
     cpu.segments[SegmentRegister::Cs as usize] = Segment::real_mode((LINEAR >> 4) as u16, true);

@@ -11,6 +11,7 @@ use crate::testing::{
     CODE32, DATA, GDT, IDT, KERNEL_CS, KERNEL_SS, KERNEL_STACK, PT, TSS, TSS_SELECTOR, USER, USER_CS, USER_SS,
     kernel_vcpu, peek, poke, set_gate, test_vcpu, user_vcpu,
 };
+use crate::vcpu::VcpuBox;
 
 const INTERRUPT: u64 = 14;
 const TRAP: u64 = 15;
@@ -200,7 +201,7 @@ fn real_mode_uses_the_vector_table() {
 }
 
 /// Flat 32-bit protected mode without paging; a 32-bit TSS with a stack for level 0.
-fn protected_vcpu() -> Box<Vcpu> {
+fn protected_vcpu() -> VcpuBox {
     let mut cpu = test_vcpu(8 << 20);
     cpu.cr0 |= cr0::PE;
     cpu.gdtr = DescriptorTable { base: GDT, limit: 0xff };

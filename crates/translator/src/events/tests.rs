@@ -12,6 +12,7 @@ use crate::apic::registers::reg;
 use crate::apic::testing::enable_apic;
 use crate::interrupts::InterruptLines;
 use crate::testing::{kernel_vcpu, set_gate};
+use crate::vcpu::VcpuBox;
 
 const INTERRUPT_GATE: u64 = 0xe;
 
@@ -20,7 +21,7 @@ fn handler(vector: u8) -> u64 {
 }
 
 /// A vCPU with interrupts on and a handler for each of `vectors`.
-fn ready(vectors: &[u8]) -> Box<Vcpu> {
+fn ready(vectors: &[u8]) -> VcpuBox {
     let mut cpu = kernel_vcpu();
     enable_apic(&cpu.shared);
     for &v in vectors {
@@ -86,7 +87,8 @@ fn a_debug_trap_comes_before_an_nmi_and_that_before_an_interrupt() {
     // The debug handler was entered first, and interrupted by the NMI before it did anything.
     assert_eq!(cpu.rip, handler(2));
     assert!(cpu.nmi_blocked);
-    let frame = cpu.read_sized(cpu.gpr[gpr::RSP], 8, cpu.context()).unwrap();
+    let (rsp, context) = (cpu.gpr[gpr::RSP], cpu.context());
+    let frame = cpu.read_sized(rsp, 8, context).unwrap();
     assert_eq!(frame, handler(1));
     assert_eq!(cpu.dr6 & debug::DR6_BS, debug::DR6_BS);
 }
@@ -281,7 +283,8 @@ fn a_halted_processor_with_interrupts_off_wakes_for_an_nmi_only() {
 fn a_halted_processor_wakes_when_its_timer_expires() {
     let mut cpu = ready(&[0xec]);
     cpu.apic_mmio_write(0xfee0_0000 + reg::LVT_TIMER as u64 * 16, &0x4_00ecu32.to_le_bytes());
-    cpu.set_tsc_deadline(cpu.guest_tsc() + cpu.machine.time.ns_to_ticks(5_000_000));
+    let deadline = cpu.guest_tsc() + cpu.machine.time.ns_to_ticks(5_000_000);
+    cpu.set_tsc_deadline(deadline);
     cpu.activity = Activity::Halted;
     let start = Instant::now();
     cpu.halt();

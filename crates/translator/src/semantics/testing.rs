@@ -5,13 +5,14 @@ use arch::registers::cr4;
 use crate::cpu::{Stop, Vcpu};
 pub use crate::testing::RIP;
 use crate::testing::{USER, USER_PT, execute, user_vcpu};
+use crate::vcpu::VcpuBox;
 use crate::xstate::layout;
 
 /// Where user memory starts: 2 MiB, mapped one to one by small pages.
 pub const BASE: u64 = USER;
 
 /// A vCPU at CPL 3 in 64-bit mode.
-pub fn vcpu() -> Box<Vcpu> {
+pub fn vcpu() -> VcpuBox {
     let mut cpu = user_vcpu();
     cpu.cr4 |= cr4::OSFXSR | cr4::OSXSAVE | cr4::OSXMMEXCPT;
     cpu.xcr0 = layout().native;

@@ -4,13 +4,14 @@ use super::*;
 use crate::cpu::{Context, Vcpu};
 use crate::mmu::Access;
 use crate::testing::kernel_vcpu;
+use crate::vcpu::VcpuBox;
 
 const CONTEXT: Context = Context::SupervisorUser;
 const VA: u64 = 0x9000;
 const KEEP: u64 = 1 << 63;
 
 /// A vCPU in PCID 1, which has written a page that is not global.
-fn vcpu() -> (Box<Vcpu>, u64) {
+fn vcpu() -> (VcpuBox, u64) {
     let mut cpu = kernel_vcpu();
     cpu.cr4 |= cr4::PCIDE;
     let root = cpu.cr3;

@@ -30,7 +30,8 @@ fn pushf_hides_rf_and_vm() {
     let rsp = cpu.gpr[RSP];
     execute(&mut cpu, PUSHFQ).unwrap();
     assert_eq!(cpu.gpr[RSP], rsp - 8);
-    assert_eq!(cpu.read_sized(rsp - 8, 8, cpu.context()), Ok(FIXED | IF | CF | AC));
+    let context = cpu.context();
+    assert_eq!(cpu.read_sized(rsp - 8, 8, context), Ok(FIXED | IF | CF | AC));
     execute(&mut cpu, PUSHFW).unwrap();
     assert_eq!(cpu.gpr[RSP], rsp - 10);
 }

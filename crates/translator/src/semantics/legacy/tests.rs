@@ -1,10 +1,11 @@
 use super::super::testing::{BASE, read, revoke, step, vcpu, write};
 use super::*;
+use crate::vcpu::VcpuBox;
 use arch::registers::pte;
 use arch::state::Segment;
 
 /// A 32-bit program.
-fn vcpu32() -> Box<Vcpu> {
+fn vcpu32() -> VcpuBox {
     let mut cpu = vcpu();
     cpu.segments = [Segment::flat_data(0x23, 3); 6];
     cpu.segments[1] = Segment::flat_code(0x1b, false, 3);

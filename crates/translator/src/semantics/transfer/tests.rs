@@ -11,6 +11,7 @@ use crate::testing::{
     CODE32, CODE64, DATA, DPL3, GDT, IDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, TSS, TSS_SELECTOR,
     USER, USER_CS, USER_CS32, USER_PT, USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
 };
+use crate::vcpu::VcpuBox;
 
 const IRETQ: &[u8] = &[0x48, 0xcf];
 const IRETD: &[u8] = &[0xcf];
@@ -316,7 +317,7 @@ fn real_mode_far_transfers_set_the_base() {
 }
 
 /// Virtual-8086 mode without paging; the TSS lies at 9000H, its I/O bitmap at its offset 88H.
-fn v8086_vcpu(iopl: u64) -> Box<Vcpu> {
+fn v8086_vcpu(iopl: u64) -> VcpuBox {
     let mut cpu = test_vcpu(4 << 20);
     cpu.cr0 |= cr0::PE;
     cpu.rflags |= rflags::VM | iopl << rflags::IOPL_SHIFT;
@@ -360,7 +361,7 @@ fn vme_redirects_software_interrupts_into_the_8086_program() {
 }
 
 /// Flat 32-bit protected mode at level 0, without paging.
-fn protected_vcpu() -> Box<Vcpu> {
+fn protected_vcpu() -> VcpuBox {
     let mut cpu = test_vcpu(4 << 20);
     cpu.cr0 |= cr0::PE;
     cpu.gdtr = DescriptorTable { base: GDT, limit: 0x7f };
@@ -459,7 +460,7 @@ impl Numbers {
 }
 
 /// A processor in any mode whose tables and registers hold anything.
-fn arbitrary_vcpu(numbers: &mut Numbers) -> Box<Vcpu> {
+fn arbitrary_vcpu(numbers: &mut Numbers) -> VcpuBox {
     let mut cpu = match numbers.next() % 4 {
         0 => user_vcpu(),
         1 => kernel_vcpu(),
