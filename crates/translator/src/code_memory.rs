@@ -51,7 +51,7 @@ pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
     rip | u64::from(segment.base) << 32
 }
 
-/// The index of a [`jump_key`] in a slot. The first entry stays empty: a vCPU that is to stop finds no other.
+/// The index of a [`jump_key`] in a slot.
 pub fn jump_index(key: u64, mode: Mode) -> usize {
     if !has_bmi2() {
         (key & 0xff) as usize
@@ -130,6 +130,8 @@ pub struct CodeMemory {
     jump_table: Mapping,
     /// Never written: the host backs it with one page of zeros. While it stands in for the jump table every branch misses.
     empty_table: Mapping,
+    /// A bit for each slot whose first entry may be in use.
+    first_used: AtomicU32,
 }
 
 impl CodeMemory {
@@ -151,6 +153,7 @@ impl CodeMemory {
             executable: Mapping::new(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd)?,
             jump_table: table(size_of::<crate::Vcpu>())?,
             empty_table: table(0)?,
+            first_used: AtomicU32::new(0),
         };
         memory.go_on();
         Ok(memory)
@@ -177,6 +180,26 @@ impl CodeMemory {
         let shift = self.empty_table.address().wrapping_sub(self.jump_table.address());
         for (offset, value) in [(JUMP_MASK_OFFSET, 0), (SEGMENTED_JUMP_MASK_OFFSET, 0), (JUMP_SHIFT_OFFSET, shift)] {
             self.word(offset).store(value, Ordering::SeqCst);
+        }
+        // Without bits of the address there is only the first entry.
+        for slot in (0..JUMP_SLOTS).filter(|slot| self.first_used.load(Ordering::SeqCst) >> slot & 1 != 0) {
+            let tag = jump_slot_offsets(slot).tags as usize / 8;
+            self.jump_word(tag).store(empty_tag(tag), Ordering::SeqCst);
+        }
+    }
+
+    /// Lets the entry whose tag is at an index be found by that tag; unless it is the first of its slot and the vCPU is to stop.
+    pub fn set_jump_tag(&self, index: usize, tag: u64) {
+        const { assert!(JUMP_SLOTS <= u32::BITS as usize) };
+        let slot_words = JUMP_WORDS * JUMP_ENTRIES;
+        if !index.is_multiple_of(slot_words) {
+            return self.jump_word(index).store(tag, Ordering::Relaxed);
+        }
+        // In the opposite order of `stop`, which may run at the same time.
+        self.first_used.fetch_or(1 << (index / slot_words), Ordering::SeqCst);
+        self.jump_word(index).store(tag, Ordering::SeqCst);
+        if self.poll_word().load(Ordering::SeqCst) != 0 {
+            self.jump_word(index).store(empty_tag(index), Ordering::SeqCst);
         }
     }
 

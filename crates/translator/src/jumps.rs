@@ -148,9 +148,6 @@ impl Jumps {
         let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
         (self.slots[slot].used, self.slots[slot].resident) = (true, true);
         let index = jump_index(key, mode);
-        if index == 0 {
-            return;
-        }
         let tag_index = tags as usize / 8 + index;
         self.displace(slot, tag_index, key);
         // An entry may be listed for what it held before as well: clearing it too often does no harm.
@@ -158,7 +155,7 @@ impl Jumps {
         self.empty(tag_index);
         self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
         self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
-        self.memory.jump_word(tag_index).store(!key, Ordering::Relaxed);
+        self.memory.set_jump_tag(tag_index, !key);
     }
 
     /// Remembers what an entry holds that is about to be `key`'s.
@@ -238,7 +235,7 @@ impl Jumps {
             for (index, code) in targets(jump.tag_index).into_iter().zip([jump.code, jump.parked]) {
                 self.memory.jump_word(index).store(code, Ordering::Relaxed);
             }
-            self.memory.jump_word(jump.tag_index).store(jump.tag, Ordering::Relaxed);
+            self.memory.set_jump_tag(jump.tag_index, jump.tag);
         }
     }
 

@@ -86,3 +86,24 @@ fn what_gave_way_is_forgotten_like_what_is_in_the_table() {
     jumps.clear(false);
     assert_eq!(jumps.recall(mode, second), None);
 }
+
+#[test]
+fn a_vcpu_that_is_to_stop_finds_no_entry_even_where_no_bit_of_the_address_is_set() {
+    let memory = Arc::new(CodeMemory::new(1 << 20).unwrap());
+    let mut jumps = Jumps::new(memory.clone());
+    let poll = crate::code_memory::PollWord::default();
+    poll.attach(memory);
+    poll.clear();
+    let mode = Mode::of(&user_vcpu());
+    let key = crate::code_memory::JUMP_MASK + 4;
+    assert_eq!(jump_index(key, mode), 0);
+    jumps.enter(mode, key, 1, 2, false);
+    assert_eq!(jumps.find(mode, key), Some(1));
+    poll.set();
+    assert_eq!(jumps.find(mode, key), None);
+    jumps.enter(mode, key, 1, 2, false);
+    assert_eq!(jumps.find(mode, key), None, "entered while it is to stop");
+    poll.clear();
+    jumps.enter(mode, key, 1, 2, false);
+    assert_eq!(jumps.find(mode, key), Some(1));
+}
