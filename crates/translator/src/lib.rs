@@ -123,7 +123,7 @@ impl engine::Engine for Translator {
     fn create_vcpu(&self, id: u32, bus: Arc<dyn engine::Bus>) -> Result<Box<dyn engine::Vcpu>, engine::Error> {
         self.machine.set_bus(bus);
         let host = |source: io::Error| engine::Error::Host { what: format!("can't make vCPU {id}"), source };
-        Ok(Box::new(vcpu::Handle(Vcpu::new(id, self.machine.clone()).map_err(host)?)))
+        Ok(Box::new(vcpu::Handle(vcpu::VcpuBox::new(id, self.machine.clone()).map_err(host)?)))
     }
 
     fn interrupts(&self) -> Arc<dyn engine::Interrupts> {

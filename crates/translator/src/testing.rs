@@ -53,7 +53,7 @@ pub fn test_vcpu(memory: u64) -> VcpuBox {
     let model = crate::semantics::cpuid::model(&config, 2_000_000).unwrap();
     let ram = memory::Ram::new(memory).unwrap();
     let machine = Machine::new(ram, config, model, Default::default());
-    let mut cpu = Vcpu::new(0, Arc::new(machine)).unwrap();
+    let mut cpu = VcpuBox::new(0, Arc::new(machine)).unwrap();
     cpu.init_state();
     cpu
 }

@@ -63,7 +63,7 @@ impl Drop for VcpuBox {
     }
 }
 
-impl Vcpu {
+impl VcpuBox {
     /// Adds processor `id`, the machine's next, as power-on leaves it: the bootstrap processor (0) running, others waiting
     /// for their start-up IPI.
     pub fn new(id: u32, machine: Arc<Machine>) -> io::Result<VcpuBox> {

@@ -8,7 +8,7 @@ use super::{Apic, SVR_ENABLE, base};
 use crate::shared::{Machine, VcpuShared};
 use crate::time::Time;
 use crate::vcpu::VcpuBox;
-use crate::{Config, Vcpu, semantics};
+use crate::{Config, semantics};
 
 /// A machine of `cpus` processors with little RAM and nothing on its bus.
 pub fn machine_of(cpus: u32) -> (Arc<Machine>, Vec<VcpuBox>) {
@@ -16,7 +16,7 @@ pub fn machine_of(cpus: u32) -> (Arc<Machine>, Vec<VcpuBox>) {
     let time = Time::new();
     let cpuid = semantics::cpuid::model(&config, time.tsc_khz()).unwrap();
     let machine = Arc::new(Machine::new(memory::Ram::new(4 << 20).unwrap(), config, cpuid, time));
-    let vcpus = (0..cpus).map(|id| Vcpu::new(id, machine.clone()).unwrap()).collect();
+    let vcpus = (0..cpus).map(|id| VcpuBox::new(id, machine.clone()).unwrap()).collect();
     (machine, vcpus)
 }
 

@@ -158,7 +158,7 @@ fn an_amd_kernel_finds_what_it_reads_without_asking() {
     let cpuid = CpuModel::new(Model::Host, &vendor, &engine, Topology::default(), 2_000_000).unwrap();
     let ram = memory::Ram::new(4 << 20).unwrap();
     let machine = crate::shared::Machine::new(ram, Default::default(), cpuid, Default::default());
-    let mut cpu = Vcpu::new(0, std::sync::Arc::new(machine)).unwrap();
+    let mut cpu = crate::vcpu::VcpuBox::new(0, std::sync::Arc::new(machine)).unwrap();
     for index in [0xc001_0010, 0xc001_0015, 0xc001_001a, 0xc001_001d, 0xc001_1029] {
         let value = cpu.read_msr(index).unwrap();
         cpu.write_msr(index, value).unwrap();
