@@ -14,8 +14,6 @@ use crate::{Disk, Error, Format, Options, SECTOR};
 
 pub use crate::qcow2::{Compression, Report};
 
-/// What is left out of the copy if it is all zeros.
-const PIECE: usize = 64 << 10;
 const MAX_SIZE: u64 = (i64::MAX as u64 / SECTOR) * SECTOR;
 
 /// What an image says about itself.
@@ -136,26 +134,14 @@ pub fn convert(from: &Options, to: &Path, format: Format, progress: &mut dyn FnM
 }
 
 fn copy(source: &Disk, target: &Disk, progress: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
-    let size = source.size();
-    let mut buffer = vec![0; CHUNK];
-    let mut offset = 0;
-    progress(offset, size);
-    while let Some(next) = source.next_data(offset)?.filter(|next| *next < size) {
-        // Whole pieces, so that a target's clusters are written at once.
-        offset = next / PIECE as u64 * PIECE as u64;
-        let length = (size - offset).min(CHUNK as u64) as usize;
-        let Some(chunk) = buffer.get_mut(..length) else { break };
-        source.read(&[VolatileSlice::from(&mut *chunk)], offset)?;
-        for piece in chunk.chunks_mut(PIECE) {
-            if piece.iter().any(|byte| *byte != 0) {
-                target.write(&[VolatileSlice::from(&mut *piece)], offset)?;
-            }
-            offset += piece.len() as u64;
+    in_clusters(source, progress, |clusters| {
+        for (number, data) in clusters {
+            let offset = *number * CLUSTER as u64;
+            let length = (source.size() - offset).min(CLUSTER as u64) as usize;
+            target.write(&[VolatileSlice::from(data.get_mut(..length).unwrap_or_default())], offset)?;
         }
-        progress(offset, size);
-    }
-    progress(size, size);
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The same into a qcow2 image of compressed clusters.
@@ -177,11 +163,12 @@ pub fn compress(
     finish(to, pack(), "copy to it")
 }
 
-/// Goes over the clusters of a disk that are not all zeros, several at a time: their numbers, and what is in them.
+/// Goes over the clusters of a disk that are not all zeros, several at a time: their numbers, and what is in them. If the
+/// disk ends within the last one, zeros follow.
 fn in_clusters(
     source: &Disk,
     progress: &mut dyn FnMut(u64, u64),
-    mut each: impl FnMut(&[(u64, &[u8; CLUSTER])]) -> io::Result<()>,
+    mut each: impl FnMut(&mut [(u64, &mut [u8; CLUSTER])]) -> io::Result<()>,
 ) -> io::Result<()> {
     let size = source.size();
     let mut buffer = vec![0; CHUNK];
@@ -191,12 +178,11 @@ fn in_clusters(
         let first = next / CLUSTER as u64;
         offset = first * CLUSTER as u64;
         let length = (size - offset).min(CHUNK as u64) as usize;
-        // The last cluster ends in zeros.
         buffer.get_mut(length..).unwrap_or_default().fill(0);
         source.read(&[VolatileSlice::from(buffer.get_mut(..length).unwrap_or_default())], offset)?;
-        let (clusters, _) = buffer.as_chunks::<CLUSTER>();
+        let (clusters, _) = buffer.as_chunks_mut::<CLUSTER>();
         let numbered = (first..).zip(clusters).filter(|(_, data)| data.iter().any(|byte| *byte != 0));
-        each(&numbered.collect::<Vec<_>>())?;
+        each(&mut numbered.collect::<Vec<_>>())?;
         offset += length as u64;
         progress(offset, size);
     }

@@ -68,13 +68,13 @@ impl<'a> Packer<'a> {
     }
 
     /// Adds clusters of the disk in ascending order: their numbers, and what is in them.
-    pub fn add(&mut self, clusters: &[(u64, &[u8; CLUSTER])]) -> io::Result<()> {
+    pub fn add(&mut self, clusters: &[(u64, &mut [u8; CLUSTER])]) -> io::Result<()> {
         let workers = thread::available_parallelism().map_or(1, |processors| processors.get());
         let share = clusters.len().div_ceil(workers).max(1);
         let compression = self.compression;
         let compressed: Vec<_> = thread::scope(|scope| {
-            let work = |share: &[(u64, &[u8; CLUSTER])]| -> Vec<Option<Vec<u8>>> {
-                share.iter().map(|(_, data)| compress(compression, *data)).collect()
+            let work = |share: &[(u64, &mut [u8; CLUSTER])]| -> Vec<Option<Vec<u8>>> {
+                share.iter().map(|(_, data)| compress(compression, &**data)).collect()
             };
             let threads: Vec<_> = clusters.chunks(share).map(|share| scope.spawn(move || work(share))).collect();
             threads.into_iter().map(|thread| thread.join()).collect::<Result<Vec<_>, _>>()
@@ -85,7 +85,7 @@ impl<'a> Packer<'a> {
                 Some(bytes) => self.pack(&bytes)?,
                 None => {
                     let offset = self.allocate(1);
-                    self.file.write_all_at(*data, offset)?;
+                    self.file.write_all_at(&**data, offset)?;
                     offset | COPIED
                 }
             };
