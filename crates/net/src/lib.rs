@@ -67,7 +67,7 @@ pub use user::{UserConfig, UserNet};
 pub enum Error {
     #[error("can't forward {forward}: {source}{}", hint(source))]
     Forward { forward: Forward, source: std::io::Error },
-    #[error("can't attach to the tap interface {name:?}: {source}{}", tap_hint(source))]
+    #[error("can't {}: {source}{}", tap_attempt(name), tap_hint(source))]
     Tap { name: String, source: std::io::Error },
     #[error("can't serve the directory {} by TFTP: {source}", path.display())]
     Tftp { path: std::path::PathBuf, source: std::io::Error },
@@ -85,11 +85,16 @@ fn hint(error: &std::io::Error) -> &'static str {
     }
 }
 
+/// What was tried: an interface without a name is a new one.
+fn tap_attempt(name: &str) -> String {
+    if name.is_empty() { "make a tap interface".into() } else { format!("attach to the tap interface {name}") }
+}
+
 /// What the user can do about a tap interface.
 fn tap_hint(error: &std::io::Error) -> &'static str {
     match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
-            " (it must exist and be yours: as root, ip tuntap add dev NAME mode tap user YOU)"
+            " (name one that is yours, tap,name=NAME: as root, ip tuntap add dev NAME mode tap user YOU makes it)"
         }
         std::io::ErrorKind::NotFound => " (this host has no /dev/net/tun)",
         std::io::ErrorKind::ResourceBusy => " (something else is attached to it)",

@@ -39,6 +39,9 @@ use std::process::ExitCode;
 
 use cli::Command;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// The whole program.
 pub fn main() -> ExitCode {
@@ -76,10 +79,14 @@ fn start_logging(verbosity: u8) {
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
+    // The library for qcow2 says errors twice: what it returns is reported where it matters.
+    let library = if verbosity == 0 { LevelFilter::OFF } else { level };
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(|| terminal::Stderr)
+        .finish()
+        .with(Targets::new().with_default(level).with_target("imago", library))
         .init();
 }

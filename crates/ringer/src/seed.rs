@@ -3,8 +3,8 @@
 //!
 //! It is a FAT file system with the label that cloud-init looks for, made in memory by the `fatfs` crate; the guest can't write it.
 
-use std::fs::{self, File};
-use std::io::{self, Cursor, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +23,11 @@ const LABEL: [u8; 11] = *b"CIDATA     ";
 const MAX_FILE: u64 = 16 << 20;
 /// What is left for the file system itself.
 const OVERHEAD: usize = 1 << 20;
+
+/// How user-data begins: cloud-init leaves alone what begins otherwise (its reference, "User-data formats").
+const BEGINNINGS: [&[u8]; 7] =
+    [b"#!", b"#cloud-", b"#include", b"#part-handler", b"## template:", b"Content-Type:", b"MIME-Version:"];
+const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 
 /// Which files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +70,12 @@ pub fn parse(text: &str) -> Result<SeedArg, String> {
 /// Makes the disk and a device of it.
 pub fn device(seed: &SeedArg) -> Result<Arc<dyn VirtioDevice>, Error> {
     let user_data = read(&seed.user_data)?;
+    if !is_user_data(&user_data) {
+        let path = seed.user_data.display();
+        tracing::warn!(
+            "--cloud-init: {path} begins like no user-data, and cloud-init may ignore it (#cloud-config is the usual first line)"
+        );
+    }
     let meta_data = match &seed.meta_data {
         Some(path) => read(path)?,
         None => default_meta_data(&user_data),
@@ -88,13 +99,19 @@ fn default_meta_data(user_data: &[u8]) -> Vec<u8> {
     format!("instance-id: ringer-{:08x}\n", sum.sum()).into_bytes()
 }
 
+fn is_user_data(data: &[u8]) -> bool {
+    data.is_empty() || BEGINNINGS.iter().any(|beginning| data.starts_with(beginning)) || data.starts_with(GZIP_MAGIC)
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    let failed = |source| Error::Read { path: path.into(), source };
-    let size = fs::metadata(path).map_err(failed)?.len();
-    if size > MAX_FILE {
+    let mut data = Vec::new();
+    // Not all files say how long they are.
+    let file = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut data));
+    file.map_err(|source| Error::Read { path: path.into(), source })?;
+    if data.len() as u64 > MAX_FILE {
         return Err(Error::TooLarge { path: path.into() });
     }
-    fs::read(path).map_err(failed)
+    Ok(data)
 }
 
 fn file_system(files: &[(&str, Vec<u8>)]) -> io::Result<Vec<u8>> {
@@ -115,7 +132,6 @@ fn file_system(files: &[(&str, Vec<u8>)]) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
 
     #[test]
     fn the_seed_has_the_label_and_the_files() {
@@ -135,6 +151,22 @@ mod tests {
     fn other_user_data_is_another_instance() {
         assert_eq!(default_meta_data(b"a"), default_meta_data(b"a"));
         assert_ne!(default_meta_data(b"a"), default_meta_data(b"b"));
+    }
+
+    #[test]
+    fn what_cloud_init_would_ignore_is_noticed() {
+        for known in
+            ["", "#cloud-config\n", "#!/bin/sh\n", "#cloud-boothook\n", "MIME-Version: 1.0\n", "## template: jinja\n"]
+        {
+            assert!(is_user_data(known.as_bytes()), "{known}");
+        }
+        assert!(is_user_data(&[0x1f, 0x8b, 8]));
+        assert!(!is_user_data(b"users:\n") && !is_user_data(b" #cloud-config\n"));
+    }
+
+    #[test]
+    fn a_file_without_an_end_is_too_large() {
+        assert!(matches!(read(Path::new("/dev/zero")), Err(Error::TooLarge { .. })));
     }
 
     #[test]
