@@ -227,7 +227,7 @@ fn the_state_of_a_processor_in_smm_can_be_taken_elsewhere() {
 
 #[test]
 fn without_paging_addresses_are_known_across_smm_unless_something_changed_what_they_are() {
-    fn vcpu() -> Box<Vcpu> {
+    fn vcpu() -> crate::vcpu::VcpuBox {
         let mut cpu = test_vcpu(8 << 20);
         let smram = Smram { start: 0xa_0000, size: 0x2_0000, ram: 0xa_0000, open: false };
         cpu.machine.ram.clone().map().set_smram(&[smram]);
