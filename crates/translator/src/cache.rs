@@ -309,9 +309,9 @@ impl Cache {
         if offset < self.regions.first()?.range.start {
             return None;
         }
-        let blocks = &self.regions[self.region_of(offset)].blocks;
-        let after = blocks.partition_point(|&id| self.at(id).start() <= offset);
-        let id = *blocks.get(after.checked_sub(1)?)?;
+        let region = &self.regions[self.region_of(offset)];
+        let after = region.starts.partition_point(|&start| start as usize <= offset);
+        let id = *region.blocks.get(after.checked_sub(1)?)?;
         let block = self.at(id);
         let offset = offset - block.start();
         // A call's return address may be the first byte after the block.
@@ -410,7 +410,9 @@ impl Cache {
                 id
             }
         };
-        self.regions[self.region].blocks.push(id);
+        let region = &mut self.regions[self.region];
+        region.blocks.push(id);
+        region.starts.push(start as u32);
         if let Some(page) = body.second_page {
             self.second_pages.insert(id, page);
         }

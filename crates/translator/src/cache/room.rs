@@ -18,6 +18,8 @@ pub(super) struct Region {
     pub next: usize,
     /// In the order of their code.
     pub blocks: Vec<BlockId>,
+    /// Where each begins.
+    pub starts: Vec<u32>,
     /// The blocks' [records](crate::record::Record) and links, in the same order.
     pub records: Vec<u8>,
     pub links: Vec<LinkState>,
@@ -25,7 +27,20 @@ pub(super) struct Region {
 
 impl Region {
     fn new(range: Range<usize>) -> Self {
-        Region { next: range.start, range, blocks: Vec::new(), records: Vec::new(), links: Vec::new() }
+        let (blocks, starts, records, links) = Default::default();
+        Region { next: range.start, range, blocks, starts, records, links }
+    }
+
+    /// One that will have about so many blocks, bytes of records, and links: lists that grow are copied.
+    fn with_room(range: Range<usize>, (blocks, records, links): (usize, usize, usize)) -> Self {
+        let about = |n: usize| n + n / 8;
+        Region {
+            blocks: Vec::with_capacity(about(blocks)),
+            starts: Vec::with_capacity(about(blocks)),
+            records: Vec::with_capacity(about(records)),
+            links: Vec::with_capacity(about(links)),
+            ..Region::new(range)
+        }
     }
 }
 
@@ -57,10 +72,13 @@ impl Cache {
         if self.has_room(length) {
             return true;
         }
+        let mut sizes = (0, 0, 0);
         if let Some(full) = self.regions.get_mut(self.region) {
             full.blocks.shrink_to_fit();
+            full.starts.shrink_to_fit();
             full.records.shrink_to_fit();
             full.links.shrink_to_fit();
+            sizes = (full.blocks.len(), full.records.len(), full.links.len());
         }
         self.region = (self.region + 1) % self.regions.len().max(1);
         let Some(region) = self.regions.get_mut(self.region) else { return false };
@@ -77,7 +95,7 @@ impl Cache {
         }
         self.reap();
         self.free.extend(blocks);
-        self.regions[self.region] = Region::new(range.clone());
+        self.regions[self.region] = Region::with_room(range.clone(), sizes);
         self.snippets.forget(self.memory.host_address(range.start)..self.memory.host_address(range.end));
         self.has_room(length)
     }
@@ -103,6 +121,7 @@ impl Cache {
             let region = &mut self.regions[index];
             if region.blocks.last() == Some(&id) {
                 region.blocks.pop();
+                region.starts.pop();
                 region.records.truncate(record as usize);
                 region.links.truncate(links.start);
                 region.next = start;

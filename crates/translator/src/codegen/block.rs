@@ -7,7 +7,7 @@ use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, 
 use super::control::Missed;
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
-use super::groups::{Member, Sharing, constant_move};
+use super::groups::{Member, Planner, Sharing, constant_move};
 use super::operand::{FlagState, park_flags, unpark_flags};
 use super::reencode::{self, Home, Operand, home};
 use super::steady::{self, Steady};
@@ -76,6 +76,7 @@ struct Spare {
     items: Vec<Item>,
     behind: Vec<Behind>,
     pending: Vec<PendingLink>,
+    planner: Planner,
 }
 
 impl From<Translated> for Workspace {
@@ -197,6 +198,8 @@ pub struct Builder<'a> {
     pub steady: Option<Steady>,
     /// An address relative to EIP was emitted.
     pub narrow_addresses: bool,
+    /// Not used any more, but kept for the next block.
+    planner: Planner,
 }
 
 /// Translates the code at `start`. Its first instruction must be complete in `code`; `None` if it isn't.
@@ -204,11 +207,14 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     let mode = setting.mode;
     let bytes = code.bytes();
     let Workspace { points, sites, links, relocations, sensitive, spare } = std::mem::take(workspace);
-    let Spare { asm, mut items, behind, pending } = spare;
+    let Spare { asm, mut items, behind, pending, mut planner } = spare;
     let Decoded { lookahead, steady } = decode(code, start, mode, setting.inline_tsc, &mut items)?;
-    let standing = steady::plan(&mut items[..steady], mode, setting.sharing);
+    let standing = match steady {
+        0 => Vec::new(),
+        _ => steady::plan(&mut items[..steady], mode, setting.sharing, &mut planner),
+    };
     if setting.sharing != Sharing::Off && mode.flat() && !mode.checks_alignment() {
-        plan_groups(&mut items[steady..], mode, setting.sharing);
+        plan_groups(&mut items[steady..], mode, setting.sharing, &mut planner);
     }
     let mut b = Builder {
         asm,
@@ -231,6 +237,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         held: None,
         steady: None,
         narrow_addresses: false,
+        planner,
     };
     b.prologue();
     if steady != 0 {
@@ -691,7 +698,13 @@ impl Builder<'_> {
             sensitive: self.sensitive,
             movable,
             immediates: self.immediates,
-            spare: Spare { asm: self.asm, items: self.items, behind: all_behind, pending: all_pending },
+            spare: Spare {
+                asm: self.asm,
+                items: self.items,
+                behind: all_behind,
+                pending: all_pending,
+                planner: self.planner,
+            },
         }
     }
 

@@ -5,10 +5,9 @@
 
 use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
-    Register,
 };
 
-use super::facts::{FpClass, Memo, facts};
+use super::facts::{FormMemo, FpClass, Memo, facts};
 use super::operand::memory_operand;
 use crate::cpu::Stop;
 use crate::mode::Mode;
@@ -56,6 +55,9 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if let Some(exec) = fp_blocked(insn, fp, mode) {
         return Kind::Sensitive(exec, true);
     }
+    if plain(insn) {
+        return Kind::Native;
+    }
     if super::system::emits(insn, mode, inline_tsc) {
         return Kind::System;
     }
@@ -100,17 +102,24 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
     if native(insn) { Kind::Native } else { Kind::Sensitive(raise_invalid_opcode, true) }
 }
 
-/// [`semantics::lookup`], which for most forms has nothing: that is remembered, apart for forms with and without a
-/// memory operand, and in and outside of 64-bit mode (VZEROUPPER).
+/// Whether an instruction is innocuous in every mode that allows it, which is remembered by its form: most are. What is
+/// emitted inline in some modes is either sensitive in others, or nothing that runs natively.
+fn plain(insn: &Instruction) -> bool {
+    static PLAIN: FormMemo = FormMemo::new();
+    PLAIN.get(insn, || {
+        sensitive(insn).is_none()
+            && insn.flow_control() == FlowControl::Next
+            && !is_stack(insn)
+            && !skips(insn)
+            && native(insn)
+    })
+}
+
+/// [`semantics::lookup`], which for most forms has nothing: that is remembered.
 pub fn sensitive(insn: &Instruction) -> Option<semantics::Sensitive> {
-    static INNOCUOUS: [Memo; 4] = [const { Memo::new() }; 4];
-    if insn.op_mask() != Register::None {
-        return semantics::lookup(insn);
-    }
-    let long = insn.code_size() == iced_x86::CodeSize::Code64;
-    let memo = &INNOCUOUS[usize::from(memory_operand(insn).is_some()) | usize::from(long) << 1];
+    static INNOCUOUS: FormMemo = FormMemo::new();
     let mut found = None;
-    let innocuous = memo.get(insn.code(), || {
+    let innocuous = INNOCUOUS.get(insn, || {
         found = semantics::lookup(insn);
         found.is_none()
     });

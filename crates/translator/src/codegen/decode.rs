@@ -4,7 +4,7 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
 
 use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
-use super::groups::{self, Access, Form, Member, Sharing, Step};
+use super::groups::{self, Access, Form, Member, Planner, Sharing, Step};
 use super::liveness::{Effect, Flags};
 use super::operand::memory_operand;
 use super::{steady, system};
@@ -100,12 +100,14 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
     let mut turns = 1;
     let (mut round, mut steady) = (0, 0);
     let page = code.room();
+    let mut insn = Instruction::default();
     while items.len() < limit {
         let offset = decoder.position();
         if offset >= page && !items.is_empty() {
             break;
         }
-        let insn = decoder.decode();
+        // Not by value: a copy at once would wait for the decoder's single stores.
+        decoder.decode_out(&mut insn);
         if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && bytes.len() - offset < 15
         {
             if items.is_empty() {
@@ -238,8 +240,9 @@ pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: 
     let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
     let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
     let mut count = 0;
+    let mut insn = Instruction::default();
     while count < MAX_LOOKAHEAD && decoder.can_decode() {
-        let insn = decoder.decode();
+        decoder.decode_out(&mut insn);
         if !matches!(classify(&insn, mode, false), Kind::Native | Kind::Skip | Kind::Stack) {
             break;
         }
@@ -254,11 +257,16 @@ pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: 
 }
 
 /// Finds accesses that share checks.
-pub fn plan_groups(items: &mut [Item], mode: Mode, sharing: Sharing) {
-    let steps: Vec<(Instruction, Step)> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
-    for (item, member) in items.iter_mut().zip(groups::plan(&steps, sharing)) {
-        item.member = member;
+pub fn plan_groups(items: &mut [Item], mode: Mode, sharing: Sharing, planner: &mut Planner) {
+    let plan = planner.plan(steps(items, mode), sharing);
+    for (item, member) in items.iter_mut().zip(plan) {
+        item.member = *member;
     }
+}
+
+/// What instructions mean for groups.
+pub fn steps(items: &[Item], mode: Mode) -> impl Iterator<Item = (&Instruction, Step)> + Clone {
+    items.iter().map(move |i| (&i.insn, step(&i.insn, i.kind, mode)))
 }
 
 pub fn step(insn: &Instruction, kind: Kind, mode: Mode) -> Step {

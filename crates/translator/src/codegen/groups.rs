@@ -10,9 +10,9 @@
 //! A group never makes an access happen that the guest doesn't make: its check walks the page tables for what the
 //! first access does, and a write that comes later finds the page writable and dirty already, or the code runs carefully.
 
-use iced_x86::{Code, CodeSize, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, CodeSize, Instruction, Mnemonic, OpKind, Register};
 
-use super::facts::with_register_uses;
+use super::facts::each_written;
 
 /// The widest span that shares a check, in bytes. Wider ones cross pages too often.
 const MAX_SPAN: i64 = 1024;
@@ -173,139 +173,179 @@ struct Group {
     write: bool,
     /// How far the form's registers had moved at the first member.
     moved: i64,
-    /// Instructions, and the first bytes that they access.
-    members: Vec<(usize, i64)>,
+    members: usize,
     open: bool,
 }
 
-/// Finds the groups of a block: for each instruction its membership, if any.
-pub fn plan(steps: &[(Instruction, Step)], sharing: Sharing) -> Vec<Option<Member>> {
-    let (groups, _) = find(steps, sharing, sharing >= Sharing::Near);
-    members(&groups, steps, |_| None).0
+/// Finds groups; keeps its memory from one block to the next.
+#[derive(Default)]
+pub struct Planner {
+    groups: Vec<Group>,
+    /// For each instruction its group, and the first byte that it accesses there.
+    joined: Vec<Option<(usize, i64)>>,
+    plan: Vec<Option<Member>>,
+    /// How far registers have moved.
+    moved: [i64; 16],
+    /// Addresses are modulo 4 GiB.
+    narrow: bool,
 }
 
-/// The same for the turns of a loop, which `steps` are: groups that can stand through many of them have no checks among its
-/// members.
-pub fn plan_loop(steps: &[(Instruction, Step)], sharing: Sharing) -> (Vec<Option<Member>>, Vec<Standing>) {
-    let (groups, moved) = find(steps, sharing, true);
-    let mut written = 0u16;
-    for (insn, _) in steps.iter().filter(|(insn, _)| constant_move(insn).is_none()) {
-        each_written(insn, |n| written |= 1 << (n & 15));
+impl Planner {
+    /// Finds the groups of a block: for each instruction its membership, if any.
+    pub fn plan<'a>(
+        &mut self,
+        steps: impl Iterator<Item = (&'a Instruction, Step)>,
+        sharing: Sharing,
+    ) -> &[Option<Member>] {
+        self.find(steps, sharing, sharing >= Sharing::Near);
+        self.members(|_| None);
+        &self.plan
     }
-    members(&groups, steps, |group| {
-        let stride = group.form.shift(&moved);
-        let steady = (0..16).all(|n| written >> n & 1 == 0 || !group.form.uses(n));
-        let near = stride.checked_abs().is_some_and(|s| s <= MAX_STRIDE);
-        (steady && near && i32::try_from(group.low).is_ok()).then_some(stride)
-    })
-}
 
-/// The groups of a block, and how far registers have moved at its end. `frame`: the stack is memory like any other.
-fn find(steps: &[(Instruction, Step)], sharing: Sharing, frame: bool) -> (Vec<Group>, [i64; 16]) {
-    let mut groups: Vec<Group> = Vec::new();
-    let mut moved = [0i64; 16];
-    for (i, (insn, step)) in steps.iter().enumerate() {
-        let access = match step {
-            Step::Plain(access) | Step::Stack { access, .. } => *access,
-            Step::Barrier => {
-                groups.iter_mut().for_each(|g| g.open = false);
-                continue;
-            }
-        };
-        if let Some(mut a) = access {
-            let near = frame && a.form == Form::STACK;
-            if near {
-                a.form = Form::FRAME;
-            }
-            if !near || matches!(step, Step::Plain(_)) {
-                join(&mut groups, &moved, i, a, sharing);
-            }
+    /// The same for the turns of a loop, which `steps` are: groups that can stand through many of them have no checks among
+    /// its members.
+    pub fn plan_loop<'a>(
+        &mut self,
+        steps: impl Iterator<Item = (&'a Instruction, Step)> + Clone,
+        sharing: Sharing,
+    ) -> (&[Option<Member>], Vec<Standing>) {
+        self.find(steps.clone(), sharing, true);
+        let mut written = 0u16;
+        for (insn, _) in steps.filter(|(insn, _)| constant_move(insn).is_none()) {
+            each_written(insn, |n| written |= 1 << (n & 15));
         }
-        match step {
-            Step::Stack { moves, .. } => {
-                moved[usize::from(RSP_NUMBER)] += moves;
-                if insn.mnemonic() == Mnemonic::Pop && insn.op0_kind() == OpKind::Register {
-                    close(&mut groups, insn.op0_register());
+        let moved = self.moved;
+        let standing = self.members(|group| {
+            let stride = group.form.shift(&moved);
+            let steady = (0..16).all(|n| written >> n & 1 == 0 || !group.form.uses(n));
+            let near = stride.checked_abs().is_some_and(|s| s <= MAX_STRIDE);
+            (steady && near && i32::try_from(group.low).is_ok()).then_some(stride)
+        });
+        (&self.plan, standing)
+    }
+
+    /// Finds the groups of a block, and how far registers have moved at its end. `frame`: the stack is memory like any other.
+    fn find<'a>(&mut self, steps: impl Iterator<Item = (&'a Instruction, Step)>, sharing: Sharing, frame: bool) {
+        self.groups.clear();
+        self.joined.clear();
+        self.moved = [0; 16];
+        for (insn, step) in steps {
+            self.narrow = is_narrow(insn);
+            self.joined.push(None);
+            let access = match step {
+                Step::Plain(access) | Step::Stack { access, .. } => access,
+                Step::Barrier => {
+                    self.groups.iter_mut().for_each(|g| g.open = false);
+                    continue;
+                }
+            };
+            if let Some(mut a) = access {
+                let near = frame && a.form == Form::STACK;
+                if near {
+                    a.form = Form::FRAME;
+                }
+                if !near || matches!(step, Step::Plain(_)) {
+                    self.join(a, sharing);
                 }
             }
-            _ => match constant_move(insn) {
-                Some((n, distance)) => moved[usize::from(n & 15)] = moved[usize::from(n & 15)].wrapping_add(distance),
-                None => close_written(insn, &mut groups),
-            },
-        }
-    }
-    (groups, moved)
-}
-
-fn join(groups: &mut Vec<Group>, moved: &[i64; 16], i: usize, a: Access, sharing: Sharing) {
-    let moved = a.form.shift(moved);
-    let low = a.displacement.wrapping_add(moved);
-    let Some(high) = low.checked_add(a.size) else { return };
-    let widest = match sharing {
-        Sharing::All | Sharing::Alike => MAX_SPAN,
-        Sharing::Near => NEAR_SPAN,
-        Sharing::Close | Sharing::Off => CLOSE_SPAN,
-    };
-    // The stack's page is remembered only if it can be both read and written.
-    let alike = |g: &Group| sharing == Sharing::All || g.write == a.write || a.form == Form::STACK;
-    let fits = |g: &Group| g.open && g.form == a.form && alike(g);
-    for group in groups.iter_mut().filter(|g| fits(g)) {
-        let span = (group.low.min(low), group.high.max(high));
-        if span.1.checked_sub(span.0).is_some_and(|s| s <= widest) {
-            (group.low, group.high) = span;
-            group.write |= a.write;
-            group.members.push((i, low));
-            return;
-        }
-    }
-    if a.form == Form::STACK {
-        // There is one stack page.
-        groups.iter_mut().filter(|g| g.form == Form::STACK).for_each(|g| g.open = false);
-    }
-    groups.push(Group { form: a.form, low, high, write: a.write, moved, members: vec![(i, low)], open: true });
-}
-
-/// The memberships of `groups`, and those that stand: `stride` tells how far one moves with a loop.
-fn members(
-    groups: &[Group],
-    steps: &[(Instruction, Step)],
-    stride: impl Fn(&Group) -> Option<i64>,
-) -> (Vec<Option<Member>>, Vec<Standing>) {
-    let mut plan = vec![None; steps.len()];
-    // Addresses modulo 4 GiB can't be formed beside an addend.
-    let narrow = steps.first().is_some_and(|(insn, _)| is_narrow(insn));
-    let mut standing = Vec::new();
-    let mut slots = 0;
-    for group in groups {
-        let stack = group.form == Form::STACK;
-        let stride = stride(group);
-        let moved = if stride.is_some() { 0 } else { group.moved };
-        let displacement = group.low.wrapping_sub(moved);
-        let encodable =
-            group.form == Form { base: None, index: None, ..group.form } || i32::try_from(displacement).is_ok();
-        // A single access is checked as it is, except on the stack, whose page is remembered, and where a check does for many
-        // turns.
-        let alone = group.members.len() < 2 && stride.is_none();
-        let by_addend = stack && !narrow;
-        if !encodable || !stack && alone || !by_addend && slots == SLOTS {
-            continue;
-        }
-        let check = Check { form: group.form, displacement, span: (group.high - group.low) as i32, write: group.write };
-        let keep = match stride {
-            _ if by_addend => Keep::StackPage,
-            Some(stride) => {
-                standing.push(Standing { check, slot: slots, stride, members: group.members.len() });
-                Keep::Standing(standing.len() - 1)
+            match step {
+                Step::Stack { moves, .. } => {
+                    self.moved[usize::from(RSP_NUMBER)] += moves;
+                    if insn.mnemonic() == Mnemonic::Pop && insn.op0_kind() == OpKind::Register {
+                        close(&mut self.groups, insn.op0_register());
+                    }
+                }
+                _ => match constant_move(insn) {
+                    Some((n, distance)) => {
+                        let moved = &mut self.moved[usize::from(n & 15)];
+                        *moved = moved.wrapping_add(distance);
+                    }
+                    None => close_written(insn, &mut self.groups),
+                },
             }
-            None => Keep::Slot(slots),
-        };
-        slots += usize::from(!by_addend);
-        for (n, &(i, low)) in group.members.iter().enumerate() {
-            let distance = (low - group.low) as i32;
-            plan[i] = Some(Member { keep, distance, check: (n == 0 && stride.is_none()).then_some(check) });
         }
     }
-    (plan, standing)
+
+    /// Makes the last instruction's access part of a group.
+    fn join(&mut self, a: Access, sharing: Sharing) {
+        let moved = a.form.shift(&self.moved);
+        let low = a.displacement.wrapping_add(moved);
+        let Some(high) = low.checked_add(a.size) else { return };
+        let widest = match sharing {
+            Sharing::All | Sharing::Alike => MAX_SPAN,
+            Sharing::Near => NEAR_SPAN,
+            Sharing::Close | Sharing::Off => CLOSE_SPAN,
+        };
+        // The stack's page is remembered only if it can be both read and written.
+        let alike = |g: &Group| sharing == Sharing::All || g.write == a.write || a.form == Form::STACK;
+        let fits = |g: &Group| {
+            let span = g.high.max(high).checked_sub(g.low.min(low));
+            g.open && g.form == a.form && alike(g) && span.is_some_and(|s| s <= widest)
+        };
+        let found = self.groups.iter().position(fits);
+        let number = found.unwrap_or(self.groups.len());
+        match self.groups.get_mut(number) {
+            Some(group) => {
+                (group.low, group.high) = (group.low.min(low), group.high.max(high));
+                group.write |= a.write;
+                group.members += 1;
+            }
+            None => {
+                if a.form == Form::STACK {
+                    // There is one stack page.
+                    self.groups.iter_mut().filter(|g| g.form == Form::STACK).for_each(|g| g.open = false);
+                }
+                self.groups.push(Group { form: a.form, low, high, write: a.write, moved, members: 1, open: true });
+            }
+        }
+        if let Some(last) = self.joined.last_mut() {
+            *last = Some((number, low));
+        }
+    }
+
+    /// Finds the memberships of the groups, and those that stand: `stride` tells how far one moves with a loop.
+    fn members(&mut self, stride: impl Fn(&Group) -> Option<i64>) -> Vec<Standing> {
+        let mut standing = Vec::new();
+        let mut slots = 0;
+        self.plan.clear();
+        self.plan.resize(self.joined.len(), None);
+        for (number, group) in self.groups.iter().enumerate() {
+            let stack = group.form == Form::STACK;
+            let stride = stride(group);
+            let moved = if stride.is_some() { 0 } else { group.moved };
+            let displacement = group.low.wrapping_sub(moved);
+            let encodable =
+                group.form == Form { base: None, index: None, ..group.form } || i32::try_from(displacement).is_ok();
+            // A single access is checked as it is, except on the stack, whose page is remembered, and where a check does for
+            // many turns.
+            let alone = group.members < 2 && stride.is_none();
+            // Addresses modulo 4 GiB can't be formed beside an addend.
+            let by_addend = stack && !self.narrow;
+            if !encodable || !stack && alone || !by_addend && slots == SLOTS {
+                continue;
+            }
+            let span = (group.high - group.low) as i32;
+            let check = Check { form: group.form, displacement, span, write: group.write };
+            let keep = match stride {
+                _ if by_addend => Keep::StackPage,
+                Some(stride) => {
+                    standing.push(Standing { check, slot: slots, stride, members: group.members });
+                    Keep::Standing(standing.len() - 1)
+                }
+                None => Keep::Slot(slots),
+            };
+            slots += usize::from(!by_addend);
+            let mut check = stride.is_none().then_some(check);
+            for (member, joined) in self.plan.iter_mut().zip(&self.joined) {
+                if let &Some((n, low)) = joined
+                    && n == number
+                {
+                    *member = Some(Member { keep, distance: (low - group.low) as i32, check: check.take() });
+                }
+            }
+        }
+        standing
+    }
 }
 
 /// The code is 32-bit code, whose addresses are modulo 4 GiB.
@@ -370,17 +410,6 @@ fn close_written(insn: &Instruction, groups: &mut [Group]) {
     }
 }
 
-/// The general-purpose registers that an instruction may write.
-fn each_written(insn: &Instruction, mut found: impl FnMut(u8)) {
-    with_register_uses(insn, |info| {
-        for used in info.used_registers() {
-            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) && used.register().is_gpr() {
-                found(used.register().full_register().number() as u8);
-            }
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use iced_x86::{Decoder, DecoderOptions};
@@ -393,11 +422,13 @@ mod tests {
     }
 
     fn planned_as(code: &[u8], sharing: Sharing) -> Vec<Option<Member>> {
-        let steps: Vec<_> = Decoder::with_ip(64, code, 0x1000, DecoderOptions::NONE)
-            .iter()
-            .map(|insn| (insn, Step::Plain(based_access(&insn))))
-            .collect();
-        plan(&steps, sharing)
+        plan_code(64, code, sharing)
+    }
+
+    fn plan_code(bits: u32, code: &[u8], sharing: Sharing) -> Vec<Option<Member>> {
+        let insns: Vec<_> = Decoder::with_ip(bits, code, 0x1000, DecoderOptions::NONE).iter().collect();
+        let steps = insns.iter().map(|insn| (insn, Step::Plain(based_access(insn))));
+        Planner::default().plan(steps, sharing).to_vec()
     }
 
     #[test]
@@ -412,11 +443,7 @@ mod tests {
 
     /// The same for 32-bit code.
     fn planned_narrow(code: &[u8]) -> Vec<Option<Member>> {
-        let steps: Vec<_> = Decoder::with_ip(32, code, 0x1000, DecoderOptions::NONE)
-            .iter()
-            .map(|insn| (insn, Step::Plain(based_access(&insn))))
-            .collect();
-        plan(&steps, Sharing::All)
+        plan_code(32, code, Sharing::All)
     }
 
     #[test]
@@ -453,11 +480,10 @@ mod tests {
         // push rax; mov rcx, [rsp]; mov rdx, [rsp+8]; mov rsi, [rsp+0x100]
         let code = [0x50, 0x48, 0x8b, 0x0c, 0x24, 0x48, 0x8b, 0x54, 0x24, 0x08, 0x48, 0x8b, 0xb4, 0x24, 0, 1, 0, 0];
         let mode = crate::mode::Mode::of(&crate::testing::user_vcpu());
-        let steps: Vec<_> = Decoder::new(64, &code, DecoderOptions::NONE)
-            .iter()
-            .map(|i| (i, step(&i, crate::codegen::classify::classify(&i, mode, false), mode)))
-            .collect();
-        let plan = plan(&steps, Sharing::Near);
+        let insns: Vec<_> = Decoder::new(64, &code, DecoderOptions::NONE).iter().collect();
+        let steps = insns.iter().map(|i| (i, step(i, crate::codegen::classify::classify(i, mode, false), mode)));
+        let mut planner = Planner::default();
+        let plan = planner.plan(steps, Sharing::Near);
         assert!(plan[0].is_none());
         assert!(matches!(plan[1].unwrap().keep, Keep::Slot(_)) && plan[1].unwrap().check.unwrap().span == 16);
         assert!(plan[2].is_some() && plan[3].is_none());

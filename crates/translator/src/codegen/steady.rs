@@ -22,8 +22,8 @@ use iced_x86::Mnemonic;
 use super::asm::{Alu, Label, Mem, RSP, Reg, S0, S1, S2, cc};
 use super::block::Builder;
 use super::classify::{Kind, access_operand};
-use super::decode::{Item, step};
-use super::groups::{self, Keep, Sharing, Standing};
+use super::decode::{Item, steps};
+use super::groups::{Keep, Planner, Sharing, Standing};
 use super::liveness::Flags;
 use super::operand::{FlagState, kept};
 use super::reencode::{Home, home, spares_scratch};
@@ -70,20 +70,18 @@ pub fn turns(items: &[Item], mode: Mode) -> usize {
     if (turns + 1) * items.len() > MAX_ITEMS {
         return 0;
     }
-    let steps: Vec<_> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
-    let steps: Vec<_> = (0..turns).flat_map(|_| steps.iter().copied()).collect();
-    let (members, standing) = groups::plan_loop(&steps, Sharing::All);
+    let mut planner = Planner::default();
+    let (members, standing) = planner.plan_loop((0..turns).flat_map(|_| steps(items, mode)), Sharing::All);
     let accesses = items.iter().filter(|i| access_operand(&i.insn).is_some()).count() * turns;
     let stand = members.iter().flatten().filter(|m| matches!(m.keep, Keep::Standing(_))).count();
     if !standing.is_empty() && 2 * stand >= accesses { turns } else { 0 }
 }
 
 /// Finds the groups of a loop's rounds.
-pub fn plan(items: &mut [Item], mode: Mode, sharing: Sharing) -> Vec<Standing> {
-    let steps: Vec<_> = items.iter().map(|i| (i.insn, step(&i.insn, i.kind, mode))).collect();
-    let (members, standing) = groups::plan_loop(&steps, sharing.min(Sharing::Alike));
+pub fn plan(items: &mut [Item], mode: Mode, sharing: Sharing, planner: &mut Planner) -> Vec<Standing> {
+    let (members, standing) = planner.plan_loop(steps(items, mode), sharing.min(Sharing::Alike));
     for (item, member) in items.iter_mut().zip(members) {
-        item.member = member;
+        item.member = *member;
     }
     standing
 }
