@@ -197,16 +197,17 @@ pub(crate) fn length_of<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> u64 
     slices.iter().map(|slice| slice.len() as u64).sum()
 }
 
-/// Goes over a range in pieces of [`CHUNK`] bytes at most.
-pub(crate) fn in_chunks(
+/// Makes a range zero by zeros that `write` writes, [`CHUNK`] bytes at most at once.
+pub(crate) fn write_zero_bytes(
     offset: u64,
     length: u64,
-    mut each: impl FnMut(u64, usize) -> io::Result<()>,
+    mut write: impl FnMut(&[VolatileSlice<'_>], u64) -> io::Result<()>,
 ) -> io::Result<()> {
+    let mut zeros = vec![0; CHUNK];
     let mut done = 0;
     while done < length {
         let piece = (length - done).min(CHUNK as u64);
-        each(offset + done, piece as usize)?;
+        write(&[VolatileSlice::from(zeros.get_mut(..piece as usize).unwrap_or_default())], offset + done)?;
         done += piece;
     }
     Ok(())

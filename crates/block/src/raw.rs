@@ -9,6 +9,8 @@ use memory::vm_memory::bitmap::BitmapSlice;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
+use crate::disk::write_zero_bytes;
+
 /// An open raw image of fixed size. Offsets and lengths are within it, as the caller has checked.
 pub struct Raw {
     file: File,
@@ -84,11 +86,7 @@ impl Raw {
         if self.allocate(&self.no_zero, zero, offset, length)? {
             return Ok(());
         }
-        let mut zeros = vec![0; crate::disk::CHUNK];
-        crate::disk::in_chunks(offset, length, |at, length| {
-            let slice = VolatileSlice::from(zeros.get_mut(..length).unwrap_or_default());
-            self.write(&[slice], at)
-        })
+        write_zero_bytes(offset, length, |zeros, at| self.write(zeros, at))
     }
 
     /// False: the file system can't do that.

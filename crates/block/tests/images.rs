@@ -445,6 +445,79 @@ fn wrong_reference_counts_are_found_and_mended() {
 }
 
 #[test]
+fn bitmaps_of_backup_programs_are_in_use() {
+    let directory = directory();
+    let path = directory.path().join("a");
+    let name = path.to_str().unwrap();
+    if qemu_img(&["create", "-q", "-f", "qcow2", name, "64M"]).is_none() {
+        return;
+    }
+    for bitmap in ["first", "the second, with a longer name"] {
+        qemu_img(&["bitmap", "--add", name, bitmap]);
+    }
+    write(&open(&path, |options| options.snapshot = true).unwrap(), 0, &[1; 512]).unwrap();
+    // What is used and not counted is an error, and mended: nothing of the bitmaps may be given out again.
+    let report = image::check(&path, false).unwrap();
+    assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.details);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut place = [0; 8];
+    file.read_exact_at(&mut place, 48).unwrap();
+    let table = u64::from_be_bytes(place);
+    file.read_exact_at(&mut place, table).unwrap();
+    file.write_all_at(&[0, 1], u64::from_be_bytes(place) + 2 * 1000).unwrap();
+    assert_eq!(image::check(&path, false).unwrap().leaks, 1);
+    assert_eq!(image::check(&path, true).unwrap().leaks, 0);
+    qemu_img(&["check", "-q", name]);
+    // Who writes and does not keep them makes them invalid, and their clusters a leak.
+    write(&open(&path, |_| ()).unwrap(), 0, &[1; 512]).unwrap();
+    assert!(image::check(&path, false).unwrap().leaks > 0);
+    assert_eq!(image::check(&path, true).unwrap().leaks, 0);
+    qemu_img(&["check", "-q", name]);
+}
+
+#[test]
+fn an_encrypted_image_is_refused() {
+    let directory = directory();
+    let path = directory.path().join("a");
+    for method in [1u32, 2] {
+        image::create(&path, Format::Qcow2, Some(MIB), None).unwrap();
+        File::options().write(true).open(&path).unwrap().write_all_at(&method.to_be_bytes(), 32).unwrap();
+        let refused =
+            |error| matches!(error, Some(Error::Qcow2 { source, .. }) if source.to_string().contains("encrypted"));
+        assert!(refused(open(&path, |_| ()).err()));
+        assert!(refused(image::check(&path, true).err()));
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn ranges_of_every_kind_of_image_become_zero() {
+    let directory = directory();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_string();
+    let (old, new, raw) = (at("v2"), at("v3"), at("raw"));
+    if qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &old, "4M"]).is_none() {
+        return;
+    }
+    image::create(Path::new(&new), Format::Qcow2, Some(4 * MIB), None).unwrap();
+    image::create(Path::new(&raw), Format::Raw, Some(4 * MIB), None).unwrap();
+    for (name, format) in [(&old, Format::Qcow2), (&new, Format::Qcow2), (&raw, Format::Raw)] {
+        for unmap in [false, true] {
+            let disk = open(Path::new(name), |options| options.format = Some(format)).unwrap();
+            write(&disk, 0, &vec![7; 4 << 20]).unwrap();
+            disk.write_zeroes(65_536 - 512, (2 << 20) + 1024, unmap).unwrap();
+            let zeros = read(&disk, 65_536 - 512, (2 << 20) + 1024);
+            assert!(zeros.iter().all(|byte| *byte == 0), "{name} {unmap}");
+            assert_eq!(
+                (read(&disk, 65_536 - 1024, 512), read(&disk, 65_536 + (2 << 20) + 512, 512)),
+                (vec![7; 512], vec![7; 512])
+            );
+            disk.flush().unwrap();
+        }
+    }
+    qemu_img(&["check", "-q", &old]);
+}
+
+#[test]
 fn a_dirty_image_is_mended_before_it_is_used() {
     let directory = directory();
     let path = directory.path().join("a");

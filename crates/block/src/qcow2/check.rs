@@ -1,7 +1,7 @@
 //! Whether a qcow2 image is consistent: every cluster is used as often as its reference count says.
 //!
 //! The walk follows header, L1 tables (the active one and those of internal snapshots), L2 tables and what these
-//! map, and counts how often each cluster of the file is used. The counts are compared with the image's own. A count
+//! map, and bitmaps, and counts how often each cluster of the file is used. The counts are compared with the image's own. A count
 //! that is too small is an error: the cluster would be given out a second time. One that is too large is a leak:
 //! space is lost, no more. Repair writes new counts behind all that is used and then, with one write of the
 //! header, makes them the image's.
@@ -12,11 +12,14 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::header::{
-    COMPRESSED, COPIED, CORRUPT, DIRTY, Header, INCOMPATIBLE, OFFSET, REFCOUNT_TABLE, be32, be64, read_padded,
+    Bitmaps, COMPRESSED, COPIED, CORRUPT, DIRTY, Header, INCOMPATIBLE, OFFSET, REFCOUNT_TABLE, be32, be64, read_padded,
 };
 
 /// L2 tables that are looked at: those of 2 PiB in clusters of 64 KiB. Damaged images can lead to the same ones for ever.
 const MOST_VISITS: u64 = 1 << 22;
+/// An entry of the directory of bitmaps without name and extra data, and the most bytes of a bitmap's table.
+const BITMAP_ENTRY: usize = 24;
+const MAX_BITMAP_TABLE: u64 = 8 << 20;
 /// What can be told; an image may have any number of errors.
 const MOST_TOLD: usize = 20;
 
@@ -90,6 +93,10 @@ pub fn check(file: &File, repair: bool) -> io::Result<Report> {
     Ok(report)
 }
 
+fn endless() -> io::Error {
+    io::Error::other("the tables lead to one another without end")
+}
+
 impl Walk<'_> {
     fn cluster_size(&self) -> u64 {
         self.header.cluster_size()
@@ -129,6 +136,38 @@ impl Walk<'_> {
         if at > header.snapshots_offset {
             self.use_range("the snapshot table", header.snapshots_offset, at - header.snapshots_offset);
         }
+        self.bitmaps()
+    }
+
+    /// The directory of bitmaps, their tables, and what these point to.
+    fn bitmaps(&mut self) -> io::Result<()> {
+        let Some(Bitmaps { count, offset, size }) = self.header.bitmaps else { return Ok(()) };
+        if !self.use_range("the directory of bitmaps", offset, size) {
+            return Ok(());
+        }
+        let directory = read_padded(self.file, offset, size as usize)?;
+        let mut at = 0;
+        for _ in 0..count {
+            let (table, entries) = (be64(&directory, at), u64::from(be32(&directory, at + 8)));
+            let (name, extra) = (be32(&directory, at + 16) & 0xffff, be32(&directory, at + 20));
+            at += BITMAP_ENTRY.saturating_add(extra as usize).saturating_add(name as usize).next_multiple_of(8);
+            if at > directory.len() || entries * 8 > MAX_BITMAP_TABLE {
+                self.report.error(format!("the directory of bitmaps at {offset:#x} is not possible"));
+                return Ok(());
+            }
+            if entries == 0 || !self.use_range("a bitmap's table", table, entries * 8) {
+                continue;
+            }
+            self.visits += 1 + entries * 8 / self.cluster_size();
+            if self.visits > MOST_VISITS {
+                return Err(endless());
+            }
+            let table = read_padded(self.file, table, (entries * 8) as usize)?;
+            for entry in (0..entries as usize).map(|index| be64(&table, index * 8) & OFFSET).filter(|entry| *entry != 0)
+            {
+                self.use_range("a bitmap", entry, self.cluster_size());
+            }
+        }
         Ok(())
     }
 
@@ -160,7 +199,7 @@ impl Walk<'_> {
     fn l2(&mut self, offset: u64, active: bool) -> io::Result<()> {
         self.visits += 1;
         if self.visits > MOST_VISITS {
-            return Err(io::Error::other("the tables lead to one another without end"));
+            return Err(endless());
         }
         let first_visit = self.tables.insert(offset);
         if !first_visit && active {

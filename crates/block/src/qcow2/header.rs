@@ -20,8 +20,10 @@ pub const COPIED: u64 = 1 << 63;
 pub const COMPRESSED: u64 = 1 << 62;
 
 /// Offsets in the header.
+const ENCRYPTION: usize = 32;
 pub const REFCOUNT_TABLE: u64 = 48;
 pub const INCOMPATIBLE: u64 = 72;
+const AUTOCLEAR: usize = 88;
 const V2_SIZE: usize = 72;
 const V3_SIZE: usize = 104;
 const COMPRESSION: usize = 104;
@@ -30,12 +32,17 @@ const END: u32 = 0;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const FEATURE_NAME: u32 = 48;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
+const BITMAPS: u32 = 0x2385_2875;
+/// The autoclear feature without which what is said of bitmaps is of old: programs that know nothing of them clear it.
+const BITMAPS_ARE_VALID: u64 = 1 << 0;
 
 /// Limits, as QEMU has them: larger ones are no real image.
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
+const MAX_BITMAPS: u32 = 65535;
+const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
 
 /// How compressed clusters are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +69,16 @@ pub struct Header {
     pub compression: Compression,
     pub backing_file: Option<String>,
     pub backing_format: Option<String>,
+    pub bitmaps: Option<Bitmaps>,
+}
+
+/// Where the directory of an image's bitmaps is, in which backup programs note what was written.
+#[derive(Clone, Copy, Debug)]
+pub struct Bitmaps {
+    pub count: u32,
+    pub offset: u64,
+    /// In bytes.
+    pub size: u64,
 }
 
 fn invalid(why: impl Into<String>) -> io::Error {
@@ -121,7 +138,13 @@ impl Header {
             compression: Compression::Zlib,
             backing_file: None,
             backing_format: None,
+            bitmaps: None,
         };
+        if be32(&bytes, ENCRYPTION) != 0 {
+            return Err(invalid(
+                "its contents are encrypted, which is not supported; qemu-img convert makes a plain image of it",
+            ));
+        }
         if header.incompatible & COMPRESSION_TYPE != 0 && header_length > COMPRESSION {
             header.compression = match bytes.get(COMPRESSION) {
                 Some(0) => Compression::Zlib,
@@ -210,6 +233,14 @@ impl Header {
             }
             if kind == BACKING_FORMAT {
                 self.backing_format = Some(text(read_padded(file, at + 8, length as usize)?)?);
+            }
+            if kind == BITMAPS && self.version == 3 && be64(bytes, AUTOCLEAR) & BITMAPS_ARE_VALID != 0 {
+                let place = read_padded(file, at + 8, 24)?;
+                let bitmaps = Bitmaps { count: be32(&place, 0), offset: be64(&place, 16), size: be64(&place, 8) };
+                if length != 24 || bitmaps.count > MAX_BITMAPS || bitmaps.size > MAX_BITMAP_DIRECTORY {
+                    return Err(invalid("the directory of bitmaps is not possible"));
+                }
+                self.bitmaps = Some(bitmaps);
             }
             at += 8 + u64::from(length).next_multiple_of(8);
         }

@@ -21,6 +21,7 @@ use memory::vm_memory::VolatileSlice;
 use memory::vm_memory::bitmap::BitmapSlice;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
+use crate::disk::write_zero_bytes;
 use crate::open::{detect, open_file};
 use crate::{Cache, Error, Format, Options, SECTOR};
 
@@ -173,16 +174,21 @@ impl Qcow2 {
     }
 
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        if !unmap {
-            return self.contain(|| self.access().write_zeroes(offset, length));
+        let unsupported =
+            |result: &io::Result<()>| result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Unsupported);
+        let mut result = Err(io::ErrorKind::Unsupported.into());
+        if unmap {
+            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            result = self.contain(|| access.discard_to_zero(offset, length));
         }
-        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
-        match self.contain(|| access.discard_to_zero(offset, length)) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                self.contain(|| access.write_zeroes(offset, length))
-            }
-            other => other,
+        if unsupported(&result) {
+            result = self.contain(|| self.access().write_zeroes(offset, length));
         }
+        // Version 2 has no clusters that just read as zeros.
+        if unsupported(&result) {
+            result = write_zero_bytes(offset, length, |zeros, at| self.write(zeros, at));
+        }
+        result
     }
 }
 
