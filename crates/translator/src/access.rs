@@ -141,9 +141,15 @@ impl Bounce {
 
 /// A TLB miss or a failed check, light path: the host address (of the stack page: its addend) or 0. Answers what needs
 /// neither the whole of the vector state saved nor devices. Must not touch vector registers beyond xmm0-xmm15: no memory
-/// copies by libc, no device access.
-pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, va: u64, kind: u32) -> u64 {
+/// copies by libc, no device access. `compared` and `entry`: see [`Tlb::address`](crate::tlb::Tlb::address).
+pub(crate) extern "C" fn fill_light(cpu: &mut Vcpu, compared: u64, kind: u32, entry: u32) -> u64 {
     let kind = AccessKind(kind);
+    let va = cpu.tlb.address(kind, compared, entry);
+    cpu.hot.accessed = va;
+    fill(cpu, va, kind)
+}
+
+fn fill(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> u64 {
     if !canonical(va) {
         return 0;
     }
@@ -322,7 +328,7 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
         return stop(cpu, Stop::Fault(Exception::with_code(Vector::AlignmentCheck, 0)));
     }
     if va % PAGE_SIZE + kind.size() as u64 <= PAGE_SIZE {
-        let host = fill_light(cpu, va, kind.bits());
+        let host = fill(cpu, va, kind);
         if host != 0 {
             return Accessed { host, left: 0 };
         }
@@ -689,7 +695,7 @@ mod tests {
         }
         let other = cpu.tlb.enter_stack(context, 0x5000);
         let kind = AccessKind::new(16, true, context).group().stack();
-        let addend = fill_light(&mut cpu, 0x9ff8, kind.bits());
+        let addend = fill(&mut cpu, 0x9ff8, kind);
         assert_eq!(cpu.tlb.stack(context).page, 0x9000);
         assert_eq!(cpu.tlb.stack(context).addend, addend);
         assert_eq!(other, Some(addend), "RAM is one piece in the host's memory");

@@ -655,6 +655,13 @@ impl Cache {
         let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
         (offset < body.length).then_some((insn, bytes, point.parked))
     }
+
+    /// The guest address of the last instruction of the block that holds a host address.
+    pub fn last_instruction(&self, address: u64) -> Option<u64> {
+        let (id, _) = self.find_by_host(address)?;
+        let (block, body) = self.block(id)?;
+        Some(block.rip.wrapping_add(body.record.point_at(body.length)?.guest_offset.into()))
+    }
 }
 
 /// A bit for each 64 bytes of a page that a range touches.

@@ -4,14 +4,16 @@
 //! stand in [`Near`] and [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
 //!
 //! - `exit_link`, called by the stub of a direct branch that is not linked yet; the return address names the stub;
-//! - `exit_lookup`, jumped to with the guest RIP in r14: an indirect branch missed the jump table;
+//! - `exit_lookup`, jumped to with the guest RIP in r14: a branch missed the jump table; `exit_branch` the same, called, of one
+//!   that computed its target, which the return address tells of; `exit_branch_event` instead of `exit_event`;
 //! - `exit_event`, jumped to with the guest RIP in r14: the poll word is set;
 //! - `helper`, called with the index of a sensitive instruction in r14;
-//! - `slow`, called with a guest-virtual address in r14 and an [`AccessKind`](crate::access::AccessKind) in r10d; comes back with
-//!   the host address in r14;
+//! - `slow`, called with what the check of an address left in r14 and r10 (see [`Tlb::address`](crate::tlb::Tlb::address)), and an
+//!   [`AccessKind`](crate::access::AccessKind) right before the call, as the immediate of an instruction that never runs; comes
+//!   back with the host address in r14;
 //! - `slow_or_detour`, the same for a group, behind whose call stand two jumps: the second leads to careful code, and is taken
 //!   where the group crosses a page's end, once it is linked;
-//! - `resolve`, the same for operands whose address only Rust computes;
+//! - `resolve`, for operands whose address only Rust computes, called with the access kind in r10d;
 //! - `bounced`, jumped to when an instruction has run on the bounce buffer, and `stored_split`, the same for a store to two
 //!   pages of RAM;
 //! - `signal`, where the host's signal handler sends emitted code that faulted.
@@ -49,6 +51,7 @@ pub struct Near {
     pub slow_or_detour: u64,
     pub exit_link: u64,
     pub exit_lookup: u64,
+    pub exit_branch: u64,
     pub exit_event: u64,
     pub helper: u64,
     /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
@@ -63,13 +66,14 @@ pub struct Hot {
     /// The host's stack pointer while guest code runs.
     pub host_rsp: u64,
     pub target: u64,
-    /// The guest RIP of the indirect branch or return by which emitted code was left last; [`NO_BRANCH`] if by none.
+    /// What follows the host code of the branch to a computed address by which emitted code was left last; zero if by none.
     pub branch: u64,
     /// See [`crate::mmu::segmentation`].
     pub segment_ends: [crate::mmu::segmentation::Ends; 6],
     /// A guest register lent to the translator within one instruction.
     pub lent: u64,
     pub resolve: u64,
+    pub exit_branch_event: u64,
     pub bounced: u64,
     pub stored_split: u64,
     /// XSAVE's and XRSTOR's component mask.
@@ -86,6 +90,10 @@ pub struct Hot {
     pub group_spans: [u64; crate::codegen::groups::SLOTS],
     /// One of them, which emitted code holds in r11, across the slow path.
     pub held: u64,
+    /// The guest-virtual address of the access that `slow` was called for.
+    pub accessed: u64,
+    /// What emitted code holds in r10, while it is asked where a group's span ends.
+    pub index: u64,
     /// Rounds of a loop until its checks are made again: see [`crate::codegen::steady`].
     pub rounds: u32,
     /// The address of the word of requests from others.
@@ -96,6 +104,9 @@ pub struct Hot {
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
 }
+
+/// How far before the return address of a call of `slow` the access kind stands.
+pub const KIND_DISTANCE: usize = 8;
 
 /// A store across the end of a page that has run on the bounce buffer: where its two pieces go.
 #[derive(Clone, Copy, Debug, Default)]
@@ -110,9 +121,6 @@ pub struct Split {
     pub resume: u64,
 }
 
-/// Of [`Hot::branch`]: no instruction is at such an address.
-pub const NO_BRANCH: u64 = 1 << 63;
-
 /// The offset of a [`Vcpu`] field from what rsp points at.
 macro_rules! context_offset {
     ($($field:tt)+) => { std::mem::offset_of!($crate::Vcpu, $($field)+) as i32 - std::mem::offset_of!($crate::Vcpu, gpr) as i32 };
@@ -124,6 +132,8 @@ unsafe extern "C" {
     fn ringer_enter(context: *mut u64, code: u64) -> u64;
     fn ringer_exit_link();
     fn ringer_exit_lookup();
+    fn ringer_exit_branch();
+    fn ringer_exit_branch_event();
     fn ringer_exit_event();
     fn ringer_helper();
     fn ringer_slow();
@@ -146,6 +156,7 @@ impl Default for Near {
             slow_or_detour: address(ringer_slow_or_detour),
             exit_link: address(ringer_exit_link),
             exit_lookup: address(ringer_exit_lookup),
+            exit_branch: address(ringer_exit_branch),
             exit_event: address(ringer_exit_event),
             helper: address(ringer_helper),
             saved_ax: 0,
@@ -161,10 +172,11 @@ impl Hot {
             return_address: 0,
             host_rsp: 0,
             target: 0,
-            branch: NO_BRANCH,
+            branch: 0,
             segment_ends: Default::default(),
             lent: 0,
             resolve: address(ringer_resolve),
+            exit_branch_event: address(ringer_exit_branch_event),
             bounced: address(ringer_bounced),
             stored_split: address(ringer_stored_split),
             xsave_mask,
@@ -176,6 +188,8 @@ impl Hot {
             tsc_offset: 0,
             group_spans: [0; crate::codegen::groups::SLOTS],
             held: 0,
+            accessed: 0,
+            index: 0,
             rounds: 0,
             requests: requests.as_ptr() as u64,
             detours: 0,
@@ -362,6 +376,9 @@ global_asm!(
     "SAVE_ALL",
     "mov ebx, 0",
     "jmp ringer_leave",
+    ".global ringer_exit_branch",
+    "ringer_exit_branch:",
+    "pop qword ptr [rsp + {branch}]",
     ".global ringer_exit_lookup",
     "ringer_exit_lookup:",
     "SAVE_ALL",
@@ -388,6 +405,9 @@ global_asm!(
     "3:",
     "mov ebx, 1",
     "jmp ringer_leave",
+    ".global ringer_exit_branch_event",
+    "ringer_exit_branch_event:",
+    "pop qword ptr [rsp + {branch}]",
     ".global ringer_exit_event",
     "ringer_exit_event:",
     "SAVE_ALL",
@@ -429,12 +449,14 @@ global_asm!(
     ".global ringer_slow_or_detour",
     "ringer_slow_or_detour:",
     "mov [rsp + 8 + {held}], r11",
-    "mov r11d, r14d",
-    "and r11d, 0xfff",
-    "add r11w, r10w",
-    "cmp r11d, 0x1000",
-    "jbe 1f",
+    "mov [rsp + 8 + {index}], r10",
     "mov r11, [rsp]",
+    "mov r10d, r14d",
+    "and r10d, 0xfff",
+    "add r10w, [r11 - {kind}]",
+    "cmp r10d, 0x1000",
+    "mov r10, [rsp + 8 + {index}]",
+    "jbe 1f",
     "cmp dword ptr [r11 + 6], 0",
     "je 1f",
     "sub dword ptr [rsp + 8 + {detours}], 1",
@@ -444,11 +466,13 @@ global_asm!(
     "jmp r11",
     "1:",
     "mov r11, [rsp + 8 + {held}]",
-    // A TLB miss: rdi = vCPU, rsi = address, edx = kind.
+    // A TLB miss: rdi = vCPU, rsi and ecx = what the check left, edx = kind.
     ".global ringer_slow",
     "ringer_slow:",
+    "mov [rsp + 8 + {held}], r11",
+    "mov r11, [rsp]",
+    "mov r11d, [r11 - {kind}]",
     "pop qword ptr [rsp + {return_address}]",
-    "mov [rsp + {held}], r11",
     "SAVE_ALL",
     "mov rbx, [rsp + {fp_loaded}]",
     "test rbx, rbx",
@@ -456,10 +480,11 @@ global_asm!(
     "SAVE_XMM",
     "1:",
     "mov rbp, rsp",
-    "mov r12d, r10d",
+    "mov r12d, r11d",
     "lea rdi, [rsp - {gpr}]",
     "mov rsi, r14",
     "mov edx, r12d",
+    "mov ecx, r10d",
     "mov rsp, [rsp + {host_rsp}]",
     "call {fill_light}",
     "mov rsp, rbp",
@@ -477,7 +502,7 @@ global_asm!(
     "3:",
     "SAVE_FP",
     "lea rdi, [rsp - {gpr}]",
-    "mov rsi, r14",
+    "mov rsi, [rsp + {accessed}]",
     "mov edx, r12d",
     "mov rsp, [rsp + {host_rsp}]",
     "call {access_slow}",
@@ -581,6 +606,10 @@ global_asm!(
     xsaveopt = const context_offset!(hot.xsaveopt),
     xmm = const context_offset!(hot.xmm),
     held = const context_offset!(hot.held),
+    accessed = const context_offset!(hot.accessed),
+    index = const context_offset!(hot.index),
+    branch = const context_offset!(hot.branch),
+    kind = const KIND_DISTANCE,
     detours = const context_offset!(hot.detours),
     split_from = const context_offset!(hot.split.from),
     split_first = const context_offset!(hot.split.first),

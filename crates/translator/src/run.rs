@@ -20,7 +20,7 @@ use crate::codegen::decode::GuestCode;
 use crate::codegen::groups::Sharing;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::deliver::{Event, deliver};
-use crate::entry::{Left, NO_BRANCH, enter};
+use crate::entry::{Left, enter};
 use crate::fetches::Fetches;
 use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
@@ -323,7 +323,7 @@ impl Vcpu {
         if let Some(entry) = self.engine.cache.jumps.recall(mode, key) {
             self.engine.cache.stats.lookups += 1;
             self.engine.mode = Some(mode);
-            self.hot.branch = NO_BRANCH;
+            self.hot.branch = 0;
             return Some(entry);
         }
         let (gpa, global) = self.fetched(self.rip)?;
@@ -337,7 +337,7 @@ impl Vcpu {
         cache.enter_jump(id, global);
         cache.stats.lookups += 1;
         self.engine.mode = Some(mode);
-        self.hot.branch = NO_BRANCH;
+        self.hot.branch = 0;
         Some(cache.entry(id))
     }
 
@@ -447,12 +447,15 @@ impl Vcpu {
         }
         self.rflags &= !rflags::RF;
         self.engine.delivered = false;
-        self.hot.branch = NO_BRANCH;
+        self.hot.branch = 0;
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
         self.shared.invalidations.set_running(false);
-        if self.hot.branch != NO_BRANCH && !self.fetchable(self.rip) {
-            return Err(self.branch_fault());
+        if self.hot.branch != 0
+            && !self.fetchable(self.rip)
+            && let Some(at) = self.engine.cache.last_instruction(self.hot.branch)
+        {
+            return Err(self.branch_fault(at));
         }
         // No trap follows INT n and its like, nor a fault of theirs: TF is off in the handler already. That of a load of SS is
         // lost.
@@ -501,9 +504,8 @@ impl Vcpu {
     /// An indirect branch or return whose target isn't canonical or is outside the code segment raises #GP itself, before the stack
     /// pointer has moved (Intel SDM 2A, CALL; 2B, RET). Emitted code looks only at the table of known targets, so this
     /// undoes the branch.
-    fn branch_fault(&mut self) -> Stop {
+    fn branch_fault(&mut self, at: u64) -> Stop {
         use iced_x86::Mnemonic;
-        let at = self.hot.branch;
         let mut bytes = [0; 15];
         for (i, byte) in bytes.iter_mut().enumerate() {
             match self.fetch_address(self.linear_code(at.wrapping_add(i as u64))) {

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use memory::PAGE_SIZE;
 
+use crate::access::AccessKind;
 use crate::cpu::{CONTEXTS, Context};
 use crate::spaces::Missed;
 
@@ -236,6 +237,17 @@ impl Tlb {
         self.stack[stack_index(context)] = StackPage { page, addend };
         self.stack_frames[stack_index(context)] = entry.frame;
         Some(addend)
+    }
+
+    /// The address whose check has failed: what is left of it after the comparison is its XOR with the tag, of the stack page or
+    /// of the entry at this distance from the table's beginning.
+    pub fn address(&self, kind: AccessKind, compared: u64, entry: u32) -> u64 {
+        let context = kind.context();
+        if kind.is_stack() {
+            return compared ^ self.stack[stack_index(context)].page;
+        }
+        let entry = &self.tables[context as usize].entries[entry as usize / size_of::<Entry>() % ENTRIES];
+        compared ^ if kind.write() { entry.write } else { entry.read }
     }
 
     /// What checks that later accesses share stand on: it is the same as long as they hold.

@@ -566,6 +566,12 @@ impl Asm {
         self.imm32(value);
     }
 
+    /// `test eax, imm32`
+    pub fn test_eax_imm32(&mut self, value: i32) {
+        self.byte(0xa9);
+        self.imm32(value);
+    }
+
     /// AH = SF, ZF, AF, PF, CF; AL = OF.
     pub fn flags_to_ax(&mut self) {
         self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);

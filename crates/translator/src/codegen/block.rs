@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
-use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, cc};
+use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::control::Missed;
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
@@ -13,7 +13,7 @@ use super::reencode::{self, Home, Operand, home};
 use super::steady::{self, Steady};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
-use crate::entry::context_offset;
+use crate::entry::{KIND_DISTANCE, context_offset};
 use crate::mode::Mode;
 use crate::semantics::Exec;
 
@@ -132,8 +132,6 @@ pub struct SlowStub {
 pub enum Slow {
     /// The TLB entry doesn't fit.
     Miss {
-        /// What the address in S0 was combined with by XOR.
-        tag: Mem,
         /// Where the page's end is in the way, careful code is entered.
         detour: bool,
     },
@@ -606,16 +604,29 @@ impl Builder<'_> {
     fn emit_behind(&mut self, behind: Behind) {
         match behind {
             Behind::Slow { stub, point, parked } => {
-                self.asm.bind(stub.entry);
-                let (mut call, mut detours) = (context_offset!(hot.resolve), false);
-                if let Slow::Miss { tag, detour } = stub.why {
-                    self.asm.alu_mem(Alu::Xor, S0, tag);
-                    detours = detour;
-                    call = if detour { context_offset!(near.slow_or_detour) } else { context_offset!(near.slow) };
+                match stub.why {
+                    Slow::Miss { .. } => {
+                        self.asm.test_eax_imm32(stub.kind.bits() as i32);
+                        self.asm.bind(stub.entry);
+                    }
+                    Slow::Segment => {
+                        self.asm.bind(stub.entry);
+                        self.asm.mov_imm(S1, stub.kind.bits() as u64);
+                    }
                 }
-                self.asm.mov_imm(S1, stub.kind.bits() as u64);
+                let detours = matches!(stub.why, Slow::Miss { detour: true });
+                let call = match stub.why {
+                    Slow::Miss { .. } if detours => context_offset!(near.slow_or_detour),
+                    Slow::Miss { .. } => context_offset!(near.slow),
+                    Slow::Segment => context_offset!(hot.resolve),
+                };
+                let before = self.asm.position();
                 self.asm.call_mem(Mem::Base(RSP, call));
                 let return_offset = self.position();
+                debug_assert!(
+                    matches!(stub.why, Slow::Segment) || self.asm.position() - before + 4 == KIND_DISTANCE,
+                    "the kind is where `slow` looks for it"
+                );
                 self.sites.push(Site { return_offset, point, parked });
                 self.asm.jmp(stub.back);
                 if detours {

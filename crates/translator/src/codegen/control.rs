@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{Alu, Asm, Label, Mem, RCX, RSP, S0, S1, S2, cc};
+use super::asm::{Alu, Label, Mem, RCX, RSP, S0, S1, S2, cc};
 use super::block::Builder;
 use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
@@ -53,15 +53,9 @@ pub struct Missed {
     parked: bool,
     /// S0 has the base of a code segment in its upper half.
     based: bool,
-    /// The branch, if it computed the target.
-    computed: Option<u64>,
-}
-
-/// Only a branch to a computed address can lead to one that isn't canonical or is outside the code segment: that one is
-/// remembered. Clobbers S1.
-fn note_branch(asm: &mut Asm, ip: u64) {
-    asm.mov_address(S1, ip);
-    asm.store(Mem::Base(RSP, context_offset!(hot.branch)), S1);
+    /// The branch computed the target: only such a one can lead to an address that isn't canonical or is outside the code
+    /// segment.
+    computed: bool,
 }
 
 impl Builder<'_> {
@@ -211,18 +205,15 @@ impl Builder<'_> {
 
     /// The same by the part of the jump table for another mode: that of the vCPU from here on.
     pub fn lookup_in(&mut self, slot: Option<usize>, target: Target) {
-        let ip = self.current_ip();
+        let computed = target == Target::Computed;
         let (Some(slot), false) = (slot, self.mode.is_single()) else {
             self.need_flags();
-            if target == Target::Computed {
-                note_branch(&mut self.asm, ip);
+            match (computed, self.mode.is_single()) {
+                (false, false) => self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup))),
+                (false, true) => self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_event))),
+                (true, false) => self.asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_branch))),
+                (true, true) => self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_branch_event))),
             }
-            let exit = if self.mode.is_single() {
-                context_offset!(near.exit_event)
-            } else {
-                context_offset!(near.exit_lookup)
-            };
-            self.asm.jmp_mem(Mem::Base(RSP, exit));
             return;
         };
         let (mode, segment) = (self.mode, self.code.segment);
@@ -268,7 +259,6 @@ impl Builder<'_> {
             asm.mov(RCX, S2);
             asm.jmp_mem(at(codes));
         }
-        let computed = (target == Target::Computed).then_some(ip);
         self.missed_stub(Missed { entry: missed, parked, based, computed });
     }
 
@@ -303,10 +293,11 @@ impl Builder<'_> {
         if based {
             asm.mov32(S0, S0);
         }
-        if let Some(ip) = computed {
-            note_branch(asm, ip);
+        if computed {
+            asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_branch)));
+        } else {
+            asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
         }
-        asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
     }
 
     /// The target of an indirect branch, in S0.

@@ -184,9 +184,9 @@ impl Builder<'_> {
     pub fn check(&mut self, kind: AccessKind) -> Label {
         let entry = self.asm.label();
         let back = self.asm.label();
-        let tag = self.look_up(kind, entry);
+        self.look_up(kind, entry);
         self.asm.bind(back);
-        self.slow_stub(SlowStub { entry, back, kind, why: Slow::Miss { tag, detour: false } });
+        self.slow_stub(SlowStub { entry, back, kind, why: Slow::Miss { detour: false } });
         back
     }
 
@@ -205,16 +205,15 @@ impl Builder<'_> {
     }
 
     /// Emits the comparison of the address in S0 with its TLB entry, and the jump to `slow` if they differ or the access
-    /// leaves the page. A hit leaves the host address in S0, a miss the address XOR the tag that is returned, with S1 as
-    /// its index.
-    pub fn look_up(&mut self, kind: AccessKind, slow: Label) -> Mem {
-        let (tag, host) = self.look_up_offset(kind, slow);
+    /// leaves the page. A hit leaves the host address in S0, a miss what [`Tlb::address`](tlb::Tlb::address) wants: the address
+    /// XOR the tag there, and in S1 the entry.
+    pub fn look_up(&mut self, kind: AccessKind, slow: Label) {
+        let host = self.look_up_offset(kind, slow);
         self.asm.alu_mem(Alu::Add, S0, host);
-        tag
     }
 
-    /// The same, but a hit leaves the offset in the page in S0; with it the host address of the page, by S1.
-    pub fn look_up_offset(&mut self, kind: AccessKind, slow: Label) -> (Mem, Mem) {
+    /// The same, but a hit leaves the offset in the page in S0; what is returned is the host address of the page, by S1.
+    pub fn look_up_offset(&mut self, kind: AccessKind, slow: Label) -> Mem {
         let entry = |field| Mem::Index(RSP, S1, 1, tlb_offset(kind.context(), field));
         let tag = entry(if kind.write() { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) });
         let asm = &mut self.asm;
@@ -230,7 +229,7 @@ impl Builder<'_> {
         asm.alu_mem(Alu::Xor, S0, tag);
         asm.alu_imm(Alu::Cmp, S0, 4096 - kind.size() as i32);
         asm.jcc(cc::A, slow);
-        (tag, entry(offset_of!(tlb::Entry, host)))
+        entry(offset_of!(tlb::Entry, host))
     }
 
     /// Emits what makes a member of a group accessible: its operand.
@@ -271,43 +270,39 @@ impl Builder<'_> {
             kind = kind.writes_first();
         }
         self.form_address(check.form, check.displacement);
-        let tag = match member.keep {
+        match member.keep {
             Keep::StackPage => {
                 kind = kind.stack();
-                let page = self.check_stack_page(check.span, slow);
+                self.check_stack_page(check.span, slow);
                 self.asm.bind(done);
-                page
             }
             Keep::Slot(slot) if check.form == Form::STACK => {
                 kind = kind.stack();
-                let page = self.check_stack_page(check.span, slow);
+                self.check_stack_page(check.span, slow);
                 self.asm.bind(done);
                 self.asm.lea32(S1, Mem::Base(GUEST_RSP, check.displacement as i32));
                 self.asm.lea(S2, Mem::Index(S0, S1, 1, 0));
                 self.asm.store(kept(slot), S2);
                 self.held = Some(slot);
-                page
             }
             Keep::Slot(slot) | Keep::Standing(slot) => {
-                let tag = self.look_up(kind, slow);
+                self.look_up(kind, slow);
                 self.asm.bind(done);
                 self.asm.mov(S2, S0);
                 self.asm.store(kept(slot), S2);
                 self.held = Some(slot);
-                tag
             }
-        };
-        self.slow_stub(SlowStub { entry: slow, back: done, kind, why: Slow::Miss { tag, detour: true } });
+        }
+        self.slow_stub(SlowStub { entry: slow, back: done, kind, why: Slow::Miss { detour: true } });
     }
 
     /// Emits the comparison of the address in S0 with the stack page, whose addend S0 is afterwards.
-    fn check_stack_page(&mut self, span: i32, slow: Label) -> Mem {
+    fn check_stack_page(&mut self, span: i32, slow: Label) {
         let page = self.stack_page(offset_of!(tlb::StackPage, page));
         self.asm.alu_mem(Alu::Xor, S0, page);
         self.asm.alu_imm(Alu::Cmp, S0, 4096 - span);
         self.asm.jcc(cc::A, slow);
         self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
-        page
     }
 
     /// A field of the context's stack page.

@@ -121,7 +121,7 @@ impl Builder<'_> {
         for s in standing {
             self.form_address(s.check.form, s.check.displacement);
             let kind = AccessKind::new(s.check.span as usize, s.check.write, self.mode.context());
-            let (_, host) = self.look_up_offset(kind, plain);
+            let host = self.look_up_offset(kind, plain);
             self.asm.load(S1, host);
             self.asm.alu(Alu::Add, S1, S0);
             self.asm.store(kept(s.slot), S1);
