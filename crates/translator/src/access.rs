@@ -162,6 +162,9 @@ fn fill(cpu: &mut Vcpu, va: u64, kind: AccessKind) -> u64 {
     {
         return addend;
     }
+    if let Some(host) = cpu.store_beside_known_code(va, kind) {
+        return host;
+    }
     let Ok(mapping) = cpu.fill_tlb(va, kind.access(), kind.context()) else { return 0 };
     let host = if kind.is_stack() {
         cpu.tlb.enter_stack(kind.context(), va)

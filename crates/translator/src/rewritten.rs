@@ -20,7 +20,7 @@ use crate::cache::Woken;
 use crate::cpu::Context;
 use crate::invalidation::holder_bit;
 use crate::mmu::Mapping;
-use crate::phys::frame_of;
+use crate::phys::{frame_of, page_of};
 
 /// Frames that are remembered.
 const MAX_FRAMES: usize = 4096;
@@ -98,7 +98,8 @@ impl Rewritten {
 impl Vcpu {
     /// Whether nobody else has code of a page that the tracker says holds some.
     fn code_is_own(&self, page: usize) -> bool {
-        self.machine.tracker.code_holders(page) == holder_bit(self.id) && self.machine.vcpus().len() <= MAX_VCPUS
+        let alone = self.machine.config.cpus.count() as usize <= MAX_VCPUS;
+        alone && self.machine.tracker.code_holders(page) == holder_bit(self.id)
     }
 
     /// Whether a page that the tracker says holds code may get a write tag in a context of the TLB; to be noted by
@@ -133,13 +134,29 @@ impl Vcpu {
     /// code elsewhere in the page.
     pub fn store_beside_code(&mut self, va: u64, kind: AccessKind, mapping: &Mapping) -> Option<u64> {
         let (page, host) = self.plain_code_store(va, kind, mapping)?;
+        self.note_store_beside_code(va, kind, page)?;
+        Some(host)
+    }
+
+    /// The same of a page that the TLB knows as such: firmware for 16-bit code has its data and its stack beside it.
+    pub fn store_beside_known_code(&mut self, va: u64, kind: AccessKind) -> Option<u64> {
+        if !kind.write() || kind.is_stack() {
+            return None;
+        }
+        let (frame, host) = self.tlb.entry(kind.context(), va).beside_code(va, kind.size())?;
+        let page = page_of(frame).filter(|&page| self.code_is_own(page))?;
+        self.note_store_beside_code(va, kind, page)?;
+        Some(host)
+    }
+
+    fn note_store_beside_code(&mut self, va: u64, kind: AccessKind, page: usize) -> Option<()> {
         let frame = frame_of(page);
         let bytes = bytes_of(va, kind);
         if self.engine.cache.overlaps(frame, &bytes) || self.engine.rewritten.count_store(frame) {
             return None;
         }
         self.machine.tracker.mark_dirty(page);
-        Some(host)
+        Some(())
     }
 
     /// The same where the whole of the vector state is saved, for stores to code as well: it sleeps, or is dropped, before the

@@ -35,7 +35,7 @@ pub struct Entry {
     pub write: u64,
     /// The host address of the page. An address that hits, XOR its tag, is what to add.
     pub host: u64,
-    /// The page's frame (see `phys`); bit 0: [`GLOBAL`].
+    /// The page's frame (see `phys`); bit 0: [`GLOBAL`]; bit 1: [`BESIDE_CODE`].
     frame: u64,
 }
 
@@ -49,6 +49,12 @@ impl Entry {
         let offset = va ^ if write { self.write } else { self.read };
         (offset <= PAGE_SIZE.checked_sub(length as u64)?).then(|| self.host + offset)
     }
+
+    /// The frame and the host address of a store of `length` bytes, if only code in the page is why the entry does not allow it.
+    pub fn beside_code(&self, va: u64, length: usize) -> Option<(u64, u64)> {
+        let host = self.host_address(va, length, false).filter(|_| self.frame & BESIDE_CODE != 0)?;
+        Some((self.frame & !0xfff, host))
+    }
 }
 
 /// Entries of an address space that are kept while it is not the current one.
@@ -56,6 +62,8 @@ const MAX_KEPT: usize = 1024;
 
 /// In [`Entry::frame`]: the mapping survives a change of CR3.
 const GLOBAL: u64 = 1;
+/// The same: the page is RAM that may be written, and would have a write tag if it held no code.
+const BESIDE_CODE: u64 = 2;
 
 /// A page-walk result to cache.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +74,8 @@ pub struct Fill {
     pub host: usize,
     pub readable: bool,
     pub writable: bool,
+    /// Only code in the page is why it is not writable.
+    pub beside_code: bool,
     /// The mapping is part of a page larger than 4 KiB.
     pub large: bool,
     /// The mapping survives a change of CR3 (Intel SDM 3A 4.10.2.4).
@@ -217,7 +227,9 @@ impl Tlb {
             read: if fill.readable { page } else { invalid(index) },
             write: if fill.writable { page } else { invalid(index) },
             host: fill.host as u64 & !0xfff,
-            frame: fill.frame & !0xfff | if fill.global { GLOBAL } else { 0 },
+            frame: fill.frame & !0xfff
+                | if fill.global { GLOBAL } else { 0 }
+                | if fill.beside_code { BESIDE_CODE } else { 0 },
         };
         if fill.large {
             table.large |= area_bit(fill.va);

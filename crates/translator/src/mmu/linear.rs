@@ -36,10 +36,8 @@ impl Vcpu {
         let watched = self.breakpoint_on_page(va);
         let tracker = &self.machine.tracker;
         let code = tracker.is_code(place.page);
-        let writable = mapping.writable
-            && !watched
-            && write == Some(place)
-            && (!code || self.code_page_sleeps(place.page, context, va));
+        let may = mapping.writable && !watched && write == Some(place);
+        let writable = may && (!code || self.code_page_sleeps(place.page, context, va));
         if writable {
             // Stores through the TLB are not seen one by one.
             tracker.mark_dirty(place.page);
@@ -55,6 +53,7 @@ impl Vcpu {
                 host: place.host,
                 readable: mapping.readable && !watched && read.is_some(),
                 writable,
+                beside_code: may && !writable && !tracker.is_device(place.page),
                 large: mapping.large,
                 global: mapping.global,
             },
