@@ -113,6 +113,8 @@ pub enum Error {
     Firmware { path: PathBuf, why: String },
     #[error("{} takes one RAM disk: only Multiboot kernels have several modules", path.display())]
     OneInitrd { path: PathBuf },
+    #[error("no room to put a kernel together: {0}")]
+    Scratch(#[from] memory::Error),
     #[error("can't write {what} into guest memory: {source}")]
     Memory { what: &'static str, source: GuestMemoryError },
 }
@@ -144,7 +146,9 @@ pub fn load(ram: &Ram, config: &BootConfig) -> Result<CpuState, Error> {
     };
     let state = match (header, elf) {
         (Some(header), elf) => {
-            multiboot::load(ram, &kernel, &header, elf.as_ref(), &config.initrd, &config.command_line)?
+            let (modules, command_line) = (&config.initrd, &config.command_line);
+            let (image, header, elf) = (&kernel, &header, elf.as_ref());
+            multiboot::load(ram, multiboot::Kernel { image, header, elf, modules, command_line })?
         }
         (None, _) if config.initrd.len() > 1 => return Err(Error::OneInitrd { path: config.kernel.clone() }),
         (None, Some(elf)) => pvh::load(ram, &kernel, &elf, initrd.as_ref(), &config.command_line)?,

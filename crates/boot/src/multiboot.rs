@@ -27,9 +27,14 @@ const LOADER_NAME: &str = "Ringer";
 const HAS_ADDRESSES: u32 = 1 << 16;
 const MUST_KNOW: u32 = 0xffff;
 const KNOWN: u32 = 0b111;
-/// Flags of its information: memory, command line, modules, memory map, name of the loader.
+/// Flags of its information: memory, command line, modules, memory map, name of the loader. And the device that a BIOS booted.
 const INFORMATION: u32 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
+const HAS_BOOT_DEVICE: u32 = 1 << 1;
 const INFORMATION_SIZE: usize = 120;
+/// Drive 80H, no partition.
+const BOOT_DEVICE: u32 = 0x80ff_ffff;
+/// What the option ROM has room for: the memory map that it asks the BIOS for.
+const MAP_SIZE: u64 = 0x500;
 
 /// Types of the second kind's tags.
 mod tag {
@@ -197,15 +202,80 @@ fn open_module(given: &Path) -> Result<Image, Error> {
     }
 }
 
+/// A kernel with its modules, in memory.
+struct Loaded {
+    start: u64,
+    end: u64,
+    entry: u32,
+    modules: Vec<Module>,
+    command_line: String,
+}
+
+/// What is to be loaded.
+#[derive(Clone, Copy)]
+pub struct Kernel<'a> {
+    pub image: &'a Image,
+    pub header: &'a Header,
+    pub elf: Option<&'a Elf>,
+    pub modules: &'a [PathBuf],
+    pub command_line: &'a str,
+}
+
 /// Loads the kernel and its modules, and writes what it is told.
-pub fn load(
-    ram: &Ram,
-    image: &Image,
-    header: &Header,
-    elf: Option<&Elf>,
-    modules: &[PathBuf],
-    command_line: &str,
-) -> Result<CpuState, Error> {
+pub fn load(ram: &Ram, kernel: Kernel) -> Result<CpuState, Error> {
+    let Loaded { entry, modules, command_line, .. } = load_images(ram, kernel)?;
+    let (magic, information) = match kernel.header.version {
+        Version::One => (BOOT_MAGIC_1, first_information(ram, &command_line, &modules)),
+        Version::Two => (BOOT_MAGIC_2, second_information(ram, &command_line, &modules)),
+    };
+    if information.len() as u64 > layout::MULTIBOOT.end - layout::MULTIBOOT.start {
+        return Err(kernel.image.bad_header("command line and names of modules are too long"));
+    }
+    crate::write(ram.view(), "the Multiboot information", layout::MULTIBOOT.start, &information)?;
+    entry::multiboot(ram.view(), entry, magic, layout::MULTIBOOT.start)
+}
+
+/// What a BIOS's option ROM puts into memory, and where it goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ForRom {
+    pub entry: u32,
+    /// The kernel, its modules, their names.
+    pub address: u32,
+    pub content: Vec<u8>,
+    /// The information, to which the ROM adds how much memory there is.
+    pub information_address: u32,
+    pub information: Vec<u8>,
+}
+
+/// Makes one piece of the kernel and its modules, for a BIOS's option ROM to load.
+pub fn for_rom(ram: &Ram, kernel: Kernel) -> Result<ForRom, Error> {
+    if kernel.header.version == Version::Two {
+        let why = "the option ROM of a BIOS loads kernels by Multiboot 1 only: leave --firmware out";
+        return Err(kernel.image.bad_header(why));
+    }
+    let scratch = Ram::new(layout::low_end(ram))?;
+    let loaded = load_images(&scratch, kernel)?;
+    let mut content = vec![0; loaded.end.saturating_sub(loaded.start) as usize];
+    let from = GuestAddress(loaded.start);
+    scratch.view().read_slice(&mut content, from).map_err(|_| kernel.image.bad_header("it is not in one piece"))?;
+    content.resize(content.len().next_multiple_of(4), 0);
+    let mut strings = Pool { base: loaded.start as u32 + content.len() as u32, bytes: Vec::new() };
+    let mut fields = strings.told(&loaded.command_line, &loaded.modules).to_vec();
+    content.extend(strings.bytes);
+    let map = layout::MULTIBOOT.start;
+    fields.extend([(0, INFORMATION | HAS_BOOT_DEVICE), (12, BOOT_DEVICE), (48, map as u32)]);
+    Ok(ForRom {
+        entry: loaded.entry,
+        address: loaded.start as u32,
+        content,
+        information_address: (map + MAP_SIZE) as u32,
+        information: information(&fields),
+    })
+}
+
+/// Loads the kernel and its modules.
+fn load_images(ram: &Ram, kernel: Kernel) -> Result<Loaded, Error> {
+    let Kernel { image, header, elf, modules, command_line } = kernel;
     let view = ram.view();
     let available = layout::low_end(ram);
     let check = |segment: &Segment| {
@@ -222,19 +292,20 @@ pub fn load(
             false => Err(Error::KernelTooLarge { path: image.path().to_owned(), needed: end, available }),
         }
     };
-    let (end, start) = match (header.addresses, elf) {
+    let (start, end, entry) = match (header.addresses, elf) {
         (Some(addresses), _) => {
             let segment = header.segment(image, addresses)?;
             let end = check(&segment)?;
             segment.load(image, view)?;
-            (end, header.entry.unwrap_or(addresses.load))
+            (segment.address, end, header.entry.unwrap_or(addresses.load))
         }
         (None, Some(elf)) => {
             elf.segments.iter().try_for_each(|segment| check(segment).map(drop))?;
             elf.load(image, view)?;
             // A header with its own entry is about that one; ELF's may be the virtual address of the same place.
             let own = u32::try_from(elf.entry).map_err(|_| image.bad_header("its entry is beyond 4 GiB"))?;
-            (elf.end, header.entry.unwrap_or(own))
+            let start = elf.segments.iter().map(|segment| segment.address).min().unwrap_or(elf.end);
+            (start, elf.end, header.entry.unwrap_or(own))
         }
         (None, None) => return Err(image.bad_header("its Multiboot header says neither ELF nor where to load it")),
     };
@@ -243,17 +314,10 @@ pub fn load(
         return Err(Error::CommandLineTooLong { path, length, limit: MAX_COMMAND_LINE });
     }
     // By convention the first word is the kernel's name.
-    let command_line = format!("{} {command_line}", image.path().display());
+    let command_line = format!("{} {command_line}", image.path().display()).trim_end().to_owned();
     let modules = load_modules(ram, modules, end, available)?;
-    let (magic, information) = match header.version {
-        Version::One => (BOOT_MAGIC_1, first_information(ram, command_line.trim_end(), &modules)),
-        Version::Two => (BOOT_MAGIC_2, second_information(ram, command_line.trim_end(), &modules)),
-    };
-    if information.len() as u64 > layout::MULTIBOOT.end - layout::MULTIBOOT.start {
-        return Err(image.bad_header("command line and names of modules are too long"));
-    }
-    crate::write(view, "the Multiboot information", layout::MULTIBOOT.start, &information)?;
-    entry::multiboot(view, start, magic, layout::MULTIBOOT.start)
+    let end = modules.last().map_or(end, |module| module.end);
+    Ok(Loaded { start, end, entry, modules, command_line })
 }
 
 /// Puts the modules behind the kernel, in high memory, each at a page of its own.
@@ -280,41 +344,56 @@ fn memory_sizes(ram: &Ram) -> [u32; 2] {
     [(layout::EBDA >> 10) as u32, upper as u32]
 }
 
-/// The first kind's information, and behind it what it points to.
-fn first_information(ram: &Ram, command_line: &str, modules: &[Module]) -> Vec<u8> {
-    let mut rest = Vec::new();
-    let base = layout::MULTIBOOT.start as u32 + INFORMATION_SIZE as u32;
-    let mut put = |bytes: &[u8]| {
-        rest.resize(rest.len().next_multiple_of(4), 0);
-        let at = base + rest.len() as u32;
-        rest.extend_from_slice(bytes);
+/// What information points to.
+struct Pool {
+    /// Where it will be.
+    base: u32,
+    bytes: Vec<u8>,
+}
+
+/// A field of the information: its offset, and what is there.
+type Told = (usize, u32);
+
+impl Pool {
+    fn put(&mut self, bytes: &[u8]) -> u32 {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+        let at = self.base + self.bytes.len() as u32;
+        self.bytes.extend_from_slice(bytes);
         at
-    };
-    let mut string = |text: &str| put(&[text.as_bytes(), &[0]].concat());
-    let (command_line, loader) = (string(command_line), string(LOADER_NAME));
-    let names: Vec<u32> = modules.iter().map(|module| string(&module.name)).collect();
-    let entries =
-        modules.iter().zip(names).flat_map(|(module, name)| [module.start as u32, module.end as u32, name, 0]);
-    let module_list = put(&words(entries));
-    let map: Vec<u8> = layout::memory_map(ram).iter().flat_map(|range| map_entry(range, Some(20))).collect();
-    let map_at = put(&map);
-    let [lower, upper] = memory_sizes(ram);
+    }
+
+    fn string(&mut self, text: &str) -> u32 {
+        self.put(&[text.as_bytes(), &[0]].concat())
+    }
+
+    /// The fields for the command line, the modules and the loader's name.
+    fn told(&mut self, command_line: &str, modules: &[Module]) -> [Told; 4] {
+        let (command_line, loader) = (self.string(command_line), self.string(LOADER_NAME));
+        let names: Vec<u32> = modules.iter().map(|module| self.string(&module.name)).collect();
+        let entries =
+            modules.iter().zip(names).flat_map(|(module, name)| [module.start as u32, module.end as u32, name, 0]);
+        let list = self.put(&words(entries));
+        [(16, command_line), (20, modules.len() as u32), (24, list), (64, loader)]
+    }
+}
+
+fn information(fields: &[Told]) -> Vec<u8> {
     let mut information = vec![0; INFORMATION_SIZE];
-    let fields = [
-        (0, INFORMATION),
-        (4, lower),
-        (8, upper),
-        (16, command_line),
-        (20, modules.len() as u32),
-        (24, module_list),
-        (44, map.len() as u32),
-        (48, map_at),
-        (64, loader),
-    ];
-    for (at, value) in fields {
+    for &(at, value) in fields {
         information[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
-    information.extend(rest);
+    information
+}
+
+/// The first kind's information, and behind it what it points to.
+fn first_information(ram: &Ram, command_line: &str, modules: &[Module]) -> Vec<u8> {
+    let mut pool = Pool { base: layout::MULTIBOOT.start as u32 + INFORMATION_SIZE as u32, bytes: Vec::new() };
+    let mut fields = pool.told(command_line, modules).to_vec();
+    let map: Vec<u8> = layout::memory_map(ram).iter().flat_map(|range| map_entry(range, Some(20))).collect();
+    let [lower, upper] = memory_sizes(ram);
+    fields.extend([(0, INFORMATION), (4, lower), (8, upper), (44, map.len() as u32), (48, pool.put(&map))]);
+    let mut information = information(&fields);
+    information.extend(pool.bytes);
     information
 }
 

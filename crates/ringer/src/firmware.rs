@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use boot::firmware::{FirmwareConfig, Kernel};
+use boot::firmware::{FirmwareConfig, Kernel, OptionRoms};
 use chipset::constants::SERIAL_PORTS;
 use memory::Ram;
 
@@ -37,8 +37,10 @@ const OVMF: [(&str, &str); 4] = [
     ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
     ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
 ];
-/// The option ROM by which SeaBIOS loads a kernel.
+/// The option ROMs by which SeaBIOS loads a kernel.
 const LINUX_ROM: [&str; 2] = ["/usr/share/qemu/linuxboot_dma.bin", "/usr/share/seabios/optionrom/linuxboot_dma.bin"];
+const MULTIBOOT_ROM: [&str; 2] =
+    ["/usr/share/qemu/multiboot_dma.bin", "/usr/share/seabios/optionrom/multiboot_dma.bin"];
 
 /// Parses `seabios`, `ovmf` or a path.
 pub fn parse(text: &str) -> Result<FirmwareArg, String> {
@@ -92,13 +94,9 @@ pub fn prepare(
     let kernel = match &args.kernel {
         Some(kernel) => Some(Kernel {
             image: kernel.clone(),
-            initrd: args.initrd.first().cloned(),
+            initrd: args.initrd.clone(),
             command_line: args.append.clone().unwrap_or_default(),
-            option_rom: match what {
-                FirmwareArg::Ovmf => None,
-                FirmwareArg::SeaBios => Some(installed(&LINUX_ROM, "the option ROM for --kernel", "qemu-system-data")?),
-                FirmwareArg::Path(_) => LINUX_ROM.iter().map(PathBuf::from).find(|path| path.exists()),
-            },
+            option_roms: option_roms(what)?,
         }),
         None => None,
     };
@@ -113,6 +111,15 @@ pub fn prepare(
         serial_console: (*serial != Serial::None).then_some(SERIAL_PORTS[0].0),
     };
     Ok(boot::firmware::prepare(ram, &config)?)
+}
+
+fn option_roms(firmware: &FirmwareArg) -> Result<OptionRoms, Error> {
+    let find = |paths: &[&'static str]| match firmware {
+        FirmwareArg::Ovmf => Ok(None),
+        FirmwareArg::SeaBios => installed(paths, "the option ROM for --kernel", "qemu-system-data").map(Some),
+        FirmwareArg::Path(_) => Ok(paths.iter().map(PathBuf::from).find(|path| path.exists())),
+    };
+    Ok(OptionRoms { linux: find(&LINUX_ROM)?, multiboot: find(&MULTIBOOT_ROM)? })
 }
 
 fn installed(paths: &[&'static str], what: &'static str, package: &'static str) -> Result<PathBuf, Error> {

@@ -194,8 +194,8 @@ fn multiboot_kernel() -> Vec<u8> {
     kernel
 }
 
-#[test]
-fn a_multiboot_kernel_gets_its_module_and_decides_the_exit_status() {
+/// Starts it with a module; how it ended.
+fn run_multiboot_kernel(options: &[&str]) -> (Option<i32>, String) {
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str, data: &[u8]| {
         let path = directory.path().join(name);
@@ -205,8 +205,21 @@ fn a_multiboot_kernel_gets_its_module_and_decides_the_exit_status() {
     let (kernel, module) = (file("kernel", &multiboot_kernel()), file("module", b"a module speaks\n"));
     let mut command = ringer();
     command.args(["run", "--kernel", &kernel, "--initrd", &module, "--debugcon", "stdio", "--debug-exit", "0xf4"]);
-    let ended = Process::start(command.args(["--net", "none"]).stdin(Stdio::null())).end();
-    assert_eq!((ended.status.code(), ended.stdout.as_str()), (Some(43), "a module speaks\n"), "{ended:?}");
+    let ended = Process::start(command.args(["--net", "none"]).args(options).stdin(Stdio::null())).end();
+    (ended.status.code(), ended.stdout)
+}
+
+#[test]
+fn a_multiboot_kernel_gets_its_module_and_decides_the_exit_status() {
+    assert_eq!(run_multiboot_kernel(&[]), (Some(43), "a module speaks\n".into()));
+}
+
+#[test]
+fn seabios_starts_a_multiboot_kernel_by_the_option_rom_for_it() {
+    let (status, said) = run_multiboot_kernel(&["--firmware", "seabios"]);
+    // The debug console is the firmware's, too.
+    assert_eq!(status, Some(43), "{said}");
+    assert!(said.contains("SeaBIOS (version") && said.ends_with("a module speaks\n"), "{said}");
 }
 
 /// Starts firmware on something without a system, until it has said so.

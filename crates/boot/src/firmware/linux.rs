@@ -42,9 +42,6 @@ pub fn items(ram: &Ram, kernel: &Kernel) -> Result<Vec<Item>, Error> {
     if image.magic()? != Magic::BzImage {
         return Err(Error::NotAKernel { path: kernel.image.clone() });
     }
-    if kernel.command_line.contains('\0') {
-        return Err(Error::CommandLineZero);
-    }
     let length = kernel.command_line.len();
     if length > MAX_COMMAND_LINE {
         return Err(Error::CommandLineTooLong { path: kernel.image.clone(), length, limit: MAX_COMMAND_LINE });
@@ -54,7 +51,10 @@ pub fn items(ram: &Ram, kernel: &Kernel) -> Result<Vec<Item>, Error> {
     let setup_size = (usize::from(if sectors[0] == 0 { 4 } else { sectors[0] }) + 1) * SECTOR;
     let mut setup = vec![0; setup_size];
     image.read_at(&mut setup, 0)?;
-    let initrd = kernel.initrd.as_deref().map(Image::open).transpose()?;
+    if kernel.initrd.len() > 1 {
+        return Err(Error::OneInitrd { path: kernel.image.clone() });
+    }
+    let initrd = kernel.initrd.first().map(|path| Image::open(path)).transpose()?;
     let initrd_address = fill_in(&mut setup, &image, initrd.as_ref(), ram)?;
 
     let mut command_line = kernel.command_line.clone().into_bytes();

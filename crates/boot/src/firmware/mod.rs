@@ -1,11 +1,12 @@
 //! Firmware: the image that the processors start from, and what it is told about the machine.
 //!
 //! [`prepare`] is all of it. It reads the image (`image`: a ROM, or flash with a file for variables), and makes the items
-//! of fw_cfg: sizes, memory map, ACPI and SMBIOS tables, order of boot devices, and the kernel (`linux`) if one is to be
-//! booted. Nothing is laid into RAM: that is what the firmware does.
+//! of fw_cfg: sizes, memory map, ACPI and SMBIOS tables, order of boot devices, and the kernel (`linux`, `multiboot`) if one is
+//! to be booted. Nothing is laid into RAM: that is what the firmware does.
 
 mod image;
 mod linux;
+mod multiboot;
 
 use std::path::PathBuf;
 
@@ -29,7 +30,7 @@ pub struct FirmwareConfig {
     pub cpus: Topology,
     /// There is a graphics adapter.
     pub vga: bool,
-    /// A Linux kernel that the firmware boots in place of what is on disks.
+    /// A kernel that the firmware boots in place of what is on disks.
     pub kernel: Option<Kernel>,
     /// Boot devices, the first to be tried first, as Open Firmware paths. What is not in it comes later.
     pub boot_order: Vec<String>,
@@ -40,15 +41,24 @@ pub struct FirmwareConfig {
 /// A kernel for firmware.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    /// A bzImage.
+    /// A bzImage, or a Multiboot kernel.
     pub image: PathBuf,
-    pub initrd: Option<PathBuf>,
+    /// The RAM disk; or modules.
+    pub initrd: Vec<PathBuf>,
     pub command_line: String,
-    /// The option ROM by which a BIOS loads it (`linuxboot_dma.bin`); EFI firmware needs none.
-    pub option_rom: Option<PathBuf>,
+    /// What a BIOS loads it by; EFI firmware needs none.
+    pub option_roms: OptionRoms,
 }
 
-const OPTION_ROM: &str = "linuxboot_dma.bin";
+/// The option ROMs by which a BIOS loads a kernel from fw_cfg.
+#[derive(Clone, Debug, Default)]
+pub struct OptionRoms {
+    pub linux: Option<PathBuf>,
+    pub multiboot: Option<PathBuf>,
+}
+
+const LINUX_ROM: &str = "linuxboot_dma.bin";
+const MULTIBOOT_ROM: &str = "multiboot_dma.bin";
 
 /// Reads everything, and says what the machine is to be made with.
 pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
@@ -74,10 +84,24 @@ pub fn prepare(ram: &Ram, config: &FirmwareConfig) -> Result<Firmware, Error> {
     }
     let mut order = config.boot_order.clone();
     if let Some(kernel) = &config.kernel {
-        items.extend(linux::items(ram, kernel)?);
-        if let Some(rom) = &kernel.option_rom {
-            items.push(Item::file(&format!("genroms/{OPTION_ROM}"), image::read_small(rom)?));
-            order.insert(0, format!("/rom@genroms/{OPTION_ROM}"));
+        if kernel.command_line.contains('\0') {
+            return Err(Error::CommandLineZero);
+        }
+        // Only a BIOS can load a kernel by Multiboot.
+        let multiboot = if kernel.option_roms.multiboot.is_some() { multiboot::items(ram, kernel)? } else { None };
+        let (rom, name) = match multiboot {
+            Some(found) => {
+                items.extend(found);
+                (&kernel.option_roms.multiboot, MULTIBOOT_ROM)
+            }
+            None => {
+                items.extend(linux::items(ram, kernel)?);
+                (&kernel.option_roms.linux, LINUX_ROM)
+            }
+        };
+        if let Some(rom) = rom {
+            items.push(Item::file(&format!("genroms/{name}"), image::read_small(rom)?));
+            order.insert(0, format!("/rom@genroms/{name}"));
         }
     }
     if !order.is_empty() {

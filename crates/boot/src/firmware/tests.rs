@@ -121,6 +121,93 @@ fn what_is_no_firmware_is_refused_with_a_reason() {
     assert!(why(&missing).contains("nothing"));
 }
 
+fn roms(directory: &Path) -> OptionRoms {
+    let rom = |name, size| Some(write(directory, name, vec![0x55; size]));
+    OptionRoms { linux: rom("linux.rom", 512), multiboot: rom("multiboot.rom", 1024) }
+}
+
+/// What a numbered item holds; of a file its size.
+fn number_of(firmware: &Firmware, number: u16) -> Vec<u8> {
+    let item = firmware.items.iter().find(|item| item.name == Name::Number(number)).unwrap();
+    match &item.content {
+        Content::Bytes(bytes) => bytes.clone(),
+        Content::File { size, .. } => size.to_le_bytes().to_vec(),
+        Content::Register(_) => Vec::new(),
+    }
+}
+
+/// A Multiboot kernel of 100 bytes at 1 MiB + 64 KiB, and 4 KiB of zeros.
+fn multiboot_kernel() -> Vec<u8> {
+    const LOAD: u32 = 0x11_0000;
+    let words =
+        [0x1bad_b002, 1 << 16, 0u32.wrapping_sub(0x1bad_b002 + (1 << 16)), LOAD + 8, LOAD, 0, LOAD + 4196, LOAD + 40];
+    let mut kernel = vec![0x90; 100];
+    kernel.get_mut(8..40).unwrap().copy_from_slice(&words.map(u32::to_le_bytes).concat());
+    kernel
+}
+
+#[test]
+fn a_multiboot_kernel_is_handed_over_in_one_piece_with_its_modules() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = write(directory.path(), "kernel", multiboot_kernel());
+    let module = write(directory.path(), "module", b"module".to_vec());
+    let config = FirmwareConfig {
+        image: bios(directory.path(), 0x2_0000),
+        kernel: Some(Kernel {
+            image: kernel.clone(),
+            initrd: vec![module.clone()],
+            command_line: "quiet".into(),
+            option_roms: roms(directory.path()),
+        }),
+        ..FirmwareConfig::default()
+    };
+    let firmware = prepare(&Ram::new(64 << 20).unwrap(), &config).unwrap();
+    let number = |number: u16| number_of(&firmware, number);
+    let u32_at = |bytes: &[u8], at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    assert_eq!(number(key::KERNEL_ENTRY), 0x11_0028u32.to_le_bytes());
+    assert_eq!(number(key::KERNEL_ADDRESS), 0x11_0000u32.to_le_bytes());
+    let content = number(key::KERNEL_DATA);
+    assert_eq!(number(key::KERNEL_SIZE), (content.len() as u32).to_le_bytes());
+    assert_eq!(content[..100], multiboot_kernel());
+    assert_eq!(content[100..4196], [0; 4096]);
+    let at = |address: u32| &content[(address - 0x11_0000) as usize..];
+    let text = |address: u32| at(address).split(|&byte| byte == 0).next().unwrap().to_vec();
+    let information = number(key::INITRD_DATA);
+    assert_eq!(u32_at(&information, 0), 0x24f);
+    assert_eq!(text(u32_at(&information, 16)), format!("{} quiet", kernel.display()).into_bytes());
+    assert_eq!(u32_at(&information, 20), 1);
+    let list = at(u32_at(&information, 24));
+    assert_eq!((u32_at(list, 0), u32_at(list, 4)), (0x11_2000, 0x11_2006));
+    assert_eq!(at(0x11_2000)[..6], *b"module");
+    assert_eq!(text(u32_at(list, 8)), module.display().to_string().into_bytes());
+    // The ROM writes memory's sizes and map.
+    let address = u32_at(&number(key::INITRD_ADDRESS), 0);
+    assert!(address.is_multiple_of(16) && address >= u32_at(&information, 48) + 0x500);
+    assert_eq!(self::text(&firmware, "genroms/multiboot_dma.bin").unwrap().len(), 1024);
+    assert_eq!(self::text(&firmware, "bootorder").unwrap(), b"/rom@genroms/multiboot_dma.bin\0");
+}
+
+#[test]
+fn what_an_option_rom_can_not_load_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut second = multiboot_kernel();
+    let words = [0xe852_50d6, 0, 16, 0u32.wrapping_sub(0xe852_50d6 + 16)];
+    second.get_mut(8..24).unwrap().copy_from_slice(&words.map(u32::to_le_bytes).concat());
+    let with = |content: Vec<u8>, option_roms| FirmwareConfig {
+        image: bios(directory.path(), 0x2_0000),
+        kernel: Some(Kernel {
+            image: write(directory.path(), "kernel", content),
+            initrd: Vec::new(),
+            command_line: String::new(),
+            option_roms,
+        }),
+        ..FirmwareConfig::default()
+    };
+    assert!(why(&with(second, roms(directory.path()))).contains("Multiboot 1 only"));
+    assert!(why(&with(vec![1; 100], roms(directory.path()))).contains("is not a kernel"));
+    assert!(why(&with(multiboot_kernel(), OptionRoms::default())).contains("is not a kernel"));
+}
+
 #[test]
 fn a_kernel_is_handed_over_with_its_header_filled_in() {
     let directory = tempfile::tempdir().unwrap();
@@ -134,9 +221,9 @@ fn a_kernel_is_handed_over_with_its_header_filled_in() {
     let ram = Ram::new(64 << 20).unwrap();
     let kernel = Kernel {
         image: path,
-        initrd: Some(write(directory.path(), "initrd", vec![1; 5000])),
+        initrd: vec![write(directory.path(), "initrd", vec![1; 5000])],
         command_line: "quiet".into(),
-        option_rom: Some(write(directory.path(), "rom", vec![0x55; 512])),
+        option_roms: roms(directory.path()),
     };
     let config = FirmwareConfig {
         image: bios(directory.path(), 0x2_0000),
@@ -145,14 +232,7 @@ fn a_kernel_is_handed_over_with_its_header_filled_in() {
         ..FirmwareConfig::default()
     };
     let firmware = prepare(&ram, &config).unwrap();
-    let number = |number: u16| {
-        let item = firmware.items.iter().find(|item| item.name == Name::Number(number)).unwrap();
-        match &item.content {
-            Content::Bytes(bytes) => bytes.clone(),
-            Content::File { size, .. } => size.to_le_bytes().to_vec(),
-            Content::Register(_) => Vec::new(),
-        }
-    };
+    let number = |number| number_of(&firmware, number);
     assert_eq!(number(key::SETUP_SIZE), 2048u32.to_le_bytes());
     assert_eq!(number(key::KERNEL_DATA), (0x3000u64 - 2048).to_le_bytes());
     assert_eq!(number(key::COMMAND_LINE_DATA), b"quiet\0");
