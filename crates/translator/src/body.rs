@@ -196,7 +196,7 @@ impl Body<'_> {
 
     /// The guest address that a link leads to from code at `rip`.
     pub fn target(&self, rip: u64, link: Link) -> u64 {
-        wrap(self.origin.mode, rip.wrapping_add_signed(link.target.into()))
+        target(self.origin.mode, rip, link)
     }
 
     /// Moves `code` to another position. `sensitive` gives the numbers of its sensitive instructions in order. False if it
@@ -240,6 +240,11 @@ impl Body<'_> {
 /// Whether a constant has a shorter form than 64 bits.
 fn is_short(value: u64) -> bool {
     u32::try_from(value).is_ok() || i32::try_from(value as i64).is_ok()
+}
+
+/// The guest address that a link leads to from code of a mode at `rip`.
+pub fn target(mode: Mode, rip: u64, link: Link) -> u64 {
+    wrap(mode, rip.wrapping_add_signed(link.target.into()))
 }
 
 fn wrap(mode: Mode, address: u64) -> u64 {

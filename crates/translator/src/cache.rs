@@ -19,7 +19,7 @@ use hashbrown::HashTable;
 use iced_x86::Instruction;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use crate::body::{Body, Link, Origin, Position, Template};
+use crate::body::{self, Body, Link, Origin, Position, Template};
 use crate::code_memory::{CODE_START, CodeMemory};
 use crate::codegen::block::{SensitiveInsn, Translated};
 use crate::jumps::Jumps;
@@ -51,11 +51,20 @@ pub struct LinkId {
     index: u16,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct LinkState {
+    /// Where the branch's rel32 is, and where it leads while there is no link: the record has it, but is far away.
+    patch_offset: u16,
+    stub_offset: u16,
     to: Option<BlockId>,
     /// The next link that leads to the same block.
     next: Option<LinkId>,
+}
+
+impl LinkState {
+    fn of(link: Link) -> Self {
+        LinkState { patch_offset: link.patch_offset, stub_offset: link.stub_offset, to: None, next: None }
+    }
 }
 
 /// Host code for a run of guest instructions at one guest address.
@@ -67,6 +76,8 @@ pub struct Block {
     /// Where its record and its links begin among those of its region.
     record: u32,
     links: u32,
+    /// Of its record: what copies have in common.
+    print: u32,
     /// The first link of other blocks (or its own) that leads here.
     incoming: Option<LinkId>,
     /// Another block of the same origin.
@@ -92,6 +103,11 @@ impl Block {
 
     fn position(&self) -> Position {
         Position { rip: self.rip, host: self.start as usize }
+    }
+
+    /// The guest address that one of its links leads to.
+    fn target(&self, link: Link) -> u64 {
+        body::target(self.origin.mode, self.rip, link)
     }
 
     fn links(&self) -> Range<usize> {
@@ -279,6 +295,11 @@ impl Cache {
         self.blocks.get(id.index()).is_some_and(|b| b.live)
     }
 
+    /// Bytes of a block's host code.
+    pub fn length(&self, id: BlockId) -> usize {
+        self.at(id).length.into()
+    }
+
     /// The host address to enter a block at.
     pub fn entry(&self, id: BlockId) -> u64 {
         self.host_address(self.at(id).start(), 0)
@@ -386,6 +407,7 @@ impl Cache {
             start: start as u32,
             record: region.records.len() as u32,
             links: region.links.len() as u32,
+            print: print(body.record.packed),
             incoming: None,
             alias: None,
             sensitive: indices.first().copied(),
@@ -398,7 +420,7 @@ impl Cache {
             live: false,
         };
         region.records.extend_from_slice(body.record.packed);
-        region.links.resize(region.links.len() + usize::from(links), LinkState::default());
+        region.links.extend(body.record.links().map(LinkState::of));
         let id = match self.free.pop() {
             Some(id) => {
                 *self.at_mut(id) = block;
@@ -492,7 +514,13 @@ impl Cache {
 
     /// Lets a link lead to `to`, if that is still where it goes.
     pub fn link(&mut self, link: LinkId, to: BlockId) {
-        let Some(at) = self.link_of(link) else { return };
+        if let Some(at) = self.link_of(link) {
+            self.link_at(link, at, to);
+        }
+    }
+
+    /// The same, with what translation knows of the link.
+    fn link_at(&mut self, link: LinkId, at: Link, to: BlockId) {
         let (source, target) = (self.at(link.block), self.at(to));
         let (from, origin) = (source.origin, target.origin);
         let mode = if at.detour { from.mode.careful() } else { from.mode };
@@ -500,7 +528,7 @@ impl Cache {
         // also be the handler of an interrupt.
         if !source.live
             || !target.live
-            || self.body(link.block).target(source.rip, at) != target.rip
+            || source.target(at) != target.rip
             || (from.frame(), mode, from.segment) != (origin.frame(), origin.mode, origin.segment)
             || target.two_pages
         {
@@ -513,7 +541,7 @@ impl Cache {
         if state.to.is_some() {
             return;
         }
-        *state = LinkState { to: Some(to), next };
+        (state.to, state.next) = (Some(to), next);
         self.patch(patch, entry);
         self.at_mut(to).incoming = Some(link);
         self.stats.links += 1;
@@ -622,11 +650,12 @@ impl Cache {
 
     /// Makes a link lead to its stub again.
     fn unlink(&mut self, link: LinkId) {
-        let state = std::mem::take(self.link_state(link));
+        let place = self.link_state(link);
+        let state = *place;
+        (place.to, place.next) = (None, None);
         let Some(to) = state.to else { return };
-        let Some(at) = self.link_of(link) else { return };
         let start = self.at(link.block).start();
-        self.patch(start + at.patch_offset as usize, start + at.stub_offset as usize);
+        self.patch(start + usize::from(state.patch_offset), start + usize::from(state.stub_offset));
         let mut before = None;
         let mut incoming = self.at(to).incoming;
         while let Some(other) = incoming {
@@ -668,6 +697,10 @@ impl Cache {
 fn lines(bytes: &Range<usize>) -> u64 {
     let (first, last) = (bytes.start / 64, bytes.end.saturating_sub(1).min(4095) / 64);
     if first > last || first > 63 { 0 } else { u64::MAX << first & u64::MAX >> (63 - last) }
+}
+
+fn print(record: &[u8]) -> u32 {
+    FxBuildHasher.hash_one(record) as u32
 }
 
 fn hash(origin: Origin) -> u64 {

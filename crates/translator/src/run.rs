@@ -617,7 +617,7 @@ impl Vcpu {
     fn copy_block(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
         let cache = &mut self.engine.cache;
         let original = cache.find_original(origin)?;
-        let length = cache.block(original)?.1.length.into();
+        let length = cache.length(original);
         if !cache.has_room(length) {
             cache.make_room(length);
         }

@@ -1,7 +1,7 @@
 //! Copies of blocks, for guest code that is mapped at another address as well.
 
 use super::{BlockId, Cache, LinkId, New};
-use crate::body::{Body, Position};
+use crate::body::{Body, Link, Position};
 use crate::codegen::block::SensitiveInsn;
 use crate::record::Record;
 
@@ -20,9 +20,8 @@ impl Cache {
         let mut chain = vec![(first, targets)];
         let mut copied = 1;
         while let Some((copy, targets)) = chain.pop() {
-            for (index, target) in targets {
-                let Some(at) = self.link_of(LinkId { block: copy, index }) else { continue };
-                let rip = self.body(copy).target(self.at(copy).rip, at);
+            for (index, at, target) in targets {
+                let rip = self.at(copy).target(at);
                 let origin = self.at(target).origin;
                 let same = self.at_origin(origin).find(|id| self.at(*id).rip == rip);
                 let to = same.or_else(|| {
@@ -37,18 +36,22 @@ impl Cache {
                     Some(made)
                 });
                 if let Some(to) = to {
-                    self.link(LinkId { block: copy, index }, to);
+                    self.link_at(LinkId { block: copy, index }, at, to);
                 }
             }
         }
         Some(first)
     }
 
-    /// Where a block's links lead, by their index.
-    fn link_targets(&self, id: BlockId) -> Vec<(u16, BlockId)> {
+    /// The links of a block that lead somewhere, by their index, and where.
+    fn link_targets(&self, id: BlockId) -> Vec<(u16, Link, BlockId)> {
         let block = self.at(id);
-        let links = self.regions[self.region_of(block.start())].links[block.links()].iter().enumerate();
-        links.filter_map(|(i, l)| Some((i as u16, l.to?))).collect()
+        let states = self.regions[self.region_of(block.start())].links[block.links()].iter();
+        if states.clone().all(|state| state.to.is_none()) {
+            return Vec::new();
+        }
+        let links = (0..).zip(self.body(id).record.links()).zip(states);
+        links.filter_map(|((index, link), state)| Some((index, link, state.to?))).collect()
     }
 
     fn copy_one(&mut self, original: BlockId, rip: u64) -> Option<BlockId> {
@@ -88,14 +91,16 @@ impl Cache {
                 *field = rel.to_le_bytes();
             }
         }
-        let same = |id: BlockId| self.at(id).length == body.length && self.body(id).record.packed == body.record.packed;
-        let copies = self.at_origin(body.origin).filter(|id| same(*id));
+        let alike = |id: BlockId| self.at(id).length == body.length && self.at(id).print == block.print;
+        let copies = self.at_origin(body.origin).filter(|id| alike(*id));
         let (count, oldest) = copies.fold((0, None), |(n, oldest): (usize, Option<BlockId>), id| {
             let age = |id: BlockId| self.clock.wrapping_sub(self.at(id).used);
             (n + 1, if oldest.is_some_and(|o| age(o) >= age(id)) { oldest } else { Some(id) })
         });
         let made = match oldest {
-            Some(id) if count >= MAX_COPIES => self.move_block(id, code, from, rip, &sensitive),
+            Some(id) if count >= MAX_COPIES && self.body(id).record.packed == packed => {
+                self.move_block(id, code, from, rip, &sensitive)
+            }
             _ => {
                 let body = Body { record: Record::read(packed), ..body };
                 self.put(New { body, links }, code, from, rip, &sensitive)

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use memory::PAGE_SIZE;
 
-use super::{BlockId, Cache};
+use super::{BlockId, Cache, print};
 use crate::body::Origin;
 
 /// Taking up a block again.
@@ -104,6 +104,7 @@ impl Cache {
         let bytes = block.record as usize + (old.as_ptr() as usize - body.record.packed.as_ptr() as usize);
         let region = self.region_of(start);
         self.regions[region].records.get_mut(bytes..bytes + new.len())?.copy_from_slice(new);
+        self.at_mut(id).print = print(self.body(id).record.packed);
         self.memory.write(start, &code);
         Some(true)
     }

@@ -189,6 +189,7 @@ fn a_block_whose_immediates_were_written_is_taken_up_again_with_the_new_ones() {
     assert_eq!(cache.wake(origin, rip, &page), Woken::Changed(id));
     assert!(host_code(&cache, id).starts_with(&[0xb9, 6, 7, 8, 9, 0x83, 0xc1, 10]));
     assert_eq!(cache.body(id).record.bytes, &page[0x40..0x49]);
+    assert_eq!(cache.at(id).print, print(cache.body(id).record.packed), "copies are told by it");
 }
 
 #[test]
