@@ -138,6 +138,10 @@ impl Channel {
         matches!(self.drives.get(drive), Some(Some(_)))
     }
 
+    fn is_packet(&self, drive: usize) -> bool {
+        self.drives.get(drive).and_then(Option::as_ref).is_some_and(Drive::is_packet)
+    }
+
     /// Puts every drive's signature into its registers.
     fn sign(&self, state: &mut State) {
         for (registers, drive) in state.registers.iter_mut().zip(&self.drives) {
@@ -180,9 +184,11 @@ impl Channel {
         match (self.has(0), self.has(1)) {
             // No drive drives the cable: it reads as a drive that is not there.
             (false, false) => 0,
-            // The first drive answers for a second that isn't there, with nothing to say (ATA-5, 9.16.1).
+            // The first drive answers for a second that isn't there, with nothing to say (ATA/ATAPI-6, 9.16.1). That of a packet
+            // drive would be taken for one: it hides its signature.
             (true, false) if selected == 1 => match offset {
                 STATUS_COMMAND => 0,
+                _ if self.is_packet(0) => 0,
                 _ => state.registers.first().map_or(0, |registers| registers.read(offset, previous)),
             },
             (false, true) if selected == 0 => 0,
@@ -212,8 +218,7 @@ impl Channel {
         if !self.has(drive) || state.control & RESET != 0 {
             return;
         }
-        let packet_drive = self.drives.get(drive).and_then(Option::as_ref).is_some_and(Drive::is_packet);
-        if command == DEVICE_RESET && packet_drive {
+        if command == DEVICE_RESET && self.is_packet(drive) {
             // It works while the drive is busy: that is what it is for (ATA8-ACS, 7.9).
             return self.begin_reset(state, state.registers.first().map_or(0, Registers::device));
         }

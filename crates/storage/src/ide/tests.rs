@@ -236,6 +236,24 @@ fn drives_that_are_not_there_answer_with_nothing() {
 }
 
 #[test]
+fn a_packet_drive_is_not_seen_as_a_second_one_too() {
+    let disc = Image::of(&numbered(100, 2048), |options| options.read_only = true);
+    let drive = Drive::CdRom(CdRom::new(Media::new(Some(disc.disk.clone())), ""));
+    let bench = Bench::new([[Some(drive), None], [None, None]]);
+    let signature = |device: u8| {
+        bench.out(0x1f6, device);
+        [0x1f2, 0x1f3, 0x1f4, 0x1f5].map(|port| bench.inb(port))
+    };
+    assert_eq!(signature(0xb0), [0; 4]);
+    bench.out(0x3f6, 6);
+    bench.out(0x3f6, 2);
+    assert_eq!(signature(0xb0), [0; 4]);
+    bench.out(0x1f7, 0xa1);
+    assert_eq!(bench.inb(0x3f6), 0);
+    assert_eq!(signature(0xa0), [1, 1, 0x14, 0xeb]);
+}
+
+#[test]
 fn a_packet_gets_its_data_in_blocks_of_the_length_that_was_asked_for() {
     let disc = Image::of(&numbered(100, 2048), |options| options.read_only = true);
     let drive = Drive::CdRom(CdRom::new(Media::new(Some(disc.disk.clone())), ""));
