@@ -389,6 +389,9 @@ fn initial_cells(ram_size: u64, cpus: u32) -> [u8; 128] {
     let high = (ram_size - low) / (64 * KIB);
     word(0x5b, high & 0xffff);
     cells[0x5d] = (high >> 16).min(0xff) as u8;
+    // What to boot from, as Bochs's BIOS and its successors have it: disk (2), floppy (1), CD-ROM (3). SeaBIOS and EFI firmware have
+    // a list in fw_cfg, which comes first.
+    (cells[0x3d], cells[0x38]) = (0x12, 0x30);
     // Processors besides the first.
     cells[0x5f] = cpus.saturating_sub(1).min(0xff) as u8;
     sum_up(&mut cells);

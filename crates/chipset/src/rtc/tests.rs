@@ -193,7 +193,7 @@ fn flags_are_set_without_their_interrupts_too() {
 }
 
 #[test]
-fn memory_tells_the_size_of_ram_and_survives_a_reset() {
+fn memory_tells_the_size_of_ram_and_the_boot_order_and_survives_a_reset() {
     let bench = Bench::new();
     let word = |index| u16::from_le_bytes([bench.get(index), bench.get(index + 1)]);
     assert_eq!(word(0x15), 640);
@@ -202,6 +202,7 @@ fn memory_tells_the_size_of_ram_and_survives_a_reset() {
     let high = u64::from(word(0x5b)) << 16 | u64::from(bench.get(0x5d)) << 32;
     assert_eq!(high, 5 * GIB - ECAM_BASE);
     assert_eq!(bench.get(0x5f), 3);
+    assert_eq!([bench.get(0x3d), bench.get(0x38)], [0x12, 0x30], "disk, floppy, CD-ROM");
     bench.set(0x0f, 0x0a);
     bench.set(REGISTER_B, HOURS_24 | INTERRUPTS);
     bench.pass(SECOND);
