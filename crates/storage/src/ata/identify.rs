@@ -59,6 +59,9 @@ pub fn identify(disk: &AtaDisk) -> Vec<u8> {
     words.set(0, 0x0040);
     words.set(1, default.cylinders);
     words.set(3, default.heads.into());
+    // Bytes in a track and in a sector, as the first ATA had them: old BIOSes read as much (ATA-1, 9.9).
+    words.set(4, 512 * u16::from(default.sectors));
+    words.set(5, 512);
     words.set(6, default.sectors.into());
     words.text(10, 10, &disk.serial);
     words.text(23, 4, env!("CARGO_PKG_VERSION"));

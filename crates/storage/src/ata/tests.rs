@@ -33,6 +33,7 @@ fn identify_tells_size_and_name_and_sums_up_to_zero() {
     assert_eq!(data.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
     assert_eq!((word(&data, 60), word(&data, 100)), (SECTORS as u16, SECTORS as u16));
     assert_eq!((word(&data, 1), word(&data, 3), word(&data, 6)), (4, 16, 63));
+    assert_eq!((word(&data, 4), word(&data, 5)), (63 * 512, 512));
     assert_eq!(&data[20..26], b"ESIRLA");
 }
 
