@@ -87,10 +87,12 @@ impl Builder<'_> {
 
     /// LEA with a result of the mode's address size.
     pub fn lea_address(&mut self, to: Reg, mem: Mem) {
-        if self.mode.long() {
-            self.asm.lea(to, mem);
-        } else {
-            self.asm.lea32(to, mem);
+        match (mem, self.mode.long()) {
+            // Which the host does by renaming.
+            (Mem::Base(base, 0), true) => self.asm.mov(to, base),
+            (Mem::Base(base, 0), false) => self.asm.mov32(to, base),
+            (_, true) => self.asm.lea(to, mem),
+            (_, false) => self.asm.lea32(to, mem),
         }
     }
 
