@@ -9,7 +9,7 @@ use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_g
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Planner, Sharing, constant_move};
 use super::operand::{FlagState, park_flags, unpark_flags};
-use super::reencode::{self, Home, Operand, home};
+use super::reencode::{self, Home, Operand, Spared, home};
 use super::steady::{self, Steady};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
@@ -192,6 +192,8 @@ pub struct Builder<'a> {
     immediates: Vec<Immediate>,
     /// The slot of the group whose host address is in S2.
     pub held: Option<usize>,
+    /// The addend of the stack page is in S0.
+    pub addend: bool,
     /// The loop whose rounds are being emitted.
     pub steady: Option<Steady>,
     /// An address relative to EIP was emitted.
@@ -233,6 +235,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         sensitive,
         immediates: Vec::new(),
         held: None,
+        addend: false,
         steady: None,
         narrow_addresses: false,
         planner,
@@ -281,8 +284,8 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     Some(b.finish(guest_length, end, relocations))
 }
 
-/// Emits the operation itself, on `[S0]` if it has a memory operand; whether S2 kept its value.
-pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<bool> {
+/// Emits the operation itself, on `[S0]` if it has a memory operand.
+pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: Operand) -> Option<Spared> {
     use Mnemonic::*;
     let bits = insn.code_size_bits();
     match insn.code() {
@@ -298,7 +301,7 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: 
         _ if insn.mnemonic() == Xlatb => asm.bytes(&[0x41, 0x8a, 0x06]),
         _ => return reencode::emit(asm, bytes, insn, bits, operand),
     }
-    Some(true)
+    Some(Spared::ALL)
 }
 
 /// Whether nothing in a translation but the operation itself depends on the value of the instruction's immediate: no
@@ -423,6 +426,7 @@ impl Builder<'_> {
 
     /// Emits one instruction; true if it ended the block.
     fn instruction(&mut self, insn: &Instruction, kind: Kind) -> bool {
+        self.addend &= matches!(kind, Kind::Skip | Kind::Branch | Kind::Stack | Kind::Native);
         match kind {
             Kind::Skip => false,
             Kind::Sensitive(exec, ends_block) => {
@@ -431,7 +435,12 @@ impl Builder<'_> {
                 self.held = None;
                 ends_block
             }
-            Kind::Branch => self.branch(insn),
+            Kind::Branch => {
+                let addend = self.addend && insn.is_jcc_short_or_near();
+                let ended = self.branch(insn);
+                self.addend = addend;
+                ended
+            }
             Kind::Stack => {
                 self.stack_instruction(insn);
                 false
@@ -506,8 +515,10 @@ impl Builder<'_> {
         self.asm.immediate = 0..0;
         let bytes = &self.bytes[offset..offset + insn.len()];
         match emit_operation(&mut self.asm, bytes, insn, form) {
-            Some(true) => {}
-            Some(false) => self.held = None,
+            Some(spared) => {
+                self.held = self.held.filter(|_| spared.s2);
+                self.addend &= spared.s0;
+            }
             None => {
                 self.asm.code.truncate(before);
                 tracing::warn!(?insn, "an instruction form has no translation; it raises #UD");
@@ -530,8 +541,13 @@ impl Builder<'_> {
         let register = insn.op0_register();
         let n = register.full_register().number() as u8;
         match home(n) {
-            Home::Host(reg) if register.size() != 2 => self.offset_in(insn, reg, register.size() == 4),
+            Home::Host(reg) if register.size() != 2 => {
+                let base = insn.memory_base();
+                self.addend &= !base.is_gpr() || home(base.full_register().number() as u8) != Home::Memory;
+                self.offset_in(insn, reg, register.size() == 4);
+            }
             _ => {
+                self.addend = false;
                 self.offset_in(insn, S0, register.size() == 4);
                 self.write_sized_register(n, register.size(), S0);
             }

@@ -241,9 +241,7 @@ impl Builder<'_> {
         }
         match member.keep {
             Keep::StackPage => {
-                if member.check.is_none() {
-                    self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
-                }
+                self.stack_addend();
                 Operand::Stack(insn.memory_displacement64() as i32)
             }
             Keep::Slot(slot) => Operand::At(self.hold(slot), member.distance),
@@ -251,6 +249,14 @@ impl Builder<'_> {
                 let register = self.standing_register(n);
                 Operand::At(register, member.distance)
             }
+        }
+    }
+
+    /// Sees to it that the addend of the stack page is in S0.
+    fn stack_addend(&mut self) {
+        if !self.addend {
+            self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
+            self.addend = true;
         }
     }
 
@@ -272,6 +278,7 @@ impl Builder<'_> {
             kind = kind.writes_first();
         }
         self.form_address(check.form, check.displacement);
+        self.addend = member.keep == Keep::StackPage;
         match member.keep {
             Keep::StackPage => {
                 kind = kind.stack();
@@ -315,6 +322,7 @@ impl Builder<'_> {
     /// Emits address and check of `insn`'s memory operand: the host address in S0. What emitted code can't compute, Rust
     /// does.
     pub fn operand(&mut self, insn: &Instruction, kind: AccessKind) {
+        self.addend = false;
         self.free_flags();
         match self.way(insn, kind.write()) {
             Way::Flat => {
@@ -353,9 +361,7 @@ impl Builder<'_> {
             }
             let slot = match member.keep {
                 Keep::StackPage => {
-                    if member.check.is_none() {
-                        self.asm.load(S0, self.stack_page(offset_of!(tlb::StackPage, addend)));
-                    }
+                    self.stack_addend();
                     Mem::Index(S0, GUEST_RSP, 1, displacement)
                 }
                 Keep::Slot(slot) => Mem::Base(self.hold(slot), member.distance),
@@ -364,6 +370,7 @@ impl Builder<'_> {
             self.note_flags();
             return slot;
         }
+        self.addend = false;
         self.free_flags();
         let slot = Mem::Base(GUEST_RSP, displacement);
         match self.mode.stack_bits() {

@@ -226,11 +226,22 @@ pub enum Operand {
     At(Reg, i32),
 }
 
+/// Which scratch registers an instruction left as they were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spared {
+    pub s0: bool,
+    pub s2: bool,
+}
+
+impl Spared {
+    pub const ALL: Spared = Spared { s0: true, s2: true };
+}
+
 /// Emits the instruction on `operand` (if it has a memory operand) with its registers renamed: loads displaced registers
 /// into scratch ones first, stores them back afterwards. All scratch registers that the operand doesn't use are free.
 ///
-/// Whether S2 kept its value; `None`: the form is not one that can be re-encoded.
-pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand: Operand) -> Option<bool> {
+/// `None`: the form is not one that can be re-encoded.
+pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand: Operand) -> Option<Spared> {
     let p = Parts::new(bytes, insn, bits)?;
     let f = facts(insn.code());
     let memory = p.has_memory();
@@ -396,7 +407,7 @@ pub fn emit(asm: &mut Asm, bytes: &[u8], insn: &Instruction, bits: u32, operand:
         asm.load(RDI, Mem::Base(RSP, context_offset!(hot.lent)));
     }
     names.store(asm);
-    Some(names.used.iter().flatten().all(|&(_, reg)| reg != S2))
+    Some(names.spared())
 }
 
 /// Whether [`emit`] needs no scratch register beside those of the memory operand.
@@ -466,6 +477,11 @@ impl Names<'_> {
         self.used[self.count] = Some((n, reg));
         self.count += 1;
         Some(reg)
+    }
+
+    fn spared(&self) -> Spared {
+        let left = |scratch| self.used.iter().flatten().all(|&(_, reg)| reg != scratch);
+        Spared { s0: left(S0), s2: left(S2) }
     }
 
     fn load(&self, asm: &mut Asm) {

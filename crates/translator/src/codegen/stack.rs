@@ -118,6 +118,7 @@ impl Builder<'_> {
     }
 
     fn leave(&mut self, size: usize) {
+        self.addend = false;
         self.free_flags();
         match self.mode.stack_bits() {
             64 => self.asm.mov(S0, RBP),

@@ -202,6 +202,7 @@ impl Builder<'_> {
         self.asm.jmp(l.entry);
         self.asm.bind(l.plain);
         self.held = None;
+        self.addend = false;
         self.flags = FlagState::Host;
     }
 }

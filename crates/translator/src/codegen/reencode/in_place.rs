@@ -6,7 +6,7 @@
 
 use iced_x86::Instruction;
 
-use super::{Encoding, Home, Names, Parts, home};
+use super::{Encoding, Home, Names, Parts, Spared, home};
 use crate::codegen::asm::{Asm, RSP, S0, S1, S2};
 
 /// An instruction on registers as one on memory.
@@ -86,7 +86,7 @@ pub fn form(p: &Parts) -> Option<Form> {
 }
 
 /// As [`super::emit`].
-pub fn emit(asm: &mut Asm, p: &Parts, insn: &Instruction, form: Form) -> Option<bool> {
+pub fn emit(asm: &mut Asm, p: &Parts, insn: &Instruction, form: Form) -> Option<Spared> {
     let mut names = Names { insn, used: [None; 3], count: 0, free: &[S1, S0, S2] };
     let reg = if form.extension { form.reg } else { names.rename(form.reg)?.0 };
     names.load(asm);
@@ -101,7 +101,7 @@ pub fn emit(asm: &mut Asm, p: &Parts, insn: &Instruction, form: Form) -> Option<
     asm.bytes(&[form.opcode, 0x44 | (reg & 7) << 3, 0x20 | RSP.0, form.memory * 8]);
     asm.bytes(p.tail);
     names.store(asm);
-    Some(names.used.iter().flatten().all(|&(_, reg)| reg != S2))
+    Some(names.spared())
 }
 
 #[cfg(test)]
