@@ -289,3 +289,38 @@ fn a_far_call_goes_between_64_bit_and_compatibility_mode() {
     assert_eq!((m.frame().vector, m.frame().cs, m.state().gpr[3]), (3, USER_CODE.into(), 0x76));
     assert_eq!(m.frame().rsp, USER_STACK);
 }
+
+#[test]
+fn the_kernels_stack_holds_what_was_pushed_flags_and_memory_operands_among_it() {
+    let bare = guest(
+        64,
+        |a| a.syscall(),
+        |a| {
+            a.mov(rsp, DIRECT + STACK_TOP)?;
+            a.mov(r14, 0x1111_2222_3333_4444u64)?;
+            a.mov(ebx, 0x5555)?;
+            a.push(0x33)?;
+            a.stc()?;
+            a.pushfq()?;
+            a.push(r14)?;
+            a.push(qword_ptr(rsp + 16))?;
+            a.push(rbx)?;
+            a.mov(rax, qword_ptr(rsp + 8))?;
+            a.pop(rdx)?;
+            a.pop(rsi)?;
+            a.pop(r11)?;
+            a.clc()?;
+            a.popfq()?;
+            a.push(rbx)?;
+            a.pop(r8)?;
+            a.setc(dil)?;
+            a.pop(r9)?;
+            a.ud2()
+        },
+    );
+    let m = run(bare, 64, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT + HANDLER)]);
+    let (frame, gpr) = (m.frame(), m.state().gpr);
+    assert_eq!((frame.vector, frame.rsp), (6, DIRECT + STACK_TOP));
+    assert_eq!((gpr[0], gpr[2], gpr[6], gpr[11]), (0x33, 0x5555, 0x33, 0x1111_2222_3333_4444));
+    assert_eq!((gpr[8], gpr[9], gpr[7] & 0xff), (0x5555, 0x33, 1));
+}

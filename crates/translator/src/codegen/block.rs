@@ -426,8 +426,9 @@ impl Builder<'_> {
 
     /// Emits one instruction; true if it ended the block.
     fn instruction(&mut self, insn: &Instruction, kind: Kind) -> bool {
-        self.addend &= matches!(kind, Kind::Skip | Kind::Branch | Kind::Stack | Kind::Native);
-        match kind {
+        let follows_addend = matches!(kind, Kind::Skip | Kind::Branch | Kind::Stack | Kind::Native);
+        self.addend &= follows_addend;
+        let ended = match kind {
             Kind::Skip => false,
             Kind::Sensitive(exec, ends_block) => {
                 self.need_flags();
@@ -466,7 +467,9 @@ impl Builder<'_> {
                 self.native(insn);
                 false
             }
-        }
+        };
+        self.addend &= follows_addend;
+        ended
     }
 
     pub fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
