@@ -6,6 +6,9 @@
 //! entries that are empty.
 //!
 //! The jump table lies right below the [vCPU](crate::Vcpu), so that emitted code reaches both by one register.
+//!
+//! Programs' entries lie a bit further on in each [numbered](NUMBERS) address space. That is all it takes to tell address
+//! spaces apart: an address leads to different entries in different ones, and what an entry's tag says is true in one only.
 
 use std::io;
 use std::ptr::NonNull;
@@ -19,8 +22,9 @@ pub const POLL_OFFSET: usize = 0;
 /// ... the bits of an address that index the jump table, and the same where code segments have bases, ...
 pub const JUMP_MASK_OFFSET: usize = 64;
 pub const SEGMENTED_JUMP_MASK_OFFSET: usize = 72;
-/// ... what is added to the address of an entry that is found without them, ...
-pub const JUMP_SHIFT_OFFSET: usize = 80;
+/// ... how far on the entries of kernels are, in words, and those of programs, ...
+const KERNEL_SHIFT_OFFSET: usize = 80;
+pub const PROGRAM_SHIFT_OFFSET: usize = 88;
 /// ... and the first block.
 pub const CODE_START: usize = 4096;
 /// Host code of one vCPU, in bytes.
@@ -28,17 +32,23 @@ pub const DEFAULT_SIZE: usize = 128 << 20;
 
 /// Entries in each slot of the jump table.
 const JUMP_ENTRIES: usize = 1 << 17;
-/// Modes that have a slot.
+/// Modes that have a slot: those of programs, which are level 3, and all.
+const PROGRAM_SLOTS: usize = 12;
 pub const JUMP_SLOTS: usize = 32;
+/// Address spaces that have programs' entries at a time, and how many entries it is from one to the next.
+pub const NUMBERS: usize = 256;
+const NUMBER_STEP: usize = 16;
 /// The bits of an address that index the jump table: 4 bytes apart, since few branch targets are closer.
 pub const JUMP_MASK: u64 = (JUMP_ENTRIES as u64 - 1) << JUMP_SHIFT;
 const JUMP_SHIFT: u32 = 2;
 /// The same where code segments have bases, which stand in the upper half of a [`jump_key`]: offsets are mostly small, and
 /// bases differ in the paragraph.
 pub const SEGMENTED_JUMP_MASK: u64 = 0x1fff << 1 | 0xf << 36;
-const JUMP_WORDS: usize = 3;
-/// Words of the whole table.
-pub const JUMP_TABLE_WORDS: usize = JUMP_SLOTS * JUMP_ENTRIES * JUMP_WORDS;
+/// Words of an entry: a tag, two addresses, and one that is free.
+pub const JUMP_WORDS: usize = 4;
+/// Words of a slot, and of the whole table.
+pub const JUMP_SLOT_WORDS: usize = (JUMP_ENTRIES + NUMBERS * NUMBER_STEP) * JUMP_WORDS;
+pub const JUMP_TABLE_WORDS: usize = JUMP_SLOTS * JUMP_SLOT_WORDS;
 const JUMP_BYTES: usize = JUMP_TABLE_WORDS * 8;
 
 /// The host has BMI2, whose PEXT extracts an index without touching the flags.
@@ -51,32 +61,58 @@ pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
     rip | u64::from(segment.base) << 32
 }
 
-/// The index of a [`jump_key`] in a slot.
+/// Where a [`jump_key`]'s entry is in a slot, in words.
 pub fn jump_index(key: u64, mode: Mode) -> usize {
-    if !has_bmi2() {
+    let entry = if !has_bmi2() {
         (key & 0xff) as usize
     } else if mode.segmented() {
         ((key >> 1 & 0x1fff) | (key >> 36 & 0xf) << 13) as usize
     } else {
         ((key & JUMP_MASK) >> JUMP_SHIFT) as usize
-    }
+    };
+    entry * JUMP_WORDS
 }
 
-/// The tag of an empty entry. Tags are complements of addresses, so it has to be one that no address which comes to this entry has:
-/// zero stands for the address of all ones, except in the entry where that one belongs.
+/// How far the entries of a [numbered](NUMBERS) address space's programs are from those of number zero, in words.
+pub fn number_distance(number: usize) -> usize {
+    number * NUMBER_STEP * JUMP_WORDS
+}
+
+/// The tag of an empty entry: an address that doesn't come to it. Zero is that, except in the entries where it belongs; there
+/// none of those that the address of all ones comes to is.
 pub fn empty_tag(tag_index: usize) -> u64 {
-    let last = if has_bmi2() { JUMP_ENTRIES - 1 } else { 0xff };
-    if tag_index % (JUMP_WORDS * JUMP_ENTRIES) == last { u64::MAX } else { 0 }
+    const { assert!(!(JUMP_ENTRIES - 1).is_multiple_of(NUMBER_STEP) && !0xff_usize.is_multiple_of(NUMBER_STEP)) };
+    let (slot, entry) = (tag_index / JUMP_SLOT_WORDS, tag_index % JUMP_SLOT_WORDS / JUMP_WORDS);
+    let numbers = if is_programs(slot) { NUMBERS } else { 1 };
+    if entry < numbers * NUMBER_STEP && entry.is_multiple_of(NUMBER_STEP) { u64::MAX } else { 0 }
 }
 
-/// Offsets of a slot's arrays from the jump table's first byte.
+/// The entries of a slot whose empty tags are not zero, by the indices of their tags.
+fn guards(slot: usize) -> impl Iterator<Item = usize> {
+    let numbers = if is_programs(slot) { NUMBERS } else { 1 };
+    (0..numbers).map(move |number| slot * JUMP_SLOT_WORDS + number_distance(number))
+}
+
+/// Which slots programs have, or others.
+pub fn slots_for(programs: bool) -> std::ops::Range<usize> {
+    if programs { JUMP_SLOTS - PROGRAM_SLOTS..JUMP_SLOTS } else { 0..JUMP_SLOTS - PROGRAM_SLOTS }
+}
+
+/// Whether it is a slot of programs.
+pub fn is_programs(slot: usize) -> bool {
+    slots_for(true).contains(&slot)
+}
+
+/// Where a slot's first entry is. An entry's words stand together: they are read together, and seldom are others read soon.
 #[derive(Clone, Copy, Debug)]
 pub struct JumpSlot {
-    /// The complements of the addresses.
+    /// The offset in code memory of how much further on the entries are.
+    pub shift: usize,
+    /// Offsets from the jump table's first byte, of the address, ...
     pub tags: i32,
-    /// Where to enter with the flags in EFLAGS.
+    /// ... of where to enter with the flags in EFLAGS, ...
     pub codes: i32,
-    /// Where to enter with the flags parked.
+    /// ... and of where to enter with the flags parked.
     pub parked: i32,
 }
 
@@ -84,9 +120,9 @@ pub struct JumpSlot {
 pub const JUMP_TABLE_BELOW: i32 = JUMP_BYTES as i32;
 
 pub fn jump_slot_offsets(slot: usize) -> JumpSlot {
-    let array = (JUMP_ENTRIES * 8) as i32;
-    let tags = (slot * JUMP_WORDS) as i32 * array;
-    JumpSlot { tags, codes: tags + array, parked: tags + 2 * array }
+    let tags = (slot * JUMP_SLOT_WORDS * 8) as i32;
+    let shift = if is_programs(slot) { PROGRAM_SHIFT_OFFSET } else { KERNEL_SHIFT_OFFSET };
+    JumpSlot { shift, tags, codes: tags + 8, parked: tags + 16 }
 }
 
 /// An anonymous or file mapping of the process.
@@ -128,10 +164,11 @@ pub struct CodeMemory {
     executable: Mapping,
     /// With room for a vCPU behind it.
     jump_table: Mapping,
-    /// Never written: the host backs it with one page of zeros. While it stands in for the jump table every branch misses.
+    /// Never written but for an entry in each slot: the host backs the rest with one page of zeros. While it stands in for the
+    /// jump table every branch misses.
     empty_table: Mapping,
-    /// A bit for each slot whose first entry may be in use.
-    first_used: AtomicU32,
+    /// How far on programs' entries are, as long as the vCPU is not to stop.
+    program_shift: AtomicU64,
 }
 
 impl CodeMemory {
@@ -153,8 +190,10 @@ impl CodeMemory {
             executable: Mapping::new(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd)?,
             jump_table: table(size_of::<crate::Vcpu>())?,
             empty_table: table(0)?,
-            first_used: AtomicU32::new(0),
+            program_shift: AtomicU64::new(0),
         };
+        memory.word(JUMP_MASK_OFFSET).store(JUMP_MASK, Ordering::SeqCst);
+        memory.word(SEGMENTED_JUMP_MASK_OFFSET).store(SEGMENTED_JUMP_MASK, Ordering::SeqCst);
         memory.go_on();
         Ok(memory)
     }
@@ -164,7 +203,7 @@ impl CodeMemory {
         unsafe { AtomicU32::from_ptr(self.writable.start.as_ptr().add(POLL_OFFSET).cast()) }
     }
 
-    fn word(&self, offset: usize) -> &AtomicU64 {
+    pub fn word(&self, offset: usize) -> &AtomicU64 {
         // SAFETY: as `poll_word`; the offsets are those of words in the first page.
         unsafe { AtomicU64::from_ptr(self.writable.start.as_ptr().add(offset).cast()) }
     }
@@ -177,39 +216,32 @@ impl CodeMemory {
 
     fn stop(&self) {
         self.poll_word().store(1, Ordering::SeqCst);
-        let shift = self.empty_table.address().wrapping_sub(self.jump_table.address());
-        for (offset, value) in [(JUMP_MASK_OFFSET, 0), (SEGMENTED_JUMP_MASK_OFFSET, 0), (JUMP_SHIFT_OFFSET, shift)] {
-            self.word(offset).store(value, Ordering::SeqCst);
-        }
-        // Without bits of the address there is only the first entry.
-        for slot in (0..JUMP_SLOTS).filter(|slot| self.first_used.load(Ordering::SeqCst) >> slot & 1 != 0) {
-            let tag = jump_slot_offsets(slot).tags as usize / 8;
-            self.jump_word(tag).store(empty_tag(tag), Ordering::SeqCst);
+        for offset in [KERNEL_SHIFT_OFFSET, PROGRAM_SHIFT_OFFSET] {
+            self.word(offset).store(self.shift_to_empty(), Ordering::SeqCst);
         }
     }
 
-    /// Lets the entry whose tag is at an index be found by that tag; unless it is the first of its slot and the vCPU is to stop.
-    pub fn set_jump_tag(&self, index: usize, tag: u64) {
-        const { assert!(JUMP_SLOTS <= u32::BITS as usize) };
-        let slot_words = JUMP_WORDS * JUMP_ENTRIES;
-        if !index.is_multiple_of(slot_words) {
-            return self.jump_word(index).store(tag, Ordering::Relaxed);
-        }
-        // In the opposite order of `stop`, which may run at the same time.
-        self.first_used.fetch_or(1 << (index / slot_words), Ordering::SeqCst);
-        self.jump_word(index).store(tag, Ordering::SeqCst);
-        if self.poll_word().load(Ordering::SeqCst) != 0 {
-            self.jump_word(index).store(empty_tag(index), Ordering::SeqCst);
-        }
+    /// From the jump table to the empty one, in words.
+    fn shift_to_empty(&self) -> u64 {
+        ((self.empty_table.address() as i64).wrapping_sub(self.jump_table.address() as i64) / 8) as u64
     }
 
     fn go_on(&self) {
-        for (offset, value) in
-            [(JUMP_MASK_OFFSET, JUMP_MASK), (SEGMENTED_JUMP_MASK_OFFSET, SEGMENTED_JUMP_MASK), (JUMP_SHIFT_OFFSET, 0)]
-        {
-            self.word(offset).store(value, Ordering::SeqCst);
-        }
+        self.word(KERNEL_SHIFT_OFFSET).store(0, Ordering::SeqCst);
+        self.word(PROGRAM_SHIFT_OFFSET).store(self.program_shift.load(Ordering::SeqCst), Ordering::SeqCst);
         self.poll_word().store(0, Ordering::SeqCst);
+    }
+
+    /// From now on programs' addresses lead to the entries of this address space.
+    pub fn select(&self, number: usize) {
+        assert!(number < NUMBERS, "not the number of an address space");
+        let shift = number_distance(number) as u64;
+        self.program_shift.store(shift, Ordering::SeqCst);
+        self.word(PROGRAM_SHIFT_OFFSET).store(shift, Ordering::SeqCst);
+        // Whoever stops the vCPU at the same time has set the poll word before the shifts.
+        if self.poll_word().load(Ordering::SeqCst) != 0 {
+            self.word(PROGRAM_SHIFT_OFFSET).store(self.shift_to_empty(), Ordering::SeqCst);
+        }
     }
 
     pub fn write(&self, offset: usize, bytes: &[u8]) {
@@ -243,6 +275,19 @@ impl CodeMemory {
         assert!(slot < JUMP_SLOTS, "a slot that is not in the jump table");
         // SAFETY: in bounds, whole pages, plain anonymous memory that only the owning thread writes.
         unsafe { libc::madvise(self.jump_table.start.as_ptr().add(slot * length).cast(), length, libc::MADV_DONTNEED) };
+    }
+
+    /// Sees to it that the address zero is not found in a slot that nothing was entered into.
+    pub fn guard(&self, slot: usize) {
+        for index in guards(slot) {
+            self.jump_word(index).store(empty_tag(index), Ordering::Relaxed);
+        }
+        // There is no further on in the empty table.
+        if let Some(index) = guards(slot).next() {
+            // SAFETY: in bounds and aligned as a word of the jump table, which is as long.
+            let word = unsafe { AtomicU64::from_ptr(self.empty_table.start.as_ptr().cast::<u64>().add(index)) };
+            word.store(empty_tag(index), Ordering::Relaxed);
+        }
     }
 
     pub fn jump_word(&self, index: usize) -> &AtomicU64 {

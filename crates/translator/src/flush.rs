@@ -67,16 +67,16 @@ impl Vcpu {
     fn leave_space(&mut self, left: u64, next: u64) {
         let space = self.engine.spaces.leave(left, next);
         self.tlb.take_local(&mut space.mappings);
-        self.engine.cache.jumps.take_local(&mut space.jumps);
+        self.engine.cache.jumps.leave(&mut space.jumps);
         space.fetches.clear();
         std::mem::swap(&mut self.engine.fetches, &mut space.fetches);
     }
 
     /// Goes on with what waits under a value of CR3.
     fn enter_space(&mut self, cr3: u64) {
-        let Some(space) = self.engine.spaces.enter(cr3) else { return };
+        let Some(space) = self.engine.spaces.enter(cr3) else { return self.engine.cache.jumps.start_space() };
         self.tlb.put_back(&space.mappings);
-        self.engine.cache.jumps.put_back(&space.jumps);
+        self.engine.cache.jumps.come_back(&space.jumps);
         std::mem::swap(&mut self.engine.fetches, &mut space.fetches);
     }
 

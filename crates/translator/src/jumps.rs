@@ -3,12 +3,17 @@
 //! Emitted code searches the table itself. Where two addresses share an entry, the one that had to give way is remembered
 //! here ([`Displaced`]): a large program's branches drive each other out all the time, and finding a block by its origin
 //! takes longer.
+//!
+//! Programs' entries belong to an address space, each to one that has a number ([`NUMBERS`]): to switch to another, or to
+//! forget all of one, is to use another number. When all have been used, programs start anew. Of others' entries those
+//! for pages that are not global are taken out and put back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::code_memory::{
-    CodeMemory, JUMP_SLOTS, JUMP_TABLE_WORDS, JumpSlot, empty_tag, jump_index, jump_slot_offsets,
+    CodeMemory, JUMP_SLOT_WORDS, JUMP_SLOTS, JUMP_TABLE_WORDS, JUMP_WORDS, NUMBERS, empty_tag, is_programs, jump_index,
+    jump_slot_offsets, number_distance, slots_for,
 };
 use crate::mode::Mode;
 use crate::spaces::Missed;
@@ -25,12 +30,18 @@ const DISPLACED: usize = 1 << 15;
 pub struct Jumps {
     memory: Arc<CodeMemory>,
     slots: Vec<Slot>,
-    /// Entries that are in use, for code in global pages and in others.
+    /// Entries that are in use, for code in global pages and in others; programs' apart.
     global: Listed,
     local: Listed,
+    /// Tags of programs that are in use: a bit each.
+    programs: Vec<u64>,
+    /// The current address space.
+    number: usize,
+    /// How often programs started anew.
+    rounds: u64,
     displaced: Box<[Displaced]>,
-    /// Entries whose blocks are gone.
-    forgotten: Missed<usize>,
+    /// Slots and keys of blocks that are gone.
+    forgotten: Missed<(usize, u64), FORGOTTEN>,
 }
 
 /// An entry that another one took the place of.
@@ -43,12 +54,25 @@ struct Displaced {
     stamp: u64,
 }
 
-/// Entries of an address space that is not the current one.
+/// Blocks that are gone and remembered for address spaces that still lead to them.
+const FORGOTTEN: usize = 1024;
+
+/// An address space that is not the current one.
 #[derive(Default)]
 pub struct Kept {
     entries: Vec<KeptJump>,
     /// How many entries had been forgotten when it was left.
     forgotten: u64,
+    /// Its number, and the round that it holds in.
+    number: usize,
+    round: u64,
+}
+
+impl Kept {
+    /// Forgets the entries that were taken out.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
 }
 
 struct KeptJump {
@@ -61,6 +85,8 @@ struct KeptJump {
 /// The part of the table for one mode.
 struct Slot {
     mode: Mode,
+    /// Its place in the table.
+    at: usize,
     /// Something was entered since all was last forgotten.
     used: bool,
     /// Its memory has been touched.
@@ -109,8 +135,17 @@ impl Jumps {
     pub fn new(memory: Arc<CodeMemory>) -> Self {
         // SAFETY: all of an entry's fields are integers, of which zero is one. Memory that is never used is never touched.
         let displaced = unsafe { Box::new_zeroed_slice(DISPLACED).assume_init() };
-        let (global, local) = (Listed::new(), Listed::new());
-        Jumps { memory, slots: Vec::new(), global, local, displaced, forgotten: Missed::default() }
+        Jumps {
+            memory,
+            slots: Vec::new(),
+            global: Listed::new(),
+            local: Listed::new(),
+            programs: vec![0; JUMP_TABLE_WORDS / 64],
+            number: 0,
+            rounds: 1,
+            displaced,
+            forgotten: Missed::default(),
+        }
     }
 
     /// The part of the table for a mode; none once there are more modes than slots. Careful blocks lead to plain ones.
@@ -119,76 +154,94 @@ impl Jumps {
             return None;
         }
         let mode = mode.plain();
-        if let Some(slot) = self.slots.iter().position(|s| s.mode == mode) {
-            return Some(slot);
+        if let Some(at) = self.slot_of(mode) {
+            return Some(at);
         }
-        if self.slots.len() == JUMP_SLOTS {
-            return None;
-        }
-        let slot = self.slots.len();
-        self.slots.push(Slot { mode, used: false, resident: true, idle: 0 });
-        self.initialize(slot);
-        Some(slot)
+        let at = slots_for(mode.cpl() == 3).find(|at| self.slots.iter().all(|s| s.at != *at))?;
+        self.slots.push(Slot { mode, at, used: false, resident: true, idle: 0 });
+        self.memory.guard(at);
+        Some(at)
     }
 
-    /// Gives the one entry whose empty tag is not zero that tag.
-    fn initialize(&self, slot: usize) {
-        self.empty(jump_slot_offsets(slot).tags as usize / 8 + jump_index(u64::MAX, self.slots[slot].mode));
+    /// The part of the table that a mode has.
+    fn slot_of(&self, mode: Mode) -> Option<usize> {
+        self.slots.iter().find(|s| s.mode == mode).map(|s| s.at)
+    }
+
+    /// Where a key's tag is in the current address space.
+    fn tag_index(&self, slot: usize, mode: Mode, key: u64) -> usize {
+        let distance = if is_programs(slot) { number_distance(self.number) } else { 0 };
+        jump_slot_offsets(slot).tags as usize / 8 + jump_index(key, mode) + distance
     }
 
     /// Whether one more entry can be listed without a list that grows.
-    pub fn has_room(&self, global: bool) -> bool {
+    pub fn has_room(&self, mode: Mode, global: bool) -> bool {
         let list = if global { &self.global } else { &self.local };
-        list.entries.len() < list.entries.capacity()
+        mode.cpl() == 3 || list.entries.len() < list.entries.capacity()
     }
 
     /// Lets the table lead from a [key](crate::code_memory::jump_key) to the host addresses `entry` and, with the flags parked, `parked_entry`.
     pub fn enter(&mut self, mode: Mode, key: u64, entry: u64, parked_entry: u64, global: bool) {
-        let Some(slot) = self.slot(mode) else { return };
-        let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
-        (self.slots[slot].used, self.slots[slot].resident) = (true, true);
-        let index = jump_index(key, mode);
-        let tag_index = tags as usize / 8 + index;
-        self.displace(slot, tag_index, key);
-        // An entry may be listed for what it held before as well: clearing it too often does no harm.
-        if global { &mut self.global } else { &mut self.local }.add(tag_index);
+        let Some(at) = self.slot(mode) else { return };
+        if let Some(slot) = self.slots.iter_mut().find(|s| s.at == at) {
+            (slot.used, slot.resident) = (true, true);
+        }
+        let tag_index = self.tag_index(at, mode.plain(), key);
+        self.displace(at, mode.plain(), tag_index, key);
+        if is_programs(at) {
+            self.programs[tag_index / 64] |= 1 << (tag_index % 64);
+        } else {
+            // An entry may be listed for what it held before as well: clearing it too often does no harm.
+            if global { &mut self.global } else { &mut self.local }.add(tag_index);
+        }
         self.empty(tag_index);
-        self.memory.jump_word(codes as usize / 8 + index).store(entry, Ordering::Relaxed);
-        self.memory.jump_word(parked as usize / 8 + index).store(parked_entry, Ordering::Relaxed);
-        self.memory.set_jump_tag(tag_index, !key);
+        for (index, address) in targets(tag_index).into_iter().zip([entry, parked_entry]) {
+            self.memory.jump_word(index).store(address, Ordering::Relaxed);
+        }
+        self.memory.jump_word(tag_index).store(key, Ordering::Relaxed);
     }
 
     /// Remembers what an entry holds that is about to be `key`'s.
-    fn displace(&mut self, slot: usize, tag_index: usize, key: u64) {
+    fn displace(&mut self, slot: usize, mode: Mode, tag_index: usize, key: u64) {
         let tag = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
-        if tag == empty_tag(tag_index) || tag == !key {
+        if tag == empty_tag(tag_index) || tag == key {
             return;
         }
-        let JumpSlot { tags, codes, parked } = jump_slot_offsets(slot);
-        let word = |array: i32| {
-            let index = tag_index - tags as usize / 8 + array as usize / 8;
-            self.memory.jump_word(index).load(Ordering::Relaxed)
+        let [entry, parked_entry] =
+            targets(tag_index).map(|index| self.memory.jump_word(index).load(Ordering::Relaxed));
+        let stamp = if is_programs(slot) {
+            let first = jump_slot_offsets(slot).tags as usize / 8 + jump_index(tag, mode);
+            self.programs_stamp(slot, tag_index.saturating_sub(first) / number_distance(1))
+        } else {
+            // Listed as both, it may be either: then it is forgotten with the first.
+            self.stamp(slot, !self.local.contains(tag_index))
         };
-        // Listed as both, it may be either: then it is forgotten with the first.
-        let stamp = self.stamp(slot, !self.local.contains(tag_index));
-        let displaced = Displaced { key: !tag, entry: word(codes), parked_entry: word(parked), stamp };
-        self.displaced[displaced_index(slot, !tag)] = displaced;
+        self.displaced[displaced_index(slot, tag)] = Displaced { key: tag, entry, parked_entry, stamp };
     }
 
-    /// What tells which mode a displaced entry is of, and whether it still holds: no two generations have the same.
+    /// What tells which slot a displaced entry is of, and whether it still holds: no two generations have the same.
     fn stamp(&self, slot: usize, global: bool) -> u64 {
         const { assert!(JUMP_SLOTS <= 32) };
         let generation = if global { self.global.generation } else { self.local.generation };
         generation << 6 | u64::from(global) << 5 | slot as u64
     }
 
+    /// The same for an entry of programs.
+    fn programs_stamp(&self, slot: usize, number: usize) -> u64 {
+        (self.rounds * NUMBERS as u64 + number as u64) << 6 | slot as u64
+    }
+
     /// Puts a displaced entry for a key back into the table: its host code. Nothing is allocated.
     pub fn recall(&mut self, mode: Mode, key: u64) -> Option<u64> {
-        let slot = self.slots.iter().position(|s| s.mode == mode)?;
+        let slot = self.slot_of(mode)?;
         let place = displaced_index(slot, key);
         let found = self.displaced[place];
-        let global = [false, true].into_iter().find(|&global| found.stamp == self.stamp(slot, global))?;
-        if found.key != key || !self.has_room(global) {
+        let global = if is_programs(slot) {
+            (found.stamp == self.programs_stamp(slot, self.number)).then_some(false)
+        } else {
+            [false, true].into_iter().find(|&global| found.stamp == self.stamp(slot, global))
+        }?;
+        if found.key != key || !self.has_room(mode, global) {
             return None;
         }
         self.displaced[place] = Displaced::default();
@@ -204,14 +257,46 @@ impl Jumps {
         if global {
             self.global.clear(empty);
             self.forgotten.add_many();
+            self.start_anew();
             self.release();
+        } else {
+            self.start_space();
         }
     }
 
-    /// Takes out what is not in global pages.
-    pub fn take_local(&mut self, kept: &mut Kept) {
+    /// The current address space is one of which nothing is known.
+    pub fn start_space(&mut self) {
+        if self.number + 1 < NUMBERS {
+            self.number += 1;
+            self.memory.select(self.number);
+        } else {
+            self.start_anew();
+        }
+    }
+
+    /// Forgets all of programs, whatever their address space.
+    fn start_anew(&mut self) {
+        for slot in self.slots.iter().filter(|s| s.used && is_programs(s.at)) {
+            let first = slot.at * JUMP_SLOT_WORDS;
+            for (i, word) in self.programs[first / 64..(first + JUMP_SLOT_WORDS) / 64].iter_mut().enumerate() {
+                let mut bits = std::mem::take(word);
+                while bits != 0 {
+                    let tag_index = first + i * 64 + bits.trailing_zeros() as usize;
+                    self.memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
+                    bits &= bits - 1;
+                }
+            }
+        }
+        self.rounds += 1;
+        self.number = 0;
+        self.memory.select(0);
+    }
+
+    /// Leaves an address space: takes out what is neither a program's nor in global pages. Another one is to be entered next.
+    pub fn leave(&mut self, kept: &mut Kept) {
         let memory = &self.memory;
         kept.entries.clear();
+        (kept.number, kept.round) = (self.number, self.rounds);
         kept.forgotten = self.forgotten.count();
         self.local.clear(|tag_index| {
             let [code, parked] = targets(tag_index).map(|index| memory.jump_word(index).load(Ordering::Relaxed));
@@ -224,55 +309,65 @@ impl Jumps {
         });
     }
 
-    /// Puts back what was taken out, but for what leads to blocks that are gone.
-    pub fn put_back(&mut self, kept: &Kept) {
-        let Some(forgotten) = self.forgotten.since(kept.forgotten) else { return };
+    /// Comes back to an address space: puts back what was taken out. Nothing leads to blocks that are gone.
+    pub fn come_back(&mut self, kept: &Kept) {
+        let forgotten = self.forgotten.since(kept.forgotten).filter(|_| kept.round == self.rounds);
+        let Some(forgotten) = forgotten.map(|missed| missed.copied().collect::<Vec<_>>()) else {
+            return self.start_space();
+        };
+        self.number = kept.number;
+        self.memory.select(self.number);
         for jump in &kept.entries {
-            if forgotten.clone().any(|&gone| gone == jump.tag_index) {
-                continue;
-            }
             self.local.add(jump.tag_index);
             for (index, code) in targets(jump.tag_index).into_iter().zip([jump.code, jump.parked]) {
                 self.memory.jump_word(index).store(code, Ordering::Relaxed);
             }
-            self.memory.set_jump_tag(jump.tag_index, jump.tag);
+            self.memory.jump_word(jump.tag_index).store(jump.tag, Ordering::Relaxed);
+        }
+        for (slot, key) in forgotten {
+            if let Some(mode) = self.slots.iter().find(|s| s.at == slot).map(|s| s.mode) {
+                self.forget_here(slot, mode, key);
+            }
         }
     }
 
     /// Gives the memory of slots back to the host that nothing was entered into for [`MAX_IDLE`] times: a guest's start goes
     /// through modes that never come again, but to and fro between some of them as well. Nothing may be in the table.
     fn release(&mut self) {
-        for slot in 0..self.slots.len() {
-            let s = &mut self.slots[slot];
+        for s in &mut self.slots {
             s.idle = if std::mem::take(&mut s.used) { 0 } else { s.idle.saturating_add(1) };
             if s.idle >= MAX_IDLE && std::mem::take(&mut s.resident) {
-                self.memory.release_jump_slot(slot);
-                self.initialize(slot);
+                self.memory.release_jump_slot(s.at);
+                self.memory.guard(s.at);
             }
         }
     }
 
     /// The host code that the table has for a key.
     pub fn find(&self, mode: Mode, key: u64) -> Option<u64> {
-        let slot = jump_slot_offsets(self.slots.iter().position(|s| s.mode == mode)?);
-        let index = jump_index(key, mode);
-        let tag = self.memory.jump_word(slot.tags as usize / 8 + index).load(Ordering::Relaxed);
-        (tag == !key && key != u64::MAX)
-            .then(|| self.memory.jump_word(slot.codes as usize / 8 + index).load(Ordering::Relaxed))
+        let tag_index = self.tag_index(self.slot_of(mode)?, mode, key);
+        let [code, _] = targets(tag_index);
+        let tag = self.memory.jump_word(tag_index).load(Ordering::Relaxed);
+        (tag == key).then(|| self.memory.jump_word(code).load(Ordering::Relaxed))
     }
 
-    /// Forgets one key.
+    /// Forgets one key in every address space.
     pub fn forget(&mut self, mode: Mode, key: u64) {
-        if let Some(slot) = self.slots.iter().position(|s| s.mode == mode) {
-            let tag_index = jump_slot_offsets(slot).tags as usize / 8 + jump_index(key, mode);
-            self.forgotten.add(tag_index);
-            if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == !key {
-                self.empty(tag_index);
-            }
+        if let Some(slot) = self.slot_of(mode) {
+            self.forgotten.add((slot, key));
+            self.forget_here(slot, mode, key);
             let displaced = &mut self.displaced[displaced_index(slot, key)];
             if displaced.key == key {
                 *displaced = Displaced::default();
             }
+        }
+    }
+
+    /// The same in the current one.
+    fn forget_here(&self, slot: usize, mode: Mode, key: u64) {
+        let tag_index = self.tag_index(slot, mode, key);
+        if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == key {
+            self.empty(tag_index);
         }
     }
 
@@ -283,8 +378,8 @@ impl Jumps {
 
 /// Where the two host addresses of the entry stand whose tag is at an index.
 fn targets(tag_index: usize) -> [usize; 2] {
-    let JumpSlot { tags, codes, parked } = jump_slot_offsets(0);
-    [codes, parked].map(|array| tag_index + (array - tags) as usize / 8)
+    const { assert!(JUMP_WORDS > 2) };
+    [tag_index + 1, tag_index + 2]
 }
 
 /// Where a displaced entry is remembered: by other bits of its address than those that it shares with what displaced it.

@@ -331,7 +331,7 @@ impl Vcpu {
         let cache = &mut self.engine.cache;
         let id = cache.find(origin, self.rip)?;
         // A block across two pages depends on more than this has looked at; a list that grows is copied.
-        if cache.second_page(id).is_some() || !cache.jumps.has_room(global) {
+        if cache.second_page(id).is_some() || !cache.jumps.has_room(mode, global) {
             return None;
         }
         cache.enter_jump(id, global);

@@ -1,8 +1,9 @@
 //! Address spaces that are not the current one: with CR4.PCIDE, what is known of each waits here under its PCID until MOV CR3
 //! with bit 63 set comes back to it (Intel SDM 3A 4.10.1, 4.10.4.1).
 //!
-//! The software TLB, the jump table and the code pages serve one address space at a time, so that emitted code needs no
-//! PCID to use them. A switch takes out what is not global and puts in what the other space had. What happens meanwhile to
+//! The software TLB, the code pages and the kernel's part of the jump table serve one address space at a time, so that
+//! emitted code needs no PCID to use them. A switch takes out what is not global and puts in what the other space had; of
+//! [programs](crate::jumps) it only selects the entries. What happens meanwhile to
 //! entries that are out (a page that is not to be written unnoticed, a block that is dropped) they [miss](Missed), and
 //! catch up with it when they are put back.
 
@@ -13,8 +14,8 @@ use crate::{jumps, tlb};
 
 /// Address spaces that wait at a time. Linux uses six PCIDs, twice as many with page-table isolation.
 const SPACES: usize = 8;
-/// So many times in a row what was known is put back; then a space starts with nothing, so that what it does not use any
-/// more is not carried along for ever.
+/// So many times in a row what was taken out is put back; then a space starts with nothing of it, so that what it does not
+/// use any more is not carried along for ever.
 const TURNS: u8 = 64;
 
 /// What is known of an address space that waits.
@@ -64,8 +65,13 @@ impl Spaces {
         self.turns = 0;
         let space = self.spaces.iter_mut().find(|s| s.cr3.is_some_and(|known| pcid(known) == pcid(cr3)))?;
         let known = space.cr3.take();
-        if known != Some(cr3) || space.turns == TURNS {
+        if known != Some(cr3) {
             return None;
+        }
+        if space.turns == TURNS {
+            space.mappings.clear();
+            space.jumps.clear();
+            return Some(space);
         }
         self.turns = space.turns + 1;
         Some(space)
@@ -92,25 +98,22 @@ impl Spaces {
     }
 }
 
-/// Events that are remembered for those who miss them.
-const REMEMBERED: usize = 64;
-
-/// The last of a row of events.
-pub struct Missed<T> {
+/// The last of a row of events, `MOST` of them, remembered for those who miss them.
+pub struct Missed<T, const MOST: usize> {
     last: VecDeque<T>,
     /// All that there were.
     count: u64,
 }
 
-impl<T> Default for Missed<T> {
+impl<T, const MOST: usize> Default for Missed<T, MOST> {
     fn default() -> Self {
-        Missed { last: VecDeque::with_capacity(REMEMBERED), count: 0 }
+        Missed { last: VecDeque::with_capacity(MOST), count: 0 }
     }
 }
 
-impl<T> Missed<T> {
+impl<T, const MOST: usize> Missed<T, MOST> {
     pub fn add(&mut self, event: T) {
-        if self.last.len() == REMEMBERED {
+        if self.last.len() == MOST {
             self.last.pop_front();
         }
         self.last.push_back(event);
@@ -120,7 +123,7 @@ impl<T> Missed<T> {
     /// Something happened that concerns everyone: it counts as more events than can be remembered.
     pub fn add_many(&mut self) {
         self.last.clear();
-        self.count += REMEMBERED as u64 + 1;
+        self.count += MOST as u64 + 1;
     }
 
     /// How many there were.

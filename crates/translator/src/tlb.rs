@@ -3,8 +3,8 @@
 //! One direct-mapped table for each [`Context`]. An access at `va` takes the entry at `(va >> 12) & mask` and hits if
 //! `va ^ tag` is at most `4096 - size`: one comparison for "same page" and "does not cross its end". Pages that are MMIO,
 //! hold translated code, or are watched have no write (or no read) tag, so that they take the slow path. Bit maps
-//! tell which entries were filled, so that a flush touches only those. Entries of other address spaces than the current
-//! one wait elsewhere ([`Kept`]).
+//! tell which entries were filled, so that a flush touches only those; what a change of the address space drops is listed
+//! besides, being little mostly. Entries of other address spaces than the current one wait elsewhere ([`Kept`]).
 
 use std::ops::Range;
 
@@ -57,8 +57,8 @@ impl Entry {
     }
 }
 
-/// Entries of an address space that are kept while it is not the current one.
-const MAX_KEPT: usize = 1024;
+/// Entries of an address space that are listed, and kept while it is not the current one.
+pub const MAX_KEPT: usize = 1024;
 
 /// In [`Entry::frame`]: the mapping survives a change of CR3.
 const GLOBAL: u64 = 1;
@@ -103,16 +103,22 @@ impl Table {
         self.large = 0;
     }
 
-    /// Empties what is not global, after showing it.
-    fn flush_local(&mut self, mut each: impl FnMut(usize, Entry)) {
-        for word in 0..ENTRIES / 64 {
-            for bit in bits(std::mem::take(&mut self.local[word])) {
-                let index = word * 64 + bit;
-                if self.entries[index].frame & GLOBAL == 0 {
-                    each(index, std::mem::replace(&mut self.entries[index], Entry::empty(index)));
-                }
-            }
+    /// Empties an entry, unless it is a global page's: what it held, if anything.
+    fn take_local(&mut self, index: usize) -> Option<Entry> {
+        let entry = &mut self.entries[index];
+        if entry.frame & GLOBAL != 0 {
+            return None;
         }
+        let taken = std::mem::replace(entry, Entry::empty(index));
+        (taken.read != invalid(index) || taken.write != invalid(index)).then_some(taken)
+    }
+
+    /// Notes that an entry holds something that a change of CR3 drops; whether that is new.
+    fn note_local(&mut self, index: usize) -> bool {
+        let (word, bit) = (&mut self.local[index / 64], 1 << (index % 64));
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
     }
 
     fn used(&self) -> impl Iterator<Item = usize> + '_ {
@@ -146,10 +152,19 @@ pub struct StackPage {
 const NO_STACK: StackPage = StackPage { page: NO_PAGE, addend: 0 };
 const NO_FRAME: u64 = u64::MAX;
 
+/// Which entry: the context, and the index in its table.
+#[derive(Clone, Copy)]
+struct Place {
+    context: u8,
+    index: u16,
+}
+
 /// Mappings of an address space that is not the current one.
 #[derive(Default)]
 pub struct Kept {
-    entries: Vec<(u8, u16, Entry)>,
+    entries: Vec<(Place, Entry)>,
+    /// The stack pages, with their frames.
+    stacks: [Option<(StackPage, u64)>; CONTEXTS],
     /// As in [`Table`].
     large: [u128; CONTEXTS],
     /// How often frames had been protected when it was left.
@@ -158,12 +173,27 @@ pub struct Kept {
 
 const _: () = assert!(ENTRIES <= 1 << 16);
 
+/// Frames that lost their write tags and are remembered for address spaces that still have them.
+pub const PROTECTED: usize = 64;
+
+impl Kept {
+    /// Forgets the mappings.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.stacks = Default::default();
+    }
+}
+
 /// All of a vCPU's cached mappings.
 #[repr(C)]
 pub struct Tlb {
     tables: [Table; CONTEXTS],
+    /// The entries that a change of CR3 drops, as the tables' bit maps have them, unless they are too many. Its memory never
+    /// grows: filling the TLB must not copy any.
+    local: Vec<Place>,
+    all_listed: bool,
     /// Frames whose mappings lost their write tags.
-    protected: Missed<Range<u64>>,
+    protected: Missed<Range<u64>, PROTECTED>,
     pub flushes: u64,
     pub fills: u64,
     /// The frames of the stack pages, as in entries; or [`NO_FRAME`].
@@ -200,6 +230,8 @@ impl Tlb {
             for context in 0..CONTEXTS {
                 (&raw mut (*place).tables[context].entries[0]).write(Entry::empty(0));
             }
+            (&raw mut (*place).local).write(Vec::with_capacity(MAX_KEPT));
+            (&raw mut (*place).all_listed).write(true);
             (&raw mut (*place).protected).write(Missed::default());
         }
     }
@@ -221,8 +253,10 @@ impl Tlb {
             table.entries[index] = Entry::empty(index);
             return;
         }
-        let listed = if fill.global { &mut table.global } else { &mut table.local };
-        listed[index / 64] |= 1 << (index % 64);
+        let new = !fill.global && table.note_local(index);
+        if fill.global {
+            table.global[index / 64] |= 1 << (index % 64);
+        }
         table.entries[index] = Entry {
             read: if fill.readable { page } else { invalid(index) },
             write: if fill.writable { page } else { invalid(index) },
@@ -234,7 +268,43 @@ impl Tlb {
         if fill.large {
             table.large |= area_bit(fill.va);
         }
+        if new {
+            self.list(Place { context: context as u8, index: index as u16 });
+        }
         self.fills += 1;
+    }
+
+    /// Lists an entry that a change of CR3 drops.
+    fn list(&mut self, place: Place) {
+        if self.local.len() < self.local.capacity() {
+            self.local.push(place);
+        } else {
+            self.all_listed = false;
+        }
+    }
+
+    /// Empties what is not global, after showing it.
+    fn empty_local(&mut self, mut each: impl FnMut(Place, Entry)) {
+        if std::mem::replace(&mut self.all_listed, true) {
+            for place in self.local.drain(..) {
+                let (table, index) = (&mut self.tables[place.context as usize], place.index as usize);
+                table.local[index / 64] = 0;
+                if let Some(entry) = table.take_local(index) {
+                    each(place, entry);
+                }
+            }
+            return;
+        }
+        self.local.clear();
+        for (context, table) in self.tables.iter_mut().enumerate() {
+            for word in 0..ENTRIES / 64 {
+                for index in bits(std::mem::take(&mut table.local[word])).map(|bit| word * 64 + bit) {
+                    if let Some(entry) = table.take_local(index) {
+                        each(Place { context: context as u8, index: index as u16 }, entry);
+                    }
+                }
+            }
+        }
     }
 
     /// Remembers the page of `va`, which has just been entered, as the context's stack page; its addend if it can be read
@@ -286,12 +356,14 @@ impl Tlb {
         self.flushes += 1;
         self.leave_stacks(|_| true);
         self.tables.iter_mut().for_each(Table::flush);
+        self.local.clear();
+        self.all_listed = true;
     }
 
     /// Drops everything but global pages.
     pub fn flush_local(&mut self) {
         self.leave_local_stacks();
-        self.tables.iter_mut().for_each(|table| table.flush_local(|_, _| ()));
+        self.empty_local(|_, _| ());
     }
 
     fn leave_local_stacks(&mut self) {
@@ -301,30 +373,47 @@ impl Tlb {
 
     /// Takes everything out but global pages.
     pub fn take_local(&mut self, kept: &mut Kept) {
+        for (context, place) in kept.stacks.iter_mut().enumerate() {
+            let (stack, frame) = (self.stack[context], self.stack_frames[context]);
+            *place = (frame & GLOBAL == 0).then_some((stack, frame));
+        }
         self.leave_local_stacks();
         kept.entries.clear();
         kept.protected = self.protected.count();
-        for (context, table) in self.tables.iter_mut().enumerate() {
-            kept.large[context] = table.large;
-            table.flush_local(|index, entry| {
-                if kept.entries.len() < MAX_KEPT {
-                    kept.entries.push((context as u8, index as u16, entry));
-                }
-            });
-        }
+        kept.large = std::array::from_fn(|context| self.tables[context].large);
+        self.empty_local(|place, entry| {
+            if kept.entries.len() < MAX_KEPT {
+                kept.entries.push((place, entry));
+            }
+        });
     }
 
     /// Puts back what was taken out. Where it can't be known which frames were protected meanwhile, nothing has a write tag.
     pub fn put_back(&mut self, kept: &Kept) {
         let protected = self.protected.since(kept.protected);
-        for &(context, index, mut entry) in &kept.entries {
-            let (table, index) = (&mut self.tables[context as usize], index as usize);
+        let untouched = protected.as_ref().is_some_and(|ranges| ranges.clone().next().is_none());
+        for &(place, mut entry) in &kept.entries {
+            let (table, index) = (&mut self.tables[place.context as usize], place.index as usize);
             let frame = entry.frame & !0xfff;
-            if protected.clone().is_none_or(|mut ranges| ranges.any(|r| r.contains(&frame))) {
+            if !untouched && protected.clone().is_none_or(|mut ranges| ranges.any(|r| r.contains(&frame))) {
                 entry.write = invalid(index);
             }
-            table.local[index / 64] |= 1 << (index % 64);
             table.entries[index] = entry;
+            if table.note_local(index) {
+                // As `list`: `protected` is in use.
+                if self.local.len() < self.local.capacity() {
+                    self.local.push(place);
+                } else {
+                    self.all_listed = false;
+                }
+            }
+        }
+        for (context, stack) in kept.stacks.iter().enumerate().filter(|_| untouched) {
+            if let Some((page, frame)) = *stack
+                && self.stack_frames[context] == NO_FRAME
+            {
+                (self.stack[context], self.stack_frames[context]) = (page, frame);
+            }
         }
         for (table, large) in self.tables.iter_mut().zip(kept.large) {
             table.large |= large;

@@ -38,7 +38,7 @@ pub enum Mem {
     Scaled(Reg, u8, i32),
     /// `[disp]`, sign-extended
     Absolute(i32),
-    /// `[base + index + disp]` in the jump table's entry for a guest address
+    /// `[base + 8 * index + disp]` in the jump table's entry for a guest address
     Jump(Reg, Reg, i32, u64),
     /// RIP-relative, to an offset in the code memory
     Code(usize),
@@ -183,7 +183,7 @@ impl Asm {
             }
             Mem::Jump(base, index, disp, address) => {
                 self.byte(0x84 | reg);
-                self.byte((index.0 & 7) << 3 | base.0 & 7);
+                self.byte(0xc0 | (index.0 & 7) << 3 | base.0 & 7);
                 self.note(Field::JumpIndex, address);
                 self.imm32(disp);
             }
@@ -659,7 +659,7 @@ mod tests {
             ("rorx r10d,r14d,7", disassemble(|a| a.rorx32(S1, S0, 7))),
             ("cmp dword ptr [8],0", disassemble(|a| a.cmp_mem32_imm8(Mem::Code(8), 0))),
             ("jmp qword ptr [rsp+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(RSP, S1, 8, 0x8000)))),
-            ("jmp qword ptr [rsp+r10-8000h]", disassemble(|a| a.jmp_mem(Mem::Jump(RSP, S1, -0x8000, 0x1000)))),
+            ("jmp qword ptr [rsp+r10*8-8000h]", disassemble(|a| a.jmp_mem(Mem::Jump(RSP, S1, -0x8000, 0x1000)))),
             ("mov r14,0FFFFFFFF81000000h", disassemble(|a| a.mov_imm(S0, 0xffff_ffff_8100_0000))),
         ];
         for (expected, got) in cases {

@@ -9,9 +9,7 @@ use super::block::Builder;
 use super::operand::{FlagState, memory_operand, unpark_flags};
 use super::reencode::context;
 use crate::access::AccessKind;
-use crate::code_memory::{
-    self, JUMP_MASK_OFFSET, JUMP_SHIFT_OFFSET, JumpSlot, POLL_OFFSET, SEGMENTED_JUMP_MASK_OFFSET,
-};
+use crate::code_memory::{self, JUMP_MASK_OFFSET, JumpSlot, POLL_OFFSET, SEGMENTED_JUMP_MASK_OFFSET};
 use crate::cpu::Vcpu;
 use crate::entry::context_offset;
 use crate::mode::Mode;
@@ -228,9 +226,9 @@ impl Builder<'_> {
             asm.mov_imm(S1, u64::from(segment.base) << 32);
             asm.lea(S0, Mem::Index(S0, S1, 1, 0));
         }
-        let JumpSlot { tags, codes, parked: parked_codes } = code_memory::jump_slot_offsets(slot);
-        // In S1: which entry; or how far it is from where it should be, if that is a constant.
-        let scale = self.entry_index(known.is_some());
+        let JumpSlot { shift, tags, codes, parked: parked_codes } = code_memory::jump_slot_offsets(slot);
+        // In S1: where the entry is, in words; or how far from where it should be, if that is a constant.
+        self.entry_index(shift, known.is_some());
         let at = |array: i32| {
             let offset = array - code_memory::JUMP_TABLE_BELOW - offset_of!(Vcpu, gpr) as i32;
             match known {
@@ -238,7 +236,7 @@ impl Builder<'_> {
                     let index = code_memory::jump_index(code_memory::jump_key(t, segment), mode);
                     Mem::Jump(RSP, S1, offset + index as i32 * 8, t)
                 }
-                None => Mem::Index(RSP, S1, scale, offset),
+                None => Mem::Index(RSP, S1, 8, offset),
             }
         };
         let parked = self.flags == FlagState::Parked;
@@ -246,14 +244,14 @@ impl Builder<'_> {
         let missed = asm.label();
         if parked {
             // EFLAGS is free: the tag is simply compared.
-            asm.not(S0);
             asm.alu_mem(Alu::Cmp, S0, at(tags));
             asm.jcc(cc::NE, missed);
             asm.jmp_mem(at(parked_codes));
         } else {
-            // A tag is the complement of its address: tag + address + 1 = 0, without touching the flags.
+            // The tag's complement + address + 1 = 0, without touching the flags.
             asm.mov(S2, RCX);
             asm.load(RCX, at(tags));
+            asm.not(RCX);
             asm.lea(RCX, Mem::Index(RCX, S0, 1, 1));
             asm.unless_rcx_zero(|asm| asm.jmp(missed));
             asm.mov(RCX, S2);
@@ -262,30 +260,27 @@ impl Builder<'_> {
         self.missed_stub(Missed { entry: missed, parked, based, computed });
     }
 
-    /// Emits what finds an entry of the jump table: S1 is to be scaled by what is returned. `constant`: its place is known.
-    fn entry_index(&mut self, constant: bool) -> u8 {
+    /// Emits what finds an entry of the jump table. `constant`: its place is known.
+    fn entry_index(&mut self, shift: usize, constant: bool) {
         let asm = &mut self.asm;
-        let shift = Mem::Code(JUMP_SHIFT_OFFSET);
+        let shift = Mem::Code(shift);
         if constant {
-            asm.load(S1, shift);
-            return 1;
+            return asm.load(S1, shift);
         }
+        asm.load(S2, shift);
         if code_memory::has_bmi2() {
             let segmented = self.mode.segmented();
             asm.pext(S1, S0, Mem::Code(if segmented { SEGMENTED_JUMP_MASK_OFFSET } else { JUMP_MASK_OFFSET }));
-            return 8;
+        } else {
+            asm.movzx8(S1, S0);
         }
-        asm.load(S2, shift);
-        asm.movzx8(S1, S0);
-        asm.lea(S1, Mem::Index(S2, S1, 8, 0));
-        1
+        asm.lea(S1, Mem::Index(S2, S1, code_memory::JUMP_WORDS as u8, 0));
     }
 
     /// Leaves for the dispatcher, or for the assembly that looks further: S0 has what the jump table has not.
     pub fn leave_missed(&mut self, Missed { parked, based, computed, .. }: Missed) {
         let asm = &mut self.asm;
         if parked {
-            asm.not(S0);
             unpark_flags(asm);
         } else {
             asm.mov(RCX, S2);

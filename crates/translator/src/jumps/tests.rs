@@ -7,7 +7,7 @@ fn a_mode_that_is_not_used_any_more_gives_its_memory_back_and_can_be_used_again(
     let memory = Arc::new(CodeMemory::new(1 << 20).unwrap());
     let mut jumps = Jumps::new(memory.clone());
     let (early, late) = (Mode::of(&kernel_vcpu()), Mode::of(&user_vcpu()));
-    for key in [0x1000, u64::MAX - 3] {
+    for key in [0x1000, crate::code_memory::JUMP_MASK + 4] {
         jumps.enter(early, key, 1, 2, true);
         jumps.clear(true);
         assert_eq!(jumps.find(early, key), None);
@@ -20,7 +20,7 @@ fn a_mode_that_is_not_used_any_more_gives_its_memory_back_and_can_be_used_again(
         jumps.enter(late, key, 5, 6, true);
         jumps.enter(early, key, 7, 8, true);
         assert_eq!((jumps.find(early, key), jumps.find(late, key)), (Some(7), Some(5)));
-        assert_eq!(jumps.find(early, u64::MAX), None, "an empty entry leads nowhere");
+        assert_eq!(jumps.find(early, 0), None, "an empty entry leads nowhere");
         jumps.clear(true);
         jumps.clear(true);
     }
@@ -31,7 +31,7 @@ const NEIGHBOURS: [u64; 2] = [0x1000, 0x1000 + (crate::code_memory::JUMP_MASK + 
 
 fn jumps_with_room() -> (Jumps, Mode) {
     let mut jumps = Jumps::new(Arc::new(CodeMemory::new(1 << 20).unwrap()));
-    let mode = Mode::of(&user_vcpu());
+    let mode = Mode::of(&kernel_vcpu());
     // Lists that have grown once need not do so again.
     for global in [false, true] {
         jumps.enter(mode, 0x1000, 9, 9, global);
@@ -54,7 +54,7 @@ fn what_gave_way_in_the_table_comes_back() {
         assert_eq!(jumps.recall(mode, first), None, "it is in the table");
         assert_eq!((jumps.recall(mode, second), jumps.find(mode, second)), (Some(3), Some(3)));
     }
-    let other = Mode::of(&kernel_vcpu());
+    let other = Mode::of(&user_vcpu());
     jumps.enter(other, 0x5000, 5, 6, false);
     assert_eq!(jumps.recall(other, first), None, "modes have entries of their own");
 }
@@ -88,22 +88,109 @@ fn what_gave_way_is_forgotten_like_what_is_in_the_table() {
 }
 
 #[test]
-fn a_vcpu_that_is_to_stop_finds_no_entry_even_where_no_bit_of_the_address_is_set() {
+fn programs_of_two_address_spaces_have_the_same_addresses_and_entries_of_their_own() {
+    let (mut jumps, _) = jumps_with_room();
+    let mode = Mode::of(&user_vcpu());
+    let (mut first, mut second) = (Kept::default(), Kept::default());
+    jumps.enter(mode, 0x1000, 1, 2, false);
+    jumps.enter(mode, 0x2000, 3, 4, false);
+    jumps.leave(&mut first);
+    jumps.start_space();
+    assert_eq!(jumps.find(mode, 0x1000), None);
+    jumps.enter(mode, 0x1000, 5, 6, false);
+    jumps.leave(&mut second);
+    jumps.come_back(&first);
+    assert_eq!((jumps.find(mode, 0x1000), jumps.find(mode, 0x2000)), (Some(1), Some(3)));
+    // What is forgotten is so in every one of them.
+    jumps.forget(mode, 0x1000);
+    jumps.leave(&mut first);
+    jumps.come_back(&second);
+    assert_eq!(jumps.find(mode, 0x1000), None);
+    jumps.clear(false);
+    jumps.leave(&mut second);
+    jumps.come_back(&first);
+    assert_eq!(jumps.find(mode, 0x2000), Some(3), "only the current one is cleared");
+    jumps.leave(&mut first);
+    (0..=FORGOTTEN as u64).for_each(|n| jumps.forget(mode, 0x10_0000 + n));
+    jumps.come_back(&first);
+    assert_eq!(jumps.find(mode, 0x2000), None, "more were forgotten than is remembered");
+}
+
+#[test]
+fn what_gave_way_comes_back_only_in_its_own_address_space() {
+    let (mut jumps, _) = jumps_with_room();
+    let mode = Mode::of(&user_vcpu());
+    let [first, second] = NEIGHBOURS;
+    let mut kept = Kept::default();
+    jumps.enter(mode, first, 1, 2, false);
+    jumps.enter(mode, second, 3, 4, false);
+    jumps.leave(&mut kept);
+    jumps.start_space();
+    assert_eq!(jumps.recall(mode, first), None);
+    jumps.leave(&mut Kept::default());
+    jumps.come_back(&kept);
+    assert_eq!(jumps.recall(mode, first), Some(1));
+    assert_eq!(jumps.find(mode, second), None);
+    assert_eq!(jumps.recall(mode, second), Some(3));
+}
+
+#[test]
+fn when_there_is_no_number_left_all_programs_start_anew() {
+    let (mut jumps, kernel) = jumps_with_room();
+    let mode = Mode::of(&user_vcpu());
+    let mut kept = Kept::default();
+    jumps.enter(kernel, 0x3000, 1, 2, true);
+    jumps.enter(mode, 0x1000, 3, 4, false);
+    jumps.leave(&mut kept);
+    for n in 0..=NUMBERS as u64 {
+        jumps.start_space();
+        // Nothing is left of the one that had the number before, at any number.
+        assert_eq!(jumps.find(mode, 0x1000), None);
+        jumps.enter(mode, 0x1000, n, n, false);
+        assert_eq!(jumps.find(mode, 0x1000), Some(n));
+    }
+    jumps.come_back(&kept);
+    assert_eq!(jumps.find(mode, 0x1000), None, "the number is another's");
+    assert_eq!(jumps.find(kernel, 0x3000), Some(1));
+}
+
+#[test]
+fn from_no_base_does_an_empty_entry_have_the_tag_of_an_address() {
     let memory = Arc::new(CodeMemory::new(1 << 20).unwrap());
     let mut jumps = Jumps::new(memory.clone());
+    for mode in [Mode::of(&user_vcpu()), Mode::of(&kernel_vcpu())] {
+        let slot = jumps.slot(mode).unwrap();
+        for _ in 0..=NUMBERS {
+            for key in [0, u64::MAX] {
+                let tag = memory.jump_word(jumps.tag_index(slot, mode, key)).load(Ordering::Relaxed);
+                assert_ne!(tag, key, "{key:#x} from number {}", jumps.number);
+            }
+            jumps.start_space();
+        }
+    }
+    // What was never in use counts as empty, too.
+    for index in (0..JUMP_TABLE_WORDS)
+        .step_by(JUMP_WORDS * 4)
+        .filter(|index| jumps.slots.iter().any(|s| s.at == index / JUMP_SLOT_WORDS))
+    {
+        assert_eq!(memory.jump_word(index).load(Ordering::Relaxed), empty_tag(index));
+    }
+}
+
+#[test]
+fn a_vcpu_that_is_to_stop_goes_on_with_the_address_space_that_was_selected_meanwhile() {
+    let memory = Arc::new(CodeMemory::new(1 << 20).unwrap());
     let poll = crate::code_memory::PollWord::default();
-    poll.attach(memory);
+    poll.attach(memory.clone());
+    let shift = || memory.word(crate::code_memory::PROGRAM_SHIFT_OFFSET).load(Ordering::Relaxed);
     poll.clear();
-    let mode = Mode::of(&user_vcpu());
-    let key = crate::code_memory::JUMP_MASK + 4;
-    assert_eq!(jump_index(key, mode), 0);
-    jumps.enter(mode, key, 1, 2, false);
-    assert_eq!(jumps.find(mode, key), Some(1));
+    memory.select(3);
+    assert_eq!(shift(), number_distance(3) as u64);
     poll.set();
-    assert_eq!(jumps.find(mode, key), None);
-    jumps.enter(mode, key, 1, 2, false);
-    assert_eq!(jumps.find(mode, key), None, "entered while it is to stop");
+    let stopped = shift();
+    assert_ne!(stopped, number_distance(3) as u64);
+    memory.select(5);
+    assert_eq!(shift(), stopped, "it is still to stop");
     poll.clear();
-    jumps.enter(mode, key, 1, 2, false);
-    assert_eq!(jumps.find(mode, key), Some(1));
+    assert_eq!(shift(), number_distance(5) as u64);
 }

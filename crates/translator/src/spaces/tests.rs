@@ -62,11 +62,62 @@ fn a_page_that_was_protected_meanwhile_has_no_write_tag() {
     assert_eq!(cached(&cpu), (true, false));
     cpu.fill_tlb(VA, Access::Write, CONTEXT).unwrap();
     cpu.mmu_load_cr3(KEEP | root | 2);
-    for n in 0..=REMEMBERED as u64 {
+    for n in 0..=crate::tlb::PROTECTED as u64 {
         cpu.tlb.protect(frame + (n + 1) * 4096..frame + (n + 2) * 4096);
     }
     cpu.mmu_load_cr3(KEEP | root | 1);
     assert_eq!(cached(&cpu), (true, false), "more than is remembered");
+}
+
+#[test]
+fn the_stack_page_comes_back_unless_something_was_protected() {
+    let (mut cpu, root) = vcpu();
+    let frame = crate::phys::frame_of(VA as usize / 4096);
+    cpu.tlb.enter_stack(CONTEXT, VA).unwrap();
+    let known = cpu.tlb.stack(CONTEXT);
+    cpu.mmu_load_cr3(KEEP | root | 2);
+    assert_ne!(cpu.tlb.stack(CONTEXT).page, VA);
+    cpu.mmu_load_cr3(KEEP | root | 1);
+    assert_eq!((cpu.tlb.stack(CONTEXT).page, cpu.tlb.stack(CONTEXT).addend), (VA, known.addend));
+    cpu.mmu_load_cr3(KEEP | root | 2);
+    cpu.tlb.protect(frame..frame + 4096);
+    cpu.mmu_load_cr3(KEEP | root | 1);
+    assert_ne!(cpu.tlb.stack(CONTEXT).page, VA);
+}
+
+#[test]
+fn nothing_of_an_address_space_stays_however_much_it_was() {
+    let (mut cpu, root) = vcpu();
+    let host = cpu.tlb.entry(CONTEXT, VA).host as usize;
+    let page = |n: u64| 0x10_0000 + n * 4096;
+    for pages in [tlb::MAX_KEPT as u64 / 2, tlb::MAX_KEPT as u64 * 2] {
+        for va in (0..pages).map(page) {
+            let fill = tlb::Fill {
+                va,
+                frame: va,
+                host,
+                readable: true,
+                writable: true,
+                large: false,
+                global: false,
+                beside_code: false,
+            };
+            cpu.tlb.fill(CONTEXT, fill);
+            // A second time, after it was dropped alone.
+            cpu.tlb.flush_page(va);
+            cpu.tlb.fill(CONTEXT, fill);
+        }
+        let left = |cpu: &Vcpu| {
+            (0..pages).filter(|&n| cpu.tlb.entry(CONTEXT, page(n)).host_address(page(n), 8, false).is_some()).count()
+        };
+        assert_eq!(left(&cpu), pages as usize);
+        cpu.mmu_load_cr3(KEEP | root | 2);
+        assert_eq!(left(&cpu), 0);
+        cpu.mmu_load_cr3(KEEP | root | 1);
+        assert_eq!(left(&cpu), (pages as usize).min(tlb::MAX_KEPT), "as many as are kept");
+        cpu.mmu_load_cr3(root | 1);
+        assert_eq!(left(&cpu), 0);
+    }
 }
 
 #[test]
@@ -98,12 +149,12 @@ fn more_spaces_than_there_is_room_for_push_out_the_oldest() {
 
 #[test]
 fn who_missed_events_learns_of_them_or_that_they_were_too_many() {
-    let mut missed = Missed::default();
+    let mut missed = Missed::<_, 64>::default();
     let start = missed.count();
     (0..3).for_each(|n| missed.add(n));
     assert_eq!(missed.since(start).unwrap().copied().collect::<Vec<_>>(), [0, 1, 2]);
     assert_eq!(missed.since(start + 2).unwrap().copied().collect::<Vec<_>>(), [2]);
-    (0..REMEMBERED).for_each(|n| missed.add(n));
+    (0..64).for_each(|n| missed.add(n));
     assert!(missed.since(start + 2).is_none());
     let now = missed.count();
     missed.add_many();
