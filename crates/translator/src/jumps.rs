@@ -37,6 +37,8 @@ pub struct Jumps {
     programs: Vec<u64>,
     /// The current address space.
     number: usize,
+    /// The highest that an address space has had in this round.
+    last_number: usize,
     /// How often programs started anew.
     rounds: u64,
     displaced: Box<[Displaced]>,
@@ -142,6 +144,7 @@ impl Jumps {
             local: Listed::new(),
             programs: vec![0; JUMP_TABLE_WORDS / 64],
             number: 0,
+            last_number: 0,
             rounds: 1,
             displaced,
             forgotten: Missed::default(),
@@ -266,8 +269,10 @@ impl Jumps {
 
     /// The current address space is one of which nothing is known.
     pub fn start_space(&mut self) {
-        if self.number + 1 < NUMBERS {
-            self.number += 1;
+        // The next ones after the current one may belong to others.
+        if self.last_number + 1 < NUMBERS {
+            self.last_number += 1;
+            self.number = self.last_number;
             self.memory.select(self.number);
         } else {
             self.start_anew();
@@ -288,7 +293,7 @@ impl Jumps {
             }
         }
         self.rounds += 1;
-        self.number = 0;
+        (self.number, self.last_number) = (0, 0);
         self.memory.select(0);
     }
 

@@ -135,6 +135,31 @@ fn what_gave_way_comes_back_only_in_its_own_address_space() {
 }
 
 #[test]
+fn a_new_address_space_gets_a_number_that_none_of_those_that_wait_has() {
+    let (mut jumps, _) = jumps_with_room();
+    let mode = Mode::of(&user_vcpu());
+    let mut spaces: [Kept; 3] = Default::default();
+    for (n, space) in spaces.iter_mut().enumerate() {
+        jumps.start_space();
+        jumps.enter(mode, 0x1000 * (n as u64 + 1), 1, 1, false);
+        jumps.leave(space);
+    }
+    jumps.come_back(&spaces[0]);
+    assert_eq!(jumps.find(mode, 0x1000), Some(1));
+    // By another process, and by a flush of the current one's.
+    for flush in [false, true] {
+        if flush {
+            jumps.clear(false)
+        } else {
+            jumps.start_space()
+        }
+        assert!((1..=3).all(|n| jumps.find(mode, 0x1000 * n).is_none()));
+        jumps.come_back(&spaces[1]);
+        assert_eq!(jumps.find(mode, 0x2000), Some(1));
+    }
+}
+
+#[test]
 fn when_there_is_no_number_left_all_programs_start_anew() {
     let (mut jumps, kernel) = jumps_with_room();
     let mode = Mode::of(&user_vcpu());
