@@ -361,18 +361,19 @@ impl Jumps {
         if let Some(slot) = self.slot_of(mode) {
             self.forgotten.add((slot, key));
             self.forget_here(slot, mode, key);
-            let displaced = &mut self.displaced[displaced_index(slot, key)];
-            if displaced.key == key {
-                *displaced = Displaced::default();
-            }
         }
     }
 
-    /// The same in the current one.
-    fn forget_here(&self, slot: usize, mode: Mode, key: u64) {
+    /// The same in the current one, and among those that gave way: an entry of a space that waits, not forgotten yet, may have
+    /// given way to another space's.
+    fn forget_here(&mut self, slot: usize, mode: Mode, key: u64) {
         let tag_index = self.tag_index(slot, mode, key);
         if self.memory.jump_word(tag_index).load(Ordering::Relaxed) == key {
             self.empty(tag_index);
+        }
+        let displaced = &mut self.displaced[displaced_index(slot, key)];
+        if displaced.key == key {
+            *displaced = Displaced::default();
         }
     }
 

@@ -160,6 +160,27 @@ fn a_new_address_space_gets_a_number_that_none_of_those_that_wait_has() {
 }
 
 #[test]
+fn what_gave_way_to_another_address_spaces_entry_is_forgotten_though_it_did_so_later() {
+    let (mut jumps, _) = jumps_with_room();
+    let mode = Mode::of(&user_vcpu());
+    // In address spaces next to each other these have the same entry.
+    let first = 0x10_0000;
+    let second = first - (number_distance(1) / JUMP_WORDS * 4) as u64;
+    let (mut waits, mut other) = (Kept::default(), Kept::default());
+    jumps.enter(mode, first, 1, 2, false);
+    jumps.leave(&mut waits);
+    jumps.start_space();
+    jumps.forget(mode, first);
+    jumps.enter(mode, second, 3, 4, false);
+    jumps.leave(&mut other);
+    jumps.come_back(&waits);
+    assert_eq!((jumps.find(mode, first), jumps.recall(mode, first)), (None, None));
+    jumps.leave(&mut waits);
+    jumps.come_back(&other);
+    assert_eq!(jumps.find(mode, second), Some(3));
+}
+
+#[test]
 fn when_there_is_no_number_left_all_programs_start_anew() {
     let (mut jumps, kernel) = jumps_with_room();
     let mode = Mode::of(&user_vcpu());
