@@ -164,7 +164,7 @@ fn what_gave_way_to_another_address_spaces_entry_is_forgotten_though_it_did_so_l
     let (mut jumps, _) = jumps_with_room();
     let mode = Mode::of(&user_vcpu());
     // In address spaces next to each other these have the same entry.
-    let first = 0x10_0000;
+    let first = 0x10_1000;
     let second = first - (number_distance(1) / JUMP_WORDS * 4) as u64;
     let (mut waits, mut other) = (Kept::default(), Kept::default());
     jumps.enter(mode, first, 1, 2, false);
