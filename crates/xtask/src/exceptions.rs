@@ -174,6 +174,7 @@ pub const EXCEPTIONS: &[Exception] = &[
             "privilege::sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel_except_on_amd",
             "privilege::sysret_returns_to_64_bit_and_32_bit_code",
             "privilege::sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel_or_on_amd_after_it",
+            "privilege::the_kernels_stack_holds_what_was_pushed_flags_and_memory_operands_among_it",
             "system_calls::a_breakpoint_where_sysret_leads_is_not_passed_by_rf",
             "system_calls::a_pending_interrupt_comes_before_the_instruction_that_sysret_leads_to",
             "system_calls::a_system_call_that_is_stepped_through_traps_when_it_is_over",
