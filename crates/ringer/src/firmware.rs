@@ -96,7 +96,7 @@ pub fn prepare(
             image: kernel.clone(),
             initrd: args.initrd.clone(),
             command_line: args.append.clone().unwrap_or_default(),
-            option_roms: option_roms(what)?,
+            option_roms: option_roms(what),
         }),
         None => None,
     };
@@ -110,16 +110,36 @@ pub fn prepare(
         boot_order,
         serial_console: (*serial != Serial::None).then_some(SERIAL_PORTS[0].0),
     };
-    Ok(boot::firmware::prepare(ram, &config)?)
+    boot::firmware::prepare(ram, &config).map_err(rom_not_installed)
 }
 
-fn option_roms(firmware: &FirmwareArg) -> Result<OptionRoms, Error> {
-    let find = |paths: &[&'static str]| match firmware {
-        FirmwareArg::Ovmf => Ok(None),
-        FirmwareArg::SeaBios => installed(paths, "the option ROM for --kernel", "qemu-system-data").map(Some),
-        FirmwareArg::Path(_) => Ok(paths.iter().map(PathBuf::from).find(|path| path.exists())),
+/// The option ROMs; of those that SeaBIOS needs, but that are not there, where they should be. Which of them is needed, the
+/// kernel tells.
+fn option_roms(firmware: &FirmwareArg) -> OptionRoms {
+    let find = |paths: &[&str]| {
+        let found = paths.iter().map(PathBuf::from).find(|path| path.exists());
+        match firmware {
+            FirmwareArg::Ovmf => None,
+            FirmwareArg::SeaBios => found.or_else(|| paths.first().map(PathBuf::from)),
+            FirmwareArg::Path(_) => found,
+        }
     };
-    Ok(OptionRoms { linux: find(&LINUX_ROM)?, multiboot: find(&MULTIBOOT_ROM)? })
+    OptionRoms { linux: find(&LINUX_ROM), multiboot: find(&MULTIBOOT_ROM) }
+}
+
+/// Says of an option ROM that is not there how to get it.
+fn rom_not_installed(error: boot::Error) -> Error {
+    let missing = |rom: &&str| {
+        matches!(&error, boot::Error::File { path, .. } if path == Path::new(*rom)) && !Path::new(*rom).exists()
+    };
+    match [LINUX_ROM[0], MULTIBOOT_ROM[0]].into_iter().find(missing) {
+        Some(rom) => Error::NotInstalled {
+            what: "the option ROM for --kernel",
+            path: Path::new(rom),
+            package: "qemu-system-data",
+        },
+        None => error.into(),
+    }
 }
 
 fn installed(paths: &[&'static str], what: &'static str, package: &'static str) -> Result<PathBuf, Error> {
