@@ -91,15 +91,12 @@ pub fn prepare(
         }
         FirmwareArg::Path(path) => (path.clone(), sibling(path)),
     };
-    let kernel = match &args.kernel {
-        Some(kernel) => Some(Kernel {
-            image: kernel.clone(),
-            initrd: args.initrd.clone(),
-            command_line: args.append.clone().unwrap_or_default(),
-            option_roms: option_roms(what),
-        }),
-        None => None,
-    };
+    let kernel = args.kernel.as_ref().map(|kernel| Kernel {
+        image: kernel.clone(),
+        initrd: args.initrd.clone(),
+        command_line: args.append.clone().unwrap_or_default(),
+        option_roms: option_roms(what),
+    });
     let config = FirmwareConfig {
         image,
         variables_template,
