@@ -83,14 +83,17 @@ pub fn number_distance(number: usize) -> usize {
 pub fn empty_tag(tag_index: usize) -> u64 {
     const { assert!(!(JUMP_ENTRIES - 1).is_multiple_of(NUMBER_STEP) && !0xff_usize.is_multiple_of(NUMBER_STEP)) };
     let (slot, entry) = (tag_index / JUMP_SLOT_WORDS, tag_index % JUMP_SLOT_WORDS / JUMP_WORDS);
-    let numbers = if is_programs(slot) { NUMBERS } else { 1 };
-    if entry < numbers * NUMBER_STEP && entry.is_multiple_of(NUMBER_STEP) { u64::MAX } else { 0 }
+    if entry < numbers(slot) * NUMBER_STEP && entry.is_multiple_of(NUMBER_STEP) { u64::MAX } else { 0 }
+}
+
+/// How many address spaces have entries of their own in a slot.
+fn numbers(slot: usize) -> usize {
+    if is_programs(slot) { NUMBERS } else { 1 }
 }
 
 /// The entries of a slot whose empty tags are not zero, by the indices of their tags.
 fn guards(slot: usize) -> impl Iterator<Item = usize> {
-    let numbers = if is_programs(slot) { NUMBERS } else { 1 };
-    (0..numbers).map(move |number| slot * JUMP_SLOT_WORDS + number_distance(number))
+    (0..numbers(slot)).map(move |number| slot * JUMP_SLOT_WORDS + number_distance(number))
 }
 
 /// Which slots programs have, or others.

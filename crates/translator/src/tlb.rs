@@ -184,6 +184,15 @@ impl Kept {
     }
 }
 
+/// Lists an entry that a change of CR3 drops; or else not all are.
+fn list(listed: &mut Vec<Place>, all: &mut bool, place: Place) {
+    if listed.len() < listed.capacity() {
+        listed.push(place);
+    } else {
+        *all = false;
+    }
+}
+
 /// All of a vCPU's cached mappings.
 #[repr(C)]
 pub struct Tlb {
@@ -269,18 +278,9 @@ impl Tlb {
             table.large |= area_bit(fill.va);
         }
         if new {
-            self.list(Place { context: context as u8, index: index as u16 });
+            list(&mut self.local, &mut self.all_listed, Place { context: context as u8, index: index as u16 });
         }
         self.fills += 1;
-    }
-
-    /// Lists an entry that a change of CR3 drops.
-    fn list(&mut self, place: Place) {
-        if self.local.len() < self.local.capacity() {
-            self.local.push(place);
-        } else {
-            self.all_listed = false;
-        }
     }
 
     /// Empties what is not global, after showing it.
@@ -400,12 +400,7 @@ impl Tlb {
             }
             table.entries[index] = entry;
             if table.note_local(index) {
-                // As `list`: `protected` is in use.
-                if self.local.len() < self.local.capacity() {
-                    self.local.push(place);
-                } else {
-                    self.all_listed = false;
-                }
+                list(&mut self.local, &mut self.all_listed, place);
             }
         }
         for (context, stack) in kept.stacks.iter().enumerate().filter(|_| untouched) {

@@ -443,17 +443,10 @@ impl Asm {
         self.bytes(&[0xc0 | (to.0 & 7) << 3 | from.0 & 7, count]);
     }
 
-    /// PEXT (BMI2): gathers the bits of `from` that the mask in memory selects. Leaves the flags alone.
-    pub fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
-        let base = match mask {
-            Mem::Base(base, _) => base.0,
-            _ => 0,
-        };
-        self.byte(0xc4);
-        self.byte(((to.0 >> 3 ^ 1) << 7) | 0x40 | ((base >> 3 ^ 1) << 5) | 0x02);
-        self.byte(0x80 | (!from.0 & 15) << 3 | 0x02);
-        self.byte(0xf5);
-        self.modrm(to.0, mask, 0);
+    /// PEXT (BMI2): gathers the bits of `from` that the mask at an offset in the code memory selects. Leaves the flags alone.
+    pub fn pext(&mut self, to: Reg, from: Reg, mask: usize) {
+        self.bytes(&[0xc4, ((to.0 >> 3 ^ 1) << 7) | 0x62, 0x80 | (!from.0 & 15) << 3 | 0x02, 0xf5]);
+        self.modrm(to.0, Mem::Code(mask), 0);
     }
 
     pub fn alu(&mut self, op: Alu, to: Reg, from: Reg) {
@@ -655,7 +648,7 @@ mod tests {
             ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),
             ("xor r11,[rsp+r10+1000h]", disassemble(|a| a.alu_mem(Alu::Xor, S2, Mem::Index(RSP, S1, 1, 0x1000)))),
             ("cmp r11,0FFCh", disassemble(|a| a.alu_imm(Alu::Cmp, S2, 0xffc))),
-            ("pext r10,r14,[100h]", disassemble(|a| a.pext(S1, S0, Mem::Code(0x100)))),
+            ("pext r10,r14,[100h]", disassemble(|a| a.pext(S1, S0, 0x100))),
             ("rorx r10d,r14d,7", disassemble(|a| a.rorx32(S1, S0, 7))),
             ("cmp dword ptr [8],0", disassemble(|a| a.cmp_mem32_imm8(Mem::Code(8), 0))),
             ("jmp qword ptr [rsp+r10*8+8000h]", disassemble(|a| a.jmp_mem(Mem::Index(RSP, S1, 8, 0x8000)))),

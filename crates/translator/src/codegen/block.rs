@@ -623,21 +623,18 @@ impl Builder<'_> {
     fn emit_behind(&mut self, behind: Behind) {
         match behind {
             Behind::Slow { stub, point, parked } => {
-                match stub.why {
-                    Slow::Miss { .. } => {
+                let (call, detours) = match stub.why {
+                    Slow::Miss { detour } => {
                         self.asm.test_eax_imm32(stub.kind.bits() as i32);
                         self.asm.bind(stub.entry);
+                        let (plain, or_detour) = (context_offset!(near.slow), context_offset!(near.slow_or_detour));
+                        (if detour { or_detour } else { plain }, detour)
                     }
                     Slow::Segment => {
                         self.asm.bind(stub.entry);
                         self.asm.mov_imm(S1, stub.kind.bits() as u64);
+                        (context_offset!(hot.resolve), false)
                     }
-                }
-                let detours = matches!(stub.why, Slow::Miss { detour: true });
-                let call = match stub.why {
-                    Slow::Miss { .. } if detours => context_offset!(near.slow_or_detour),
-                    Slow::Miss { .. } => context_offset!(near.slow),
-                    Slow::Segment => context_offset!(hot.resolve),
                 };
                 let before = self.asm.position();
                 self.asm.call_mem(Mem::Base(RSP, call));

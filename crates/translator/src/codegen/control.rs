@@ -270,7 +270,7 @@ impl Builder<'_> {
         asm.load(S2, shift);
         if code_memory::has_bmi2() {
             let segmented = self.mode.segmented();
-            asm.pext(S1, S0, Mem::Code(if segmented { SEGMENTED_JUMP_MASK_OFFSET } else { JUMP_MASK_OFFSET }));
+            asm.pext(S1, S0, if segmented { SEGMENTED_JUMP_MASK_OFFSET } else { JUMP_MASK_OFFSET });
         } else {
             asm.movzx8(S1, S0);
         }
