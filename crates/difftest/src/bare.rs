@@ -383,6 +383,11 @@ pub enum End {
 impl Machine {
     pub fn new(bare: Bare, cpus: u32) -> Self {
         let engine = crate::guest::engine(&bare.ram, cpus);
+        Machine::on(engine, bare, cpus)
+    }
+
+    /// The same on an engine for this memory.
+    pub fn on(engine: Arc<dyn Engine>, bare: Bare, cpus: u32) -> Self {
         let port = Arc::new(Port { ram: Some(bare.ram.clone()), ..Port::default() });
         let vcpus: Vec<_> = (0..cpus).map(|id| engine.create_vcpu(id, port.clone()).expect("a vCPU")).collect();
         *lock(&port.vcpus) = vcpus.iter().map(|v| v.control()).collect();

@@ -5,17 +5,23 @@ use std::sync::Arc;
 use arch::cpuid::Topology;
 use engine::Engine;
 use memory::Ram;
+use translator::Translator;
+use translator::native::Mode;
 
-/// An engine for a machine with this RAM: `translate` or `kvm`.
+/// An engine for a machine with this RAM: `translate`, `direct` or `kvm`.
 pub fn named(name: &str, ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
     match name {
         "kvm" => Arc::new(kvm(ram, cpus).expect("a /dev/kvm that can be used")),
-        "translate" => {
-            let config = translator::Config { cpus: Topology::of_cores(cpus), ..Default::default() };
-            Arc::new(translator::Translator::new(ram.clone(), config).expect("the translator works on this host"))
-        }
-        other => panic!("there is no engine {other}: there are translate and kvm"),
+        "translate" => translator(ram, cpus, Mode::default()),
+        "direct" => translator(ram, cpus, Mode::Always),
+        other => panic!("there is no engine {other}: there are translate, direct and kvm"),
     }
+}
+
+/// The translator, and when it runs programs directly.
+pub fn translator(ram: &Ram, cpus: u32, direct: Mode) -> Arc<Translator> {
+    let config = translator::Config { cpus: Topology::of_cores(cpus), direct, ..Default::default() };
+    Arc::new(Translator::new(ram.clone(), config).expect("the translator works on this host"))
 }
 
 fn kvm(ram: &Ram, cpus: u32) -> Result<kvm::Kvm, kvm::Error> {

@@ -7,6 +7,8 @@ use arch::Segment;
 use arch::registers::pte;
 use engine::Engine;
 use memory::Ram;
+use translator::Translator;
+use translator::native::Mode;
 
 use crate::bare::{Bare, DIRECT, End, Gate, Machine, SCRATCH, STUBS};
 use crate::case::{Input, Outcome, Status, TRACE, XSAVE_SIZE};
@@ -22,6 +24,8 @@ pub fn engine(ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
 /// The guest side: reusable for any number of batches.
 pub struct Guest {
     machine: Machine,
+    /// The engine, where it is one that runs programs directly.
+    direct: Option<Arc<Translator>>,
     template: Vec<u8>,
     code: u64,
     /// The slot of the case that was loaded alone.
@@ -43,7 +47,8 @@ const LDT_SELECTOR: u16 = 0x50;
 const STEP_HANDLER: u64 = STUBS + 0x1800;
 
 impl Guest {
-    pub fn new(template: Vec<u8>) -> Self {
+    /// On the engine under test, or on the translator with direct execution wherever it is possible.
+    pub fn new(template: Vec<u8>, direct: bool) -> Self {
         let mut bare = Bare::new(16 << 20);
         let code = bare.pages((CODE_SIZE / PAGE) as u64);
         bare.write(code, &vec![0xcc; CODE_SIZE]);
@@ -63,7 +68,12 @@ impl Guest {
         step_handler(&mut bare);
         // SAFETY: plain data; all-zero bytes are valid values.
         let outcome = unsafe { Box::<Outcome>::new_zeroed().assume_init() };
-        Guest { machine: Machine::new(bare, 1), template, code, alone: None, writable, outcome, note: String::new() }
+        let direct = direct.then(|| crate::engines::translator(&bare.ram, 1, Mode::Always));
+        let machine = match &direct {
+            Some(direct) => Machine::on(direct.clone(), bare, 1),
+            None => Machine::new(bare, 1),
+        };
+        Guest { machine, direct, template, code, alone: None, writable, outcome, note: String::new() }
     }
 
     /// Puts the code of a batch into its slots.
@@ -121,6 +131,11 @@ impl Guest {
         self.machine.vcpus[0].set_state(&state).expect("a valid state");
         let end = self.machine.run_for(Duration::from_secs(3));
         self.take(input, end)
+    }
+
+    /// How often the cases' code was entered directly.
+    pub fn entered_directly(&self) -> u64 {
+        self.direct.as_ref().map_or(0, |engine| engine.entered_directly())
     }
 
     /// The outcome of the case that ran last.

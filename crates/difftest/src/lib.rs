@@ -13,5 +13,6 @@ pub mod guest;
 pub mod layout;
 pub mod local;
 pub mod native;
+pub mod program;
 pub mod rng;
 pub mod sequence;

@@ -565,3 +565,137 @@ fn code_that_is_mapped_at_many_addresses_knows_at_which_it_runs() {
     let expected = all.wrapping_mul(4).wrapping_add(once(ADDRESSES[2])).wrapping_add(constants);
     assert_eq!(m.state().gpr[6], expected);
 }
+
+/// Where a branch between global pages leads after its target was mapped elsewhere: the branch runs a few times, the page is
+/// another one from then on, and translations are dropped as `flush` does. RBX has what the code there moved to it.
+fn branch_after_remap(bits: u64, flush: Code) -> u64 {
+    const FROM: u64 = 0x7000_0000;
+    const TO: u64 = 0x7000_5000;
+    let mut bare = Bare::new(8 << 20);
+    let (from, old, new) = (bare.page(), bare.page(), bare.page());
+    for (page, value) in [(old, 1), (new, 2)] {
+        bare.assemble(page, TO, 64, |a| {
+            a.mov(ebx, value)?;
+            a.jmp(rdx)
+        });
+    }
+    bare.map(FROM, from, P | W | bits);
+    bare.map(TO, old, P | W | bits);
+    let entry = DIRECT + bare.entry(TO, 0);
+    // A jump forward, and a call back to it from code that ends in the next page.
+    bare.assemble(from, FROM, 64, |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 5)?;
+        a.lea(rdx, ptr(again))?;
+        a.jmp(TO)?;
+        a.set_label(&mut again)?;
+        a.lea(rdx, ptr(FROM + 0x100))?;
+        a.call(TO)
+    });
+    bare.assemble(from + 0x100, FROM + 0x100, 64, |a| {
+        a.pop(rax)?;
+        a.sub(ecx, 1)?;
+        let mut out = a.create_label();
+        a.jz(out)?;
+        a.lea(rdx, ptr(FROM + 0x100))?;
+        a.push(rax)?;
+        a.test(ecx, ecx)?;
+        a.jnz(TO)?;
+        a.set_label(&mut out)?;
+        a.mov(rdi, entry)?;
+        a.mov(rax, new | P | W | bits)?;
+        a.mov(qword_ptr(rdi), rax)?;
+        a.mov(rsi, TO)?;
+        flush(a)?;
+        a.lea(rdx, ptr(FROM + 0x300))?;
+        a.xor(ebx, ebx)?;
+        a.jmp(TO)
+    });
+    bare.assemble(from + 0x300, FROM + 0x300, 64, |a| a.int3());
+    let state = bare.kernel_state(FROM);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    assert_eq!(m.state().gpr[1], 0);
+    m.state().gpr[3]
+}
+
+#[test]
+fn a_branch_to_another_page_goes_where_that_page_is_mapped_after_a_flush() {
+    let invlpg: Code = |a| a.invlpg(byte_ptr(rsi));
+    assert_eq!(branch_after_remap(0, invlpg), 2, "INVLPG");
+    assert_eq!(branch_after_remap(pte::G, invlpg), 2, "INVLPG of a global page");
+    let reload: Code = |a| {
+        a.mov(rax, cr3)?;
+        a.mov(cr3, rax)
+    };
+    assert_eq!(branch_after_remap(0, reload), 2, "MOV CR3");
+    let toggle: Code = |a| {
+        a.mov(rax, cr4)?;
+        a.btc(rax, 7)?;
+        a.mov(cr4, rax)
+    };
+    assert_eq!(branch_after_remap(pte::G, toggle), 2, "CR4.PGE");
+    let all: Code = |a| {
+        a.sub(rsp, 16)?;
+        a.mov(qword_ptr(rsp), 0)?;
+        a.mov(qword_ptr(rsp + 8), 0)?;
+        a.mov(eax, 2)?;
+        a.invpcid(rax, xmmword_ptr(rsp))
+    };
+    assert_eq!(branch_after_remap(pte::G, all), 2, "INVPCID type 2");
+}
+
+#[test]
+fn a_page_that_is_not_global_is_branched_to_where_each_address_space_has_it() {
+    const FROM: u64 = 0x7000_0000;
+    const TO: u64 = 0x7020_5000;
+    let mut bare = Bare::new(8 << 20);
+    let (from, one, two) = (bare.page(), bare.page(), bare.page());
+    for (page, value) in [(one, 1), (two, 0x10)] {
+        bare.assemble(page, TO, 64, |a| {
+            a.lea(rbx, ptr(rbx + value))?;
+            a.jmp(rdx)
+        });
+    }
+    bare.map(FROM, from, P | W | pte::G);
+    bare.map(TO, one, P | W);
+    // The other address space differs in the table that maps the target.
+    let mut bytes = [0; 4096];
+    let mut copy = |bare: &mut Bare, from: u64| {
+        let to = bare.page();
+        bare.read(from, &mut bytes);
+        bare.write(to, &bytes);
+        to
+    };
+    let root = bare.kernel_state(FROM).cr3;
+    let entries = [bare.entry(TO, 3), bare.entry(TO, 2), bare.entry(TO, 1), bare.entry(TO, 0)];
+    let other_root = copy(&mut bare, root);
+    let mut table = other_root;
+    for entry in &entries[..3] {
+        let below = bare.read_u64(*entry);
+        let below_copy = copy(&mut bare, below & !0xfff);
+        bare.write_u64(table + entry % 4096, below_copy | below & 0xfff);
+        table = below_copy;
+    }
+    bare.write_u64(table + entries[3] % 4096, two | P | W);
+    bare.assemble(from, FROM, 64, |a| {
+        a.mov(ecx, 6)?;
+        let mut next = a.create_label();
+        a.set_label(&mut next)?;
+        a.lea(rdx, ptr(FROM + 0x100))?;
+        a.jmp(TO)
+    });
+    bare.assemble(from + 0x100, FROM + 0x100, 64, |a| {
+        a.mov(rax, cr3)?;
+        a.xor(rax, (root ^ other_root) as i32)?;
+        a.mov(cr3, rax)?;
+        a.sub(ecx, 1)?;
+        a.lea(rdx, ptr(FROM + 0x100))?;
+        a.jnz(TO)?;
+        a.int3()
+    });
+    let state = bare.kernel_state(FROM);
+    let mut m = Machine::with_state(bare, &state);
+    assert_eq!(outcome(&mut m).0, 3);
+    assert_eq!(m.state().gpr[3], 0x33);
+}

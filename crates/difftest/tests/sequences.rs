@@ -12,6 +12,17 @@ fn sequences_of_64_bit_code_do_what_the_processor_does() {
     check(sequences(&Plan::from_env(10_000), 64));
 }
 
+/// Most sequences run directly from their first instruction on; each other one begins with what only translated code can do.
+#[test]
+fn sequences_that_run_directly_do_what_the_processor_does() {
+    let plan = Plan::from_env(3_000).directly();
+    let cases = plan.cases;
+    let report = sequences(&plan, 64);
+    println!("entered directly {} times", report.entered_directly);
+    assert!(report.entered_directly > cases / 2, "only {} entries", report.entered_directly);
+    check(report);
+}
+
 #[test]
 fn sequences_of_32_bit_code_do_what_the_processor_does() {
     check(sequences(&Plan::from_env(5_000), 32));

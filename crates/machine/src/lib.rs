@@ -34,6 +34,7 @@ pub use engines::{Accel, Selection, select_engine};
 pub use ethernet::Model as CardModel;
 pub use peripherals::{Card, Peripherals};
 pub use translator::Config as TranslatorConfig;
+pub use translator::native::Mode as DirectExecution;
 
 /// The most vCPUs of a machine. Local APIC ids are 8 bits wide where x2APIC is off, and 255 of them means all.
 pub const MAX_CPUS: u32 = 128;

@@ -17,7 +17,7 @@ pub mod map;
 mod tracker;
 
 use std::fs::File;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
@@ -135,6 +135,11 @@ impl Ram {
 
     pub fn tracker(&self) -> &Arc<PageTracker> {
         &self.tracker
+    }
+
+    /// What holds all memory, RAM and devices' behind it: a page's place is its index times the page size.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// What processors find at which address.

@@ -7,7 +7,7 @@ use arch::cpuid::{Model, Topology};
 use block::Format;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use machine::Accel;
+use machine::{Accel, DirectExecution};
 
 use crate::boot_order::{self, BootOrder};
 use crate::control;
@@ -142,6 +142,9 @@ pub struct RunArgs {
     /// Host memory for translated code, for each processor
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = translation_cache)]
     pub translation_cache: u64,
+    /// When the translate engine runs programs of 64-bit guests as they are, in processes of the host: where it pays
+    #[arg(long, value_name = "auto|always|never", default_value = "auto", value_parser = direct)]
+    pub direct: DirectExecution,
     /// Print what the engine did on stderr when the machine stops
     #[arg(long)]
     pub stats: bool,
@@ -264,6 +267,15 @@ fn port(text: &str) -> Result<u16, String> {
     };
     let last = u16::MAX - (chipset::debug::DEBUG_EXIT_SIZE - 1);
     number.ok().filter(|port| *port <= last).ok_or_else(|| format!("allowed are 0 to {last:#x}"))
+}
+
+fn direct(text: &str) -> Result<DirectExecution, String> {
+    match text {
+        "auto" => Ok(DirectExecution::Auto),
+        "always" => Ok(DirectExecution::Always),
+        "never" => Ok(DirectExecution::Never),
+        _ => Err("allowed are auto, always and never".into()),
+    }
 }
 
 fn accel(text: &str) -> Result<Accel, String> {

@@ -95,6 +95,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         model: args.cpu,
         translation_cache: args.translation_cache as usize,
         perf_map: args.perf_map,
+        direct: args.direct,
         stats: args.stats,
     };
     let smm = firmware.as_ref().is_some_and(firmware::needs_smm);

@@ -89,6 +89,7 @@ fn an_impossible_number_of_processors_is_a_usage_error() {
 fn unknown_choices_are_usage_errors_that_name_the_known_ones() {
     refuses(&["run", "--cpu", "z80"], 2, &["--cpu", "z80", "host", "x86-64-v2", "x86-64-v3", "x86-64-v4"]);
     refuses(&["run", "--accel", "xen"], 2, &["--accel", "xen", "auto", "kvm", "translate"]);
+    refuses(&["run", "--direct", "sometimes"], 2, &["--direct", "sometimes", "auto", "always", "never"]);
     refuses(&["run", "--serial", "tcp:1"], 2, &["--serial", "tcp:1", "stdio", "file:PATH", "none"]);
     refuses(&["run", "--serial", "file:"], 2, &["--serial", "file:PATH"]);
     refuses(&["run", "--turbo"], 2, &["--turbo"]);

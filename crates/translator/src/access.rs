@@ -23,9 +23,13 @@ use crate::semantics::Exec;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AccessKind(u32);
 
+/// In an [`AccessKind`]: how far the context is shifted, and that the access is to the stack.
+pub const CONTEXT_SHIFT: u32 = 17;
+pub const STACK_KIND: u32 = 1 << 20;
+
 impl AccessKind {
     pub fn new(size: usize, write: bool, context: Context) -> Self {
-        AccessKind(size as u32 | (write as u32) << 16 | (context as u32) << 17)
+        AccessKind(size as u32 | (write as u32) << 16 | (context as u32) << CONTEXT_SHIFT)
     }
 
     /// The access is that of a group (see `codegen::groups`): the size is its span.
@@ -35,7 +39,7 @@ impl AccessKind {
 
     /// The access is to the stack, whose page is remembered; the answer is an addend.
     pub fn stack(self) -> Self {
-        AccessKind(self.0 | 1 << 20)
+        AccessKind(self.0 | STACK_KIND)
     }
 
     /// The first member of a group writes.
@@ -48,7 +52,7 @@ impl AccessKind {
     }
 
     pub fn is_stack(self) -> bool {
-        self.0 & 1 << 20 != 0
+        self.0 & STACK_KIND != 0
     }
 
     pub fn bits(self) -> u32 {
@@ -62,7 +66,7 @@ impl AccessKind {
         self.0 & 1 << 16 != 0
     }
     pub fn context(self) -> Context {
-        match self.0 >> 17 & 3 {
+        match self.0 >> CONTEXT_SHIFT & 3 {
             0 => Context::User,
             1 => Context::Supervisor,
             _ => Context::SupervisorUser,

@@ -53,7 +53,7 @@ pub struct Site {
     pub parked: bool,
 }
 
-/// A direct branch to a guest address in the same page.
+/// A direct branch: to a guest address in the same page, or, of kernels, in any (see [`crate::cache`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
     /// The stub that leaves to the dispatcher (of a detour: nothing), and where its call returns to.
@@ -62,7 +62,7 @@ pub struct Link {
     /// The branch's rel32.
     pub patch_offset: u16,
     /// The target's distance from the block's first guest byte.
-    pub target: i16,
+    pub target: i32,
     /// The branch leaves with the flags parked.
     pub parked: bool,
     /// The branch is that of a group's failed check to careful code (see [`crate::codegen::groups`]), the call its slow path's.
@@ -72,7 +72,7 @@ pub struct Link {
 impl Link {
     /// The link of a group's failed check. Behind its slow path's call stand two jumps: back to the body, and the one that a link
     /// leads to careful code; `end` is their end, where that one leads while there is no link.
-    pub fn detour(end: u16, target: i16, parked: bool) -> Self {
+    pub fn detour(end: u16, target: i32, parked: bool) -> Self {
         const JUMP: u16 = 5;
         Link {
             stub_offset: end,
@@ -82,6 +82,12 @@ impl Link {
             parked,
             detour: true,
         }
+    }
+
+    /// Whether it leads from a block at an offset of a page to another page.
+    pub fn is_far(self, offset: usize) -> bool {
+        let target = (offset % PAGE_SIZE as usize) as i64 + i64::from(self.target);
+        !(0..PAGE_SIZE as i64).contains(&target)
     }
 }
 

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 use iced_x86::Instruction;
+use memory::PAGE_SIZE;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::body::{self, Body, Link, Origin, Position, Template};
@@ -31,7 +32,7 @@ use crate::snippets::{SNIPPET_BYTES, Snippets};
 use room::Region;
 
 /// A block's number in its cache, counted from one: so that an optional one takes no more room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockId(NonZeroU32);
 
 impl BlockId {
@@ -45,7 +46,7 @@ impl BlockId {
 }
 
 /// One of a block's links.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LinkId {
     block: BlockId,
     index: u16,
@@ -82,8 +83,8 @@ pub struct Block {
     incoming: Option<LinkId>,
     /// Another block of the same origin.
     alias: Option<BlockId>,
-    /// The first of its sensitive instructions.
-    sensitive: Option<u32>,
+    /// The first of its sensitive instructions, counted from one.
+    sensitive: Option<NonZeroU32>,
     /// When the dispatcher last looked for it.
     used: u32,
     /// Of the host code.
@@ -105,15 +106,26 @@ impl Block {
         Position { rip: self.rip, host: self.start as usize }
     }
 
+    fn first_sensitive(&self) -> Option<u32> {
+        self.sensitive.map(|number| number.get() - 1)
+    }
+
     /// The guest address that one of its links leads to.
     fn target(&self, link: Link) -> u64 {
         body::target(self.origin.mode, self.rip, link)
+    }
+
+    fn is_far(&self, link: Link) -> bool {
+        link.is_far((self.origin.address % PAGE_SIZE) as usize)
     }
 
     fn links(&self) -> Range<usize> {
         self.links as usize..self.links as usize + usize::from(self.link_count)
     }
 }
+
+/// There are hundreds of thousands.
+const _: () = assert!(size_of::<Block>() <= 80);
 
 /// A block to be added: what of it does not depend on where it stands.
 #[derive(Clone, Copy)]
@@ -178,6 +190,9 @@ pub struct Cache {
     templates: FxHashMap<BlockId, Template>,
     /// Blocks that may be, when they are looked for: see [`crate::rewritten`].
     asleep: FxHashMap<(Origin, u64), BlockId>,
+    /// Links that hold as long as global pages stay where they are, and perhaps some that lead nowhere or elsewhere by now: see
+    /// [`far`].
+    far_links: Vec<LinkId>,
     sensitive: Vec<SensitiveEntry>,
     free_sensitive: Option<u32>,
     pub jumps: Jumps,
@@ -202,6 +217,7 @@ pub struct Stats {
     pub links: u64,
     pub lookups: u64,
     pub woken: u64,
+    pub global_flushes: u64,
 }
 
 impl Cache {
@@ -221,6 +237,7 @@ impl Cache {
             by_page: FxHashMap::default(),
             templates: FxHashMap::default(),
             asleep: FxHashMap::default(),
+            far_links: Vec::new(),
             sensitive: Vec::new(),
             free_sensitive: None,
             clock: 0,
@@ -410,7 +427,7 @@ impl Cache {
             print: print(body.record.packed),
             incoming: None,
             alias: None,
-            sensitive: indices.first().copied(),
+            sensitive: indices.first().and_then(|index| NonZeroU32::new(index + 1)),
             used: self.clock,
             length: body.length,
             parked_entry: body.parked_entry,
@@ -512,26 +529,30 @@ impl Cache {
         Some((LinkId { block: id, index: index as u16 }, body.target(block.rip, link), link.parked))
     }
 
-    /// Lets a link lead to `to`, if that is still where it goes.
-    pub fn link(&mut self, link: LinkId, to: BlockId) {
+    /// Lets a link lead to `to`, if that is still where it goes. `global`: all of the block's bytes are in global pages.
+    pub fn link(&mut self, link: LinkId, to: BlockId, global: bool) {
         if let Some(at) = self.link_of(link) {
-            self.link_at(link, at, to);
+            self.link_at(link, at, to, global);
         }
     }
 
     /// The same, with what translation knows of the link.
-    fn link_at(&mut self, link: LinkId, at: Link, to: BlockId) {
+    fn link_at(&mut self, link: LinkId, at: Link, to: BlockId, global: bool) {
         let (source, target) = (self.at(link.block), self.at(to));
         let (from, origin) = (source.origin, target.origin);
         let mode = if at.detour { from.mode.careful() } else { from.mode };
-        // A block across two pages depends on a mapping that a link would not check. What comes after a detour's place may
-        // also be the handler of an interrupt.
+        // What comes after a detour's place may also be the handler of an interrupt.
         if !source.live
             || !target.live
             || source.target(at) != target.rip
-            || (from.frame(), mode, from.segment) != (origin.frame(), origin.mode, origin.segment)
-            || target.two_pages
+            || (mode, from.segment) != (origin.mode, origin.segment)
         {
+            return;
+        }
+        // A block in other pages than the branch's depends on a mapping that a link would not check.
+        let far = source.is_far(at);
+        let stays = !far && from.frame() == origin.frame() && !target.two_pages;
+        if !(stays || global && mode.long() && mode.cpl() == 0) {
             return;
         }
         let entry = if at.parked { target.parked_entry } else { 0 };
@@ -544,6 +565,9 @@ impl Cache {
         (state.to, state.next) = (Some(to), next);
         self.patch(patch, entry);
         self.at_mut(to).incoming = Some(link);
+        if !stays {
+            self.note_far_link(link);
+        }
         self.stats.links += 1;
     }
 
@@ -708,6 +732,7 @@ fn hash(origin: Origin) -> u64 {
 }
 
 mod copies;
+mod far;
 mod room;
 mod sleep;
 pub use sleep::Woken;

@@ -15,6 +15,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::large_pages::{LARGE_PAGE, enlarge, is_dense};
 use crate::mode::{CodeSegment, Mode};
 
 /// Offsets in code memory: the word that backward branches poll, ...
@@ -46,10 +47,11 @@ const JUMP_SHIFT: u32 = 2;
 pub const SEGMENTED_JUMP_MASK: u64 = 0x1fff << 1 | 0xf << 36;
 /// Words of an entry: a tag, two addresses, and one that is free.
 pub const JUMP_WORDS: usize = 4;
-/// Words of a slot, and of the whole table.
-pub const JUMP_SLOT_WORDS: usize = (JUMP_ENTRIES + NUMBERS * NUMBER_STEP) * JUMP_WORDS;
+/// Words of a slot that are entries, of a slot, and of the whole table. A slot begins where a large page may.
+pub const JUMP_SLOT_ENTRY_WORDS: usize = (JUMP_ENTRIES + NUMBERS * NUMBER_STEP) * JUMP_WORDS;
+pub const JUMP_SLOT_WORDS: usize = JUMP_SLOT_ENTRY_WORDS.next_multiple_of(LARGE_PAGE / 8);
 pub const JUMP_TABLE_WORDS: usize = JUMP_SLOTS * JUMP_SLOT_WORDS;
-const JUMP_BYTES: usize = JUMP_TABLE_WORDS * 8;
+pub const JUMP_BYTES: usize = JUMP_TABLE_WORDS * 8;
 
 /// The host has BMI2, whose PEXT extracts an index without touching the flags.
 pub fn has_bmi2() -> bool {
@@ -63,6 +65,7 @@ pub fn jump_key(rip: u64, segment: CodeSegment) -> u64 {
 
 /// Where a [`jump_key`]'s entry is in a slot, in words.
 pub fn jump_index(key: u64, mode: Mode) -> usize {
+    const { assert!(JUMP_WORDS == 1 << JUMP_SHIFT && JUMP_MASK <= i32::MAX as u64) };
     let entry = if !has_bmi2() {
         (key & 0xff) as usize
     } else if mode.segmented() {
@@ -149,6 +152,28 @@ impl Mapping {
         }
     }
 
+    /// Anonymous memory that begins at a large page.
+    fn aligned(length: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let mut all = Mapping::new(length + LARGE_PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1)?;
+        let before = all.start.as_ptr().align_offset(LARGE_PAGE);
+        all.cut(0..before);
+        // SAFETY: within the mapping, which was longer than this by a large page.
+        all.start = unsafe { all.start.add(before) };
+        all.length -= before;
+        all.cut(length..all.length);
+        all.length = length;
+        Ok(all)
+    }
+
+    /// Unmaps a part at an end.
+    fn cut(&self, range: std::ops::Range<usize>) {
+        if !range.is_empty() {
+            // SAFETY: a part of what `new` mapped, which nobody has had a pointer into.
+            unsafe { libc::munmap(self.start.as_ptr().add(range.start).cast(), range.len()) };
+        }
+    }
+
     fn address(&self) -> u64 {
         self.start.as_ptr() as u64
     }
@@ -156,7 +181,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: exactly what `new` mapped, and nobody holds a pointer into it longer than the owner.
+        // SAFETY: exactly what is mapped, and nobody holds a pointer into it longer than the owner.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }
@@ -165,7 +190,7 @@ impl Drop for Mapping {
 pub struct CodeMemory {
     writable: Mapping,
     executable: Mapping,
-    /// With room for a vCPU behind it.
+    /// With room for a vCPU behind it, and no more than a large page takes.
     jump_table: Mapping,
     /// Never written but for an entry in each slot: the host backs the rest with one page of zeros. While it stands in for the
     /// jump table every branch misses.
@@ -184,15 +209,11 @@ impl CodeMemory {
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let file = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
         file.set_len(size as u64)?;
-        let table = |more: usize| {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            Mapping::new(JUMP_BYTES + more, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
-        };
         let memory = CodeMemory {
             writable: Mapping::new(size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd)?,
             executable: Mapping::new(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd)?,
-            jump_table: table(size_of::<crate::Vcpu>())?,
-            empty_table: table(0)?,
+            jump_table: Mapping::aligned(JUMP_BYTES + LARGE_PAGE)?,
+            empty_table: Mapping::aligned(JUMP_BYTES)?,
             program_shift: AtomicU64::new(0),
         };
         memory.word(JUMP_MASK_OFFSET).store(JUMP_MASK, Ordering::SeqCst);
@@ -213,12 +234,18 @@ impl CodeMemory {
 
     /// Where a vCPU of this memory has to be: `size_of::<Vcpu>()` bytes at a page's beginning, zeros at first.
     pub fn vcpu_place(&self) -> NonNull<crate::Vcpu> {
+        const { assert!(size_of::<crate::Vcpu>() <= LARGE_PAGE) };
         // SAFETY: the mapping is that much longer than the table.
         unsafe { self.jump_table.start.add(JUMP_BYTES) }.cast()
     }
 
     fn stop(&self) {
         self.poll_word().store(1, Ordering::SeqCst);
+        self.miss_all();
+    }
+
+    /// No address is found in the jump table.
+    fn miss_all(&self) {
         for offset in [KERNEL_SHIFT_OFFSET, PROGRAM_SHIFT_OFFSET] {
             self.word(offset).store(self.shift_to_empty(), Ordering::SeqCst);
         }
@@ -280,6 +307,19 @@ impl CodeMemory {
         unsafe { libc::madvise(self.jump_table.start.as_ptr().add(slot * length).cast(), length, libc::MADV_DONTNEED) };
     }
 
+    /// A part of the jump table, by its number, takes one large page from now on; and so does the vCPU if all of it is in use.
+    pub fn enlarge(&self, part: usize) {
+        assert!(part < JUMP_BYTES / LARGE_PAGE, "a part that is not in the jump table");
+        let vcpu = self.vcpu_place().cast::<u8>().as_ptr();
+        // SAFETY: a large page of the table, and the vCPU's own.
+        unsafe {
+            enlarge(self.jump_table.start.as_ptr().add(part * LARGE_PAGE));
+            if is_dense(vcpu, size_of::<crate::Vcpu>()) {
+                enlarge(vcpu);
+            }
+        }
+    }
+
     /// Sees to it that the address zero is not found in a slot that nothing was entered into.
     pub fn guard(&self, slot: usize) {
         for index in guards(slot) {
@@ -305,6 +345,8 @@ impl CodeMemory {
 pub struct PollWord {
     memory: OnceLock<Arc<CodeMemory>>,
     set: AtomicBool,
+    /// What stops the process that runs a program directly.
+    program: direct::KickSlot,
 }
 
 impl PollWord {
@@ -320,17 +362,39 @@ impl PollWord {
         if let Some(memory) = self.memory.get() {
             memory.stop();
         }
+        self.program.kick();
     }
 
-    pub fn clear(&self) {
-        self.set.store(false, Ordering::SeqCst);
+    /// A program is about to run in a process: to set the word stops it.
+    pub fn watch(&self, program: direct::Kicker) {
+        self.program.put(program);
+    }
+
+    pub fn unwatch(&self) {
+        self.program.take();
+    }
+
+    /// Makes emitted code return with its next lookup, for nobody's request; loops go on.
+    pub fn miss_all(&self) {
+        if let Some(memory) = self.memory.get() {
+            memory.miss_all();
+        }
+    }
+
+    /// The opposite.
+    pub fn miss_none(&self) {
         if let Some(memory) = self.memory.get() {
             memory.go_on();
         }
         // Someone may have set it in between, and seen the table put back: then it is set again.
-        if self.set.load(Ordering::SeqCst) {
+        if self.is_set() {
             self.set();
         }
+    }
+
+    pub fn clear(&self) {
+        self.set.store(false, Ordering::SeqCst);
+        self.miss_none();
     }
 
     pub fn is_set(&self) -> bool {

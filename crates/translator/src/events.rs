@@ -126,6 +126,11 @@ impl Vcpu {
         if self.pending_interrupt().is_some() {
             self.shared.requests.fetch_or(request::INTERRUPT, Ordering::SeqCst);
         }
+        if self.cpl() == 3 {
+            self.program_interrupted();
+        } else {
+            self.rest_native();
+        }
         deliver(self, Event::Interrupt(vector))
     }
 
@@ -182,6 +187,7 @@ impl Vcpu {
             if awaited(self.requests()) || self.pending_debug != 0 {
                 return;
             }
+            self.rest_native();
             let timeout = self.apic_timer_remaining().map(Duration::from_nanos);
             let shared = &self.shared;
             shared.parker.park(timeout, || awaited(shared.requests.load(Ordering::SeqCst)));

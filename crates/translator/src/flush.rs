@@ -14,12 +14,14 @@ impl Vcpu {
         self.tlb.flush_all();
         self.engine.drop_address_caches();
         self.engine.spaces.clear();
+        self.engine.native.flushed(None);
     }
 
     /// Forgets every translation but those of global pages, whatever their PCID.
     pub fn mmu_flush_local(&mut self) {
         self.flush_current();
         self.engine.spaces.clear();
+        self.engine.native.flushed(None);
     }
 
     /// Forgets a PCID's translations, but for those of global pages.
@@ -28,12 +30,14 @@ impl Vcpu {
             self.flush_current();
         }
         self.engine.spaces.forget(pcid);
+        self.engine.native.flushed(Some(pcid));
     }
 
     /// Forgets the translation of the page at `va`: the current PCID's, and a global one.
     pub fn mmu_flush_page(&mut self, va: u64) {
         self.tlb.flush_page(va);
         self.engine.drop_address(va);
+        self.engine.native.page_flushed(self.cr3, va);
     }
 
     /// Sets CR3, already checked, and forgets what that invalidates (Intel SDM 3A 4.10.4.1).
@@ -44,6 +48,10 @@ impl Vcpu {
         if keep && self.cr3 == left {
             return;
         }
+        if !keep {
+            self.engine.native.flushed(pcids.then_some(self.pcid()));
+        }
+        self.native_switched();
         if !pcids || left & 0xfff == self.pcid() {
             return self.flush_current();
         }

@@ -68,6 +68,7 @@ impl Vcpu {
     }
 
     fn code_written(&mut self, frame: u64, bytes: Range<usize>) {
+        self.engine.native.code_written(frame);
         if self.engine.cache.invalidate(frame, bytes) != 0 {
             self.engine.rewritten.dropped(frame);
         }
@@ -89,16 +90,22 @@ impl Vcpu {
         let mut queue = shared.invalidations.queue.lock().unwrap_or_else(|e| e.into_inner());
         for what in queue.drain(..) {
             match what {
-                Invalidation::Protect(frame) => self.tlb.protect(frame..frame + PAGE_SIZE),
+                Invalidation::Protect(frame) => self.protect(frame..frame + PAGE_SIZE),
                 Invalidation::Written(frame, bytes) => self.code_written(frame, bytes),
                 Invalidation::CollectDirty(pages) => self.report_dirty(pages),
             }
         }
     }
 
+    /// From here on stores to these frames are seen.
+    fn protect(&mut self, frames: Range<u64>) {
+        self.tlb.protect(frames.clone());
+        self.engine.native.protect(frames);
+    }
+
     /// Marks the pages dirty that could be written unnoticed until now, and sees to it that they no longer can.
     fn report_dirty(&mut self, pages: Range<usize>) {
-        self.tlb.protect(frame_of(pages.start)..frame_of(pages.end));
+        self.protect(frame_of(pages.start)..frame_of(pages.end));
         let tracker = self.machine.tracker.clone();
         self.engine.device_pages.retain(|page| {
             let asked = pages.contains(page);
@@ -119,9 +126,10 @@ impl Vcpu {
         // Another vCPU may have a write tag for code of its own that sleeps.
         if before & own != 0 {
             self.guard_code_page(frame);
+            self.engine.native.protect(frame..frame + PAGE_SIZE);
             return;
         }
-        self.tlb.protect(frame..frame + PAGE_SIZE);
+        self.protect(frame..frame + PAGE_SIZE);
         let machine = self.machine.clone();
         let vcpus = machine.vcpus();
         for other in vcpus.iter().filter(|o| o.id != self.id) {

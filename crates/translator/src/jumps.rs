@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::code_memory::{
-    CodeMemory, JUMP_SLOT_WORDS, JUMP_SLOTS, JUMP_TABLE_WORDS, JUMP_WORDS, NUMBERS, empty_tag, is_programs, jump_index,
-    jump_slot_offsets, number_distance, slots_for,
+    CodeMemory, JUMP_BYTES, JUMP_SLOT_ENTRY_WORDS, JUMP_SLOT_WORDS, JUMP_SLOTS, JUMP_TABLE_WORDS, JUMP_WORDS, NUMBERS,
+    empty_tag, is_programs, jump_index, jump_slot_offsets, number_distance, slots_for,
 };
+use crate::large_pages::{LARGE_PAGE, Touched};
 use crate::mode::Mode;
 use crate::spaces::Missed;
 
@@ -42,6 +43,7 @@ pub struct Jumps {
     /// How often programs started anew.
     rounds: u64,
     displaced: Box<[Displaced]>,
+    touched: Touched,
     /// Slots and keys of blocks that are gone.
     forgotten: Missed<(usize, u64), FORGOTTEN>,
 }
@@ -51,9 +53,19 @@ pub struct Jumps {
 struct Displaced {
     key: u64,
     entry: u64,
-    parked_entry: u64,
-    /// See [`Jumps::stamp`]; zero: nothing is here.
-    stamp: u64,
+    /// See [`Jumps::stamp`]; zero: nothing is here. In the lowest 16 bits, how far behind the entry the one with the flags parked is:
+    /// both are of one block.
+    stamp_and_parked: u64,
+}
+
+impl Displaced {
+    fn stamp(self) -> u64 {
+        self.stamp_and_parked >> 16
+    }
+
+    fn parked_entry(self) -> u64 {
+        self.entry + (self.stamp_and_parked & 0xffff)
+    }
 }
 
 /// Blocks that are gone and remembered for address spaces that still lead to them.
@@ -147,6 +159,7 @@ impl Jumps {
             last_number: 0,
             rounds: 1,
             displaced,
+            touched: Touched::new(JUMP_BYTES),
             forgotten: Missed::default(),
         }
     }
@@ -191,6 +204,7 @@ impl Jumps {
         }
         let tag_index = self.tag_index(at, mode.plain(), key);
         self.displace(at, mode.plain(), tag_index, key);
+        self.touched.note(tag_index * 8);
         if is_programs(at) {
             self.programs[tag_index / 64] |= 1 << (tag_index % 64);
         } else {
@@ -219,7 +233,9 @@ impl Jumps {
             // Listed as both, it may be either: then it is forgotten with the first.
             self.stamp(slot, !self.local.contains(tag_index))
         };
-        self.displaced[displaced_index(slot, tag)] = Displaced { key: tag, entry, parked_entry, stamp };
+        let parked = parked_entry.wrapping_sub(entry) & 0xffff;
+        self.displaced[displaced_index(slot, tag)] =
+            Displaced { key: tag, entry, stamp_and_parked: stamp << 16 | parked };
     }
 
     /// What tells which slot a displaced entry is of, and whether it still holds: no two generations have the same.
@@ -240,15 +256,15 @@ impl Jumps {
         let place = displaced_index(slot, key);
         let found = self.displaced[place];
         let global = if is_programs(slot) {
-            (found.stamp == self.programs_stamp(slot, self.number)).then_some(false)
+            (found.stamp() == self.programs_stamp(slot, self.number)).then_some(false)
         } else {
-            [false, true].into_iter().find(|&global| found.stamp == self.stamp(slot, global))
+            [false, true].into_iter().find(|&global| found.stamp() == self.stamp(slot, global))
         }?;
         if found.key != key || !self.has_room(mode, global) {
             return None;
         }
         self.displaced[place] = Displaced::default();
-        self.enter(mode, key, found.entry, found.parked_entry, global);
+        self.enter(mode, key, found.entry, found.parked_entry(), global);
         Some(found.entry)
     }
 
@@ -283,7 +299,7 @@ impl Jumps {
     fn start_anew(&mut self) {
         for slot in self.slots.iter().filter(|s| s.used && is_programs(s.at)) {
             let first = slot.at * JUMP_SLOT_WORDS;
-            for (i, word) in self.programs[first / 64..(first + JUMP_SLOT_WORDS) / 64].iter_mut().enumerate() {
+            for (i, word) in self.programs[first / 64..(first + JUMP_SLOT_ENTRY_WORDS) / 64].iter_mut().enumerate() {
                 let mut bits = std::mem::take(word);
                 while bits != 0 {
                     let tag_index = first + i * 64 + bits.trailing_zeros() as usize;
@@ -343,8 +359,18 @@ impl Jumps {
             s.idle = if std::mem::take(&mut s.used) { 0 } else { s.idle.saturating_add(1) };
             if s.idle >= MAX_IDLE && std::mem::take(&mut s.resident) {
                 self.memory.release_jump_slot(s.at);
+                let parts = JUMP_SLOT_WORDS * 8 / LARGE_PAGE;
+                self.touched.forget(s.at * parts..(s.at + 1) * parts);
                 self.memory.guard(s.at);
             }
+        }
+    }
+
+    /// Lets a part of the table that has come to be in use all over take a large page. Not for the light path: it uses vector
+    /// registers.
+    pub fn enlarge(&mut self) {
+        if let Some(part) = self.touched.take_dense() {
+            self.memory.enlarge(part);
         }
     }
 

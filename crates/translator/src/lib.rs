@@ -33,8 +33,10 @@ pub mod host;
 pub mod interrupts;
 pub mod invalidation;
 pub mod jumps;
+pub mod large_pages;
 pub mod mmu;
 pub mod mode;
+pub mod native;
 pub mod perf_map;
 pub mod phys;
 mod record;
@@ -76,6 +78,8 @@ pub struct Config {
     pub translation_cache: usize,
     /// Name emitted code for `perf` in `/tmp/perf-PID.map`.
     pub perf_map: bool,
+    /// When programs run directly instead of translated.
+    pub direct: native::Mode,
     /// Print counts on stderr when a vCPU stops.
     pub stats: bool,
 }
@@ -87,6 +91,7 @@ impl Default for Config {
             model: arch::cpuid::Model::default(),
             translation_cache: code_memory::DEFAULT_SIZE,
             perf_map: false,
+            direct: native::Mode::default(),
             stats: false,
         }
     }
@@ -112,6 +117,11 @@ impl Translator {
         let observer: Arc<dyn memory::MapObserver> = device_changes.clone();
         machine.ram.map().observe(Arc::downgrade(&observer));
         Ok(Translator { machine, _device_changes: device_changes })
+    }
+
+    /// How often a program was entered directly until the vCPUs last stopped.
+    pub fn entered_directly(&self) -> u64 {
+        self.machine.entered_directly.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
 

@@ -60,11 +60,11 @@ impl<'a> Record<'a> {
             stub_offset += (first >> 2) as u16;
             let parked = first & 1 != 0;
             if first & 2 != 0 {
-                return Link::detour(stub_offset, r.signed() as i16, parked);
+                return Link::detour(stub_offset, r.signed(), parked);
             }
             let return_offset = stub_offset + r.number() as u16;
             let patch_offset = (i32::from(stub_offset) - r.signed()) as u16;
-            let target = r.signed() as i16;
+            let target = r.signed();
             Link { stub_offset, return_offset, patch_offset, target, parked, detour: false }
         })
     }
@@ -187,7 +187,7 @@ impl Writer {
                 number(&mut self.body, u32::from(l.return_offset - l.stub_offset));
                 signed(&mut self.body, i32::from(l.stub_offset) - i32::from(l.patch_offset));
             }
-            signed(&mut self.body, l.target.into());
+            signed(&mut self.body, l.target);
             before = l.stub_offset;
         }
         self.body.len()

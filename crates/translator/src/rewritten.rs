@@ -102,14 +102,24 @@ impl Vcpu {
         alone && self.machine.tracker.code_holders(page) == holder_bit(self.id)
     }
 
+    /// Whether stores to a page must be seen: it holds code that does not sleep, or that of others.
+    pub fn code_is_awake(&self, page: usize) -> bool {
+        self.machine.tracker.is_code(page) && !self.code_sleeps(page)
+    }
+
+    /// Whether all code of a page that the tracker says holds code sleeps.
+    fn code_sleeps(&self, page: usize) -> bool {
+        let frame = frame_of(page);
+        self.engine.rewritten.often(frame) && !self.engine.cache.has_page(frame) && self.code_is_own(page)
+    }
+
     /// Whether a page that the tracker says holds code may get a write tag in a context of the TLB; to be noted by
     /// [`Vcpu::note_code_tag`].
     pub fn code_page_sleeps(&self, page: usize, context: Context, va: u64) -> bool {
-        let frame = frame_of(page);
-        let Some(history) = self.engine.rewritten.frames.get(&frame).filter(|h| h.turns >= OFTEN) else { return false };
+        let Some(history) = self.engine.rewritten.frames.get(&frame_of(page)) else { return false };
         let tag = Some((context, crate::tlb::Tlb::index(va) as u32));
         let room = history.tags.iter().any(|&t| t.is_none() || t == tag);
-        room && !self.engine.cache.has_page(frame) && self.code_is_own(page)
+        room && self.code_sleeps(page)
     }
 
     pub fn note_code_tag(&mut self, page: usize, context: Context, va: u64) {
@@ -152,7 +162,11 @@ impl Vcpu {
     fn note_store_beside_code(&mut self, va: u64, kind: AccessKind, page: usize) -> Option<()> {
         let frame = frame_of(page);
         let bytes = bytes_of(va, kind);
-        if self.engine.cache.overlaps(frame, &bytes) || self.engine.rewritten.count_store(frame) {
+        // Of code that runs directly only the page is known.
+        if self.engine.native.executes(frame)
+            || self.engine.cache.overlaps(frame, &bytes)
+            || self.engine.rewritten.count_store(frame)
+        {
             return None;
         }
         self.machine.tracker.mark_dirty(page);

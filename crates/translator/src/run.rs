@@ -79,9 +79,12 @@ pub struct EngineState {
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
     pub code_page: Vec<u8>,
     workspace: Workspace,
+    /// What was saved or restored last, for its memory.
+    pub image: Option<Box<crate::semantics::xsave::Image>>,
     pub rewritten: Rewritten,
     /// An event was delivered since a block was last entered, or else TF was cleared without a trap to follow.
     pub delivered: bool,
+    pub native: crate::native::Native,
     /// Pages of device memory (indices) that could be written unnoticed since their dirty ones were last collected.
     pub device_pages: FxHashSet<usize>,
 }
@@ -118,8 +121,10 @@ impl EngineState {
             failures: FxHashMap::default(),
             code_page: vec![0; CODE_PAGE],
             workspace: Workspace::default(),
+            image: None,
             rewritten: Rewritten::default(),
             delivered: false,
+            native: Default::default(),
             device_pages: FxHashSet::default(),
         }
     }
@@ -168,6 +173,8 @@ impl EngineState {
     /// Forgets which virtual address leads to which block.
     pub fn drop_address_caches(&mut self) {
         self.cache.jumps.clear(true);
+        self.cache.unlink_far();
+        self.cache.stats.global_flushes += 1;
         self.fetches.clear();
         self.global_fetches.clear();
     }
@@ -228,6 +235,14 @@ pub(crate) extern "C" fn find_code_light(cpu: &mut Vcpu) -> u64 {
 /// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
 const CHAINED: i32 = -2;
 
+/// The block that runs next.
+struct Reached {
+    id: BlockId,
+    /// All of it is in global pages, and its first byte is.
+    global: bool,
+    first_global: bool,
+}
+
 /// How a step ended that did not fail.
 enum Next {
     /// Straight on: no events need to be looked for.
@@ -246,6 +261,7 @@ impl Vcpu {
             || self.rflags & rflags::TF != 0
             || self.mode_is_single()
             || self.activity != Activity::Running
+            || self.hot.direct != 0 && self.cpl() == 3
         {
             return None;
         }
@@ -311,7 +327,7 @@ impl Vcpu {
 
     /// For [`find_code_light`].
     fn find_known_code(&mut self) -> Option<u64> {
-        if self.mode_is_single() || self.shared.poll.is_set() || !canonical(self.rip) {
+        if self.mode_is_single() || self.shared.poll.is_set() || self.engine.native.brief || !canonical(self.rip) {
             return None;
         }
         // Not that of the block that ran: STAC and CLAC change it on their way.
@@ -395,6 +411,12 @@ impl Vcpu {
                     continue;
                 }
             }
+            if self.native_is_due() {
+                link = None;
+                self.run_natively()?;
+                look_for_events = true;
+                continue;
+            }
             look_for_events = match self.step(&mut link)? {
                 Next::Block => false,
                 Next::Events => true,
@@ -425,11 +447,17 @@ impl Vcpu {
         let code = match self.entered_before(mode, link) {
             Some(code) => code,
             None => {
-                let id = self.find_block(mode)?;
-                for link in [link.take(), self.engine.failed_check.take()].into_iter().flatten() {
-                    self.engine.cache.link(link, id);
+                let Reached { id, global, first_global } = self.find_block(mode)?;
+                let cache = &mut self.engine.cache;
+                let branch = link.take();
+                // What a branch is linked to is mostly reached by nothing else; if it is, it is found then.
+                if branch.is_none() {
+                    cache.enter_jump(id, first_global);
                 }
-                self.engine.cache.entry(id)
+                for link in [branch, self.engine.failed_check.take()].into_iter().flatten() {
+                    cache.link(link, id, global);
+                }
+                cache.entry(id)
             }
         };
         self.engine.mode = Some(mode);
@@ -448,8 +476,16 @@ impl Vcpu {
         self.rflags &= !rflags::RF;
         self.engine.delivered = false;
         self.hot.branch = 0;
+        let brief = self.engine.native.brief;
+        if brief {
+            self.shared.poll.miss_all();
+        }
         // SAFETY: the block is live, was made for this vCPU's memory and its present mode, and code memory outlives the call.
         let left = unsafe { enter(self, code) };
+        if brief {
+            self.engine.native.brief = false;
+            self.shared.poll.miss_none();
+        }
         self.shared.invalidations.set_running(false);
         if self.hot.branch != 0
             && !self.fetchable(self.rip)
@@ -577,7 +613,7 @@ impl Vcpu {
     }
 
     /// The block at RIP, translated if need be.
-    fn find_block(&mut self, mode: Mode) -> Result<BlockId, Stop> {
+    fn find_block(&mut self, mode: Mode) -> Result<Reached, Stop> {
         let rip = self.rip;
         if !self.fetchable(rip) {
             return Err(Exception::general_protection(0).into());
@@ -587,30 +623,30 @@ impl Vcpu {
         let origin = self.origin(gpa, mode);
         if let Some(id) = self.engine.cache.find(origin, rip) {
             let second_page = self.engine.cache.second_page(id);
-            let same = match second_page {
-                None => true,
+            let (same, all_global) = match second_page {
+                None => (true, global),
                 Some(page) => {
-                    let (next, _) = self.fetch_address(next_page(linear))?;
-                    self.frame(next) == page
+                    let (next, next_global) = self.fetch_address(next_page(linear))?;
+                    (self.frame(next) == page, global && next_global)
                 }
             };
             if same {
-                self.engine.cache.enter_jump(id, global);
-                return Ok(id);
+                return Ok(Reached { id, global: all_global, first_global: global });
             }
             self.engine.cache.remove(id);
         }
         // From here on code may be dropped, moved or overwritten: what the FPU notes of it must be the guest's before.
         self.settle_x87_pointers();
         self.engine.cache.reap();
+        self.engine.cache.jumps.enlarge();
         self.engine.forgive(origin);
         let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
         let id = match known {
             Some(id) => id,
-            None => self.translate(origin, gpa, rip, linear)?,
+            None => self.translate(origin, gpa, rip, linear, global)?,
         };
-        self.engine.cache.enter_jump(id, global);
-        Ok(id)
+        let all_global = global && self.engine.cache.second_page(id).is_none();
+        Ok(Reached { id, global: all_global, first_global: global })
     }
 
     /// A copy of a block of the same origin that was translated for another address.
@@ -650,12 +686,12 @@ impl Vcpu {
         if self.cpl() == 3 { Context::User } else { Context::Supervisor }
     }
 
-    fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64) -> Result<BlockId, Stop> {
+    fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
         self.watch_code_page(gpa);
         self.engine.rewritten.translated(origin.frame());
         let offset = (gpa % PAGE_SIZE) as usize;
         let in_memory = self.readable(gpa).is_some();
-        let setting = self.setting(origin, if in_memory { origin.mode } else { origin.mode.single() });
+        let setting = self.setting(origin, if in_memory { origin.mode } else { origin.mode.single() }, global);
         // Taken for as long as it is in use.
         let mut bytes = std::mem::take(&mut self.engine.code_page);
         let translated = self.translate_bytes(&mut bytes, origin.segment, gpa, rip, linear, &setting);
@@ -705,7 +741,8 @@ impl Vcpu {
         Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
     }
 
-    fn setting(&mut self, origin: Origin, mode: Mode) -> Setting {
+    /// `global`: the code is in a global page, and so is perhaps what it branches to.
+    fn setting(&mut self, origin: Origin, mode: Mode, global: bool) -> Setting {
         // Not while a system begins, in modes that it never has programs in.
         let other_level = match mode.cpl() {
             _ if !mode.long() || self.msrs.efer & efer::SCE == 0 => None,
@@ -722,6 +759,7 @@ impl Vcpu {
             level_slot: other_level.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
+            far_links: global && mode.long() && mode.cpl() == 0,
         }
     }
 

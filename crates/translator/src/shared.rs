@@ -1,6 +1,6 @@
 //! What threads share: [`Machine`] for all vCPUs, [`VcpuShared`] for what others reach of one.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 
 use memory::{PageTracker, Ram};
@@ -101,9 +101,13 @@ pub struct Machine {
     pub config: crate::Config,
     /// What CPUID says, and which bits of CR4, XCR0 and MSRs there are.
     pub cpuid: arch::cpuid::CpuModel,
+    /// Where PKRU is in the guest's XSAVE areas.
+    pub pkru: crate::xstate::Component,
     pub time: crate::time::Time,
     /// The level of the 8259's output.
     pub pic_asserted: AtomicU32,
+    /// How often a program was entered directly, by vCPUs that have stopped since.
+    pub entered_directly: AtomicU64,
     bus: OnceLock<Arc<dyn engine::Bus>>,
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
 }
@@ -114,9 +118,11 @@ impl Machine {
             tracker: ram.tracker().clone(),
             ram,
             config,
+            pkru: crate::semantics::xsave::pkru_component(&cpuid),
             cpuid,
             time,
             pic_asserted: AtomicU32::new(0),
+            entered_directly: AtomicU64::new(0),
             bus: OnceLock::new(),
             vcpus: RwLock::new(Vec::new()),
         }

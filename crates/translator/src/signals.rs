@@ -2,7 +2,8 @@
 //!
 //! The handler runs on its own stack, since rsp points into the [`Vcpu`] while guest code runs. If the fault was in this
 //! thread's code memory, it notes what happened and sends the thread to the `signal` thunk, which saves the guest's
-//! registers as they were; otherwise the signal takes the course it took before.
+//! registers as they were; otherwise the signal takes the course it took before. A CPUID of the monitor's own, on a thread where it
+//! faults since a program is to stop there, is done.
 
 use std::cell::Cell;
 use std::io;
@@ -60,6 +61,9 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
         let context = &mut *context.cast::<libc::ucontext_t>();
         let registers = &mut context.uc_mcontext.gregs;
         let pc = registers[libc::REG_RIP as usize] as u64;
+        if signal == libc::SIGSEGV && direct::cpuid::resume_monitor(registers) {
+            return;
+        }
         let vcpu = CURRENT.get();
         if !vcpu.is_null() {
             let s0 = registers[libc::REG_R14 as usize] as u64;
@@ -129,5 +133,27 @@ impl Drop for Attached {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.old_mask, ptr::null_mut());
             libc::sigaltstack(&raw const self.old_stack, ptr::null_mut());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::arch::x86_64::__cpuid;
+
+    #[test]
+    fn the_monitors_own_cpuid_is_done_where_it_faults() {
+        super::install().unwrap();
+        let expected = __cpuid(0);
+        if direct::cpuid::set(true).is_err() {
+            // A processor without this has nothing to be done.
+            let list = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+            assert!(!list.contains(" cpuid_fault"));
+            return;
+        }
+        for _ in 0..3 {
+            assert_eq!(__cpuid(0), expected);
+        }
+        direct::cpuid::set(false).unwrap();
+        assert_eq!(__cpuid(0), expected);
     }
 }

@@ -25,6 +25,9 @@ const MOST_FREQUENT: usize = 16;
 /// One line a number, each with what it counts.
 pub fn report(cpu: &Vcpu) -> String {
     let (counts, cache) = (&cpu.engine.counts, &cpu.engine.cache.stats);
+    let native = &cpu.engine.native.counts;
+    // What has run for hours is too much to be multiplied first.
+    let microseconds = |ticks: u64| ticks / (cpu.machine.time.tsc_hz() / 1_000_000).max(1);
     let rows = [
         ("blocks translated", cache.blocks),
         ("guest instructions translated", cache.guest_instructions),
@@ -37,6 +40,7 @@ pub fn report(cpu: &Vcpu) -> String {
         ("host code bytes in use", cpu.engine.cache.bytes_in_use() as u64),
         ("TLB fills", cpu.tlb.fills),
         ("TLB flushes", cpu.tlb.flushes),
+        ("flushes of global pages' code", cache.global_flushes),
         ("branches that missed the jump table", cache.lookups),
         ("exits: direct branch not linked", counts.left[0]),
         ("exits: indirect branch missed", counts.left[1]),
@@ -46,6 +50,16 @@ pub fn report(cpu: &Vcpu) -> String {
         ("exits: group to be run carefully", counts.left[5]),
         ("sensitive instructions", counts.sensitive),
         ("bounced accesses", counts.bounced),
+        ("programs entered directly", native.entries),
+        ("microseconds that they ran, with the ways there and back", microseconds(native.ran)),
+        ("microseconds that their mappings took", microseconds(native.mapping)),
+        ("stops for pages", native.page_stops),
+        ("processes made for that", native.processes),
+        ("their pages mapped", native.pages_mapped),
+        ("their pages compared with the guest's tables after a flush", native.comparisons),
+        ("programs left: system call", native.system_calls),
+        ("programs left: page fault or page with sensitive code", native.page_faults),
+        ("programs left: exception", native.others),
     ];
     let mut text = format!("vCPU {}:\n", cpu.id);
     for (what, n) in rows {

@@ -155,5 +155,6 @@ pub fn setting(mode: Mode) -> Setting {
         access_slot: None,
         level_slot: None,
         template: false,
+        far_links: false,
     }
 }

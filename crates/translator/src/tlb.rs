@@ -220,6 +220,27 @@ pub const fn stack_offset(context: Context) -> usize {
     std::mem::offset_of!(Tlb, stack) + stack_index(context) * size_of::<StackPage>()
 }
 
+/// What [`Tlb::enter_stack`] is in assembly: where things are within a [`Tlb`], the user's, and how far it is to the next context's.
+pub mod layout {
+    use super::*;
+
+    pub const TABLES: usize = std::mem::offset_of!(Tlb, tables) + std::mem::offset_of!(Table, entries);
+    pub const TABLE_SIZE: usize = size_of::<Table>();
+    pub const READ: usize = std::mem::offset_of!(Entry, read);
+    pub const WRITE: usize = std::mem::offset_of!(Entry, write);
+    pub const HOST: usize = std::mem::offset_of!(Entry, host);
+    pub const FRAME: usize = std::mem::offset_of!(Entry, frame);
+    pub const STACK: usize = stack_offset(Context::User);
+    pub const ADDEND: usize = std::mem::offset_of!(StackPage, addend);
+    pub const STACK_FRAME: usize = std::mem::offset_of!(Tlb, stack_frames) + stack_index(Context::User) * 8;
+
+    const _: () = {
+        assert!(size_of::<Entry>() == 32 && size_of::<StackPage>() == 16);
+        assert!(STACK - 16 == stack_offset(Context::Supervisor));
+        assert!(STACK - 32 == stack_offset(Context::SupervisorUser));
+    };
+}
+
 /// Where a context's entries are within a [`Tlb`], for emitted code.
 pub fn table_offset(context: Context) -> usize {
     std::mem::offset_of!(Tlb, tables) + context as usize * size_of::<Table>() + std::mem::offset_of!(Table, entries)

@@ -117,6 +117,7 @@ impl VcpuBox {
         });
         let mut vcpu = VcpuBox { vcpu: place, _memory: memory };
         vcpu.mmu_flush_all();
+        vcpu.hot.direct = u64::from(vcpu.machine.config.direct == crate::native::Mode::Always);
         Ok(vcpu)
     }
 }
@@ -146,6 +147,7 @@ impl engine::Vcpu for Handle {
             return Exit::Failed(format!("can't make a timer for vCPU {}: {e}", vcpu.id));
         }
         let exit = vcpu.run_loop();
+        vcpu.end_native();
         vcpu.settle_x87_pointers();
         if vcpu.machine.config.stats {
             eprintln!("{}", crate::stats::report(vcpu));

@@ -79,8 +79,10 @@ impl Helpers {
         &self.shared.finished
     }
 
-    pub(crate) fn take_finished(&self) -> Vec<(Chain, u32)> {
-        if !self.shared.finished.is_set() {
+    /// Who was `woken` has to take it back in any case: the descriptor may be readable without the flag being set, and the next
+    /// wait would be none, nor the one after it.
+    pub(crate) fn take_finished(&self, woken: bool) -> Vec<(Chain, u32)> {
+        if !woken && !self.shared.finished.is_set() {
             return Vec::new();
         }
         self.shared.finished.clear();
@@ -118,5 +120,22 @@ impl Drop for Helpers {
         self.shared.work.notify_all();
         // A panic there has been reported by the panic hook.
         self.threads.drain(..).for_each(|thread| _ = thread.join());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// As when a thread that sets the event loses its processor between flag and descriptor, and another takes it back meanwhile.
+    #[test]
+    fn a_descriptor_that_is_raised_alone_wakes_once() {
+        let helpers = Helpers::new("test").unwrap();
+        rustix::io::write(helpers.finished().as_fd(), &1u64.to_ne_bytes()).unwrap();
+        assert!(!helpers.finished().is_set());
+        assert!(helpers.take_finished(true).is_empty());
+        rustix::io::read(helpers.finished().as_fd(), &mut [0; 8]).expect_err("it would wake again");
     }
 }

@@ -97,10 +97,12 @@ pub(crate) fn serve_with(
         linger.learn(idle.elapsed());
         kick.clear();
         let (mut unannounced, mut begin) = (0, Instant::now());
+        let mut woken = true;
         loop {
             queue.disable_kicks();
             let mut answered = 0;
-            for (chain, written) in helpers.as_ref().map(Helpers::take_finished).unwrap_or_default() {
+            let done = helpers.as_ref().map(|helpers| helpers.take_finished(std::mem::take(&mut woken)));
+            for (chain, written) in done.unwrap_or_default() {
                 queue.push(chain, written);
                 answered += 1;
                 unannounced += 1;

@@ -55,7 +55,8 @@ impl Event {
         self.set.swap(false, Ordering::SeqCst) || raised
     }
 
-    /// Whether it is set, without taking it back: how a worker checks its `stop`.
+    /// Whether it is set, without taking it back: how a worker checks its `stop`. Who has waited for the event must not go by this
+    /// whether to take it back: another thread's `set` that overlaps with `clear` can leave the descriptor readable alone.
     pub fn is_set(&self) -> bool {
         self.set.load(Ordering::SeqCst)
     }

@@ -103,10 +103,13 @@ fn kvm_here() -> Result<Option<Kind>, Error> {
     }
 }
 
-/// Runs the suite on this host: translated, and on KVM if /dev/kvm opens.
+/// Runs the suite on this host: translated, with programs that run directly wherever they can, and on KVM if /dev/kvm opens.
 pub fn run() -> Result<(), Error> {
     let programs = build::bare_metal_tests()?;
-    let mut engines = vec![("translate", Kind::Translated, on_this_host("translate", &programs)?)];
+    let mut engines = Vec::new();
+    for name in ["translate", "direct"] {
+        engines.push((name, Kind::Translated, on_this_host(name, &programs)?));
+    }
     match kvm_here()? {
         Some(kind) => engines.push(("kvm", kind, on_this_host("kvm", &programs)?)),
         None => println!("/dev/kvm does not open: there is nothing to compare with"),

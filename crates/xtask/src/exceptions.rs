@@ -19,6 +19,49 @@ const PCIDS: &[&str] = &[
     "pcids::what_drops_translations_of_another_pcid",
 ];
 
+/// Programs that take the kernel's functions, faults and gates for granted.
+const PROGRAMS: &[&str] = &[
+    "mappings::a_large_page_is_flushed_as_a_whole",
+    "mappings::a_page_of_code_and_data_has_both",
+    "mappings::a_page_that_is_made_read_only_and_flushed_faults",
+    "mappings::a_page_that_was_flushed_is_what_the_tables_say",
+    "mappings::a_program_has_as_many_pages_as_it_uses",
+    "mappings::accessed_and_dirty_bits_are_set_by_what_a_program_does",
+    "mappings::an_instruction_across_two_pages_is_made_of_both",
+    "mappings::bits_that_the_kernel_clears_and_flushes_are_set_again",
+    "mappings::code_that_is_written_runs_as_written_by_whomever",
+    "mappings::cpuid_across_two_pages_is_the_guests",
+    "mappings::devices_and_rom_are_what_they_are_to_programs_too",
+    "mappings::each_address_space_has_its_own_pages",
+    "mappings::global_pages_are_seen_as_they_are",
+    "mappings::pages_of_a_pcid_that_is_not_current_are_flushed",
+    "programs::a_misaligned_access_is_none_where_the_kernel_does_not_mask_alignment_in",
+    "programs::a_program_may_have_bases_and_selectors_that_no_process_begins_with",
+    "programs::a_program_that_sets_tf_is_stepped",
+    "programs::addresses_that_are_not_canonical_are_general_protection_or_stack_faults",
+    "programs::alignment_is_checked_where_a_program_asks_for_it",
+    "programs::faults_of_programs_say_what_and_where_they_were",
+    "programs::flags_that_popf_sets_stay_and_are_cleared_again",
+    "programs::floating_point_exceptions_are_raised_where_they_are_seen",
+    "programs::int_80h_keeps_all_of_rax",
+    "programs::jumps_to_where_no_code_is_fault_there",
+    "programs::mxcsr_is_the_programs_where_all_registers_are_in_their_initial_state",
+    "programs::segment_bases_are_the_same_to_program_and_kernel",
+    "programs::system_calls_save_where_they_are_and_keep_all_else",
+    "programs::the_kernel_steps_a_program_through_ten_instructions",
+    "programs::traps_of_programs_say_what_is_behind_their_instruction",
+    "programs::vector_registers_are_the_same_to_program_and_kernel",
+    "programs::vector_registers_survive_faults_that_the_kernel_handles",
+    "programs::what_instructions_of_many_pages_tell_is_about_the_guest",
+    "programs::what_instructions_tell_is_about_the_guest",
+    "together::a_page_that_was_shot_down_is_not_seen_by_the_other_program_any_more",
+    "together::a_program_that_loops_for_ever_is_interrupted_by_the_timer",
+    "together::a_program_that_loops_for_ever_is_stopped_with_its_machine",
+    "together::code_that_one_program_writes_runs_in_the_other_once_it_has_serialized",
+    "together::locked_increments_of_two_programs_all_count",
+    "together::stores_of_one_program_are_seen_in_order_by_the_other",
+];
+
 pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
@@ -54,7 +97,20 @@ pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
         why: "TCG checks no alignment",
-        tests: &["system_calls::sysret_that_sets_ac_has_alignment_checked"],
+        tests: &[
+            "programs::alignment_is_checked_where_a_program_asks_for_it",
+            "system_calls::sysret_that_sets_ac_has_alignment_checked",
+        ],
+    },
+    Exception {
+        kind: Kind::EmulatedAmd,
+        why: "TCG raises no #XM",
+        tests: &["programs::floating_point_exceptions_are_raised_where_they_are_seen"],
+    },
+    Exception {
+        kind: Kind::EmulatedAmd,
+        why: "TCG raises #GP for addresses by RBP that are not canonical",
+        tests: &["programs::addresses_that_are_not_canonical_are_general_protection_or_stack_faults"],
     },
     Exception {
         kind: Kind::EmulatedAmd,
@@ -72,7 +128,11 @@ pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
         why: "TCG leaves P clear in the error code of a reserved bit",
-        tests: &["paging::a_reserved_bit_is_a_fault_of_its_own"],
+        tests: &[
+            "paging::a_reserved_bit_is_a_fault_of_its_own",
+            "programs::faults_of_programs_say_what_and_where_they_were",
+            "programs::jumps_to_where_no_code_is_fault_there",
+        ],
     },
     Exception {
         kind: Kind::EmulatedAmd,
@@ -82,7 +142,16 @@ pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
         why: "TCG's processor has no PCID and no INVPCID, and so KVM can't give them",
-        tests: &["paging::each_pcid_has_its_own_translations", "paging::translations_are_dropped_by_what_drops_them"],
+        tests: &[
+            "mappings::a_page_that_is_made_read_only_and_flushed_faults",
+            "mappings::a_page_that_was_flushed_is_what_the_tables_say",
+            "mappings::bits_that_the_kernel_clears_and_flushes_are_set_again",
+            "mappings::each_address_space_has_its_own_pages",
+            "mappings::pages_of_a_pcid_that_is_not_current_are_flushed",
+            "paging::a_branch_to_another_page_goes_where_that_page_is_mapped_after_a_flush",
+            "paging::each_pcid_has_its_own_translations",
+            "paging::translations_are_dropped_by_what_drops_them",
+        ],
     },
     Exception { kind: Kind::EmulatedAmd, why: "TCG's processor has no PCID", tests: PCIDS },
     // Left to itself it comes to a privileged CS with both L and D, which VMRUN then refuses.
@@ -127,8 +196,10 @@ pub const EXCEPTIONS: &[Exception] = &[
             "interrupts::interrupts_that_are_masked_by_the_task_priority_wait",
             "interrupts::nmis_wait_for_iret_while_one_is_handled",
             "interrupts::the_8259s_output_is_what_lint0_says",
+            "paging::a_branch_to_another_page_goes_where_that_page_is_mapped_after_a_flush",
             "paging::a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is",
             "paging::a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written",
+            "paging::a_page_that_is_not_global_is_branched_to_where_each_address_space_has_it",
             "paging::accessed_and_dirty_bits_are_set_by_what_was_done",
             "paging::code_that_is_written_runs_as_written",
             "paging::devices_are_reached_through_any_instruction",
@@ -198,6 +269,11 @@ pub const EXCEPTIONS: &[Exception] = &[
             "paging::each_pcid_has_its_own_translations",
             "paging::large_pages_map_their_whole_range",
         ],
+    },
+    Exception {
+        kind: Kind::Emulating,
+        why: "user code and the ways between user code and kernel are those of its own paravirtual interface, throughout",
+        tests: PROGRAMS,
     },
     Exception { kind: Kind::Emulating, why: "its emulator answers with #GP where PCIDs are used", tests: PCIDS },
 ];

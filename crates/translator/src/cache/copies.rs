@@ -36,7 +36,7 @@ impl Cache {
                     Some(made)
                 });
                 if let Some(to) = to {
-                    self.link_at(LinkId { block: copy, index }, at, to);
+                    self.link_at(LinkId { block: copy, index }, at, to, false);
                 }
             }
         }
@@ -51,7 +51,10 @@ impl Cache {
             return Vec::new();
         }
         let links = (0..).zip(self.body(id).record.links()).zip(states);
-        links.filter_map(|((index, link), state)| Some((index, link, state.to?))).collect()
+        // Where another page is, the copy has to see for itself.
+        links
+            .filter_map(|((index, link), state)| Some((index, link, state.to.filter(|_| !block.is_far(link))?)))
+            .collect()
     }
 
     fn copy_one(&mut self, original: BlockId, rip: u64) -> Option<BlockId> {
@@ -74,7 +77,7 @@ impl Cache {
         packed.extend_from_slice(body.record.packed);
         let (from, links) = (block.position(), block.link_count);
         let mut sensitive = Vec::new();
-        let mut chain = block.sensitive;
+        let mut chain = block.first_sensitive();
         while let Some(index) = chain {
             let entry = &self.sensitive[index as usize];
             let offset = entry.insn.insn.ip().wrapping_sub(from.rip) as u16;
@@ -127,7 +130,7 @@ impl Cache {
         let (block, body) = self.block(id)?;
         let (origin, old) = (body.origin, block.position());
         let mut indices = Vec::new();
-        let mut chain = block.sensitive;
+        let mut chain = block.first_sensitive();
         while let Some(index) = chain {
             indices.push(index);
             chain = self.sensitive[index as usize].next;

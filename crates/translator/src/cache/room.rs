@@ -104,7 +104,8 @@ impl Cache {
     pub fn reap(&mut self) {
         while let Some(id) = self.dead.pop() {
             let block = self.at_mut(id);
-            let mut chain = block.sensitive.take();
+            let mut chain = block.first_sensitive();
+            block.sensitive = None;
             let (start, record, links) = (block.start(), block.record, block.links());
             let two_pages = block.two_pages;
             self.templates.remove(&id);

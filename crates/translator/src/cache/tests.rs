@@ -80,7 +80,7 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
         assert_eq!(cache.find_by_host(cache.host_address(start, 0)), Some((id, 0)));
         let (link, target, _) = cache.find_link(end).unwrap();
         assert_eq!(target, RIP);
-        cache.link(link, id);
+        cache.link(link, id, false);
         assert_eq!(leads_to(&cache, id), start);
     }
     assert!(cache.stats.evicted_regions > 20);
@@ -98,7 +98,7 @@ fn copies_are_linked_like_their_original_and_the_oldest_moves() {
     block_code(&mut page, 0x400, 5, 0);
     let (a, b) = (add(&mut cache, origin(1, 0), &page, RIP), add(&mut cache, origin(1, 0x400), &page, RIP + 0x400));
     for (from, to) in [(a, b), (b, a)] {
-        cache.link(LinkId { block: from, index: 0 }, to);
+        cache.link(LinkId { block: from, index: 0 }, to, false);
     }
     for n in 1..10 {
         let rip = RIP + n * 0x5000;
@@ -125,7 +125,7 @@ fn dropping_a_block_leads_what_was_linked_to_it_to_the_dispatcher() {
     let ids: Vec<BlockId> =
         [0, 0x100, 0x200, 0x600].map(|at| add(&mut cache, origin(1, at), &page, RIP + at as u64)).to_vec();
     for &id in &ids[..3] {
-        cache.link(LinkId { block: id, index: 0 }, ids[3]);
+        cache.link(LinkId { block: id, index: 0 }, ids[3], false);
     }
     cache.invalidate(1 << 12, 0x100..0x101);
     assert!(!cache.is_live(ids[1]));
@@ -268,4 +268,54 @@ fn a_block_across_two_mappings_of_one_frame_goes_with_the_bytes_of_either() {
         cache.insert(origin, RIP, Some(1 << 12), &page[4090..4101], None, &mut t).unwrap();
         assert_eq!(cache.invalidate(1 << 12, bytes.clone()), hit, "{bytes:?}");
     }
+}
+
+/// A block that jumps to another page, with what is there, both in pages of their own.
+fn far_pair(cache: &mut Cache) -> (BlockId, BlockId) {
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0, 3, 0x5400);
+    let setting = Setting { jump_slot: Some(0), far_links: true, ..setting(origin(1, 0).mode) };
+    let code = GuestCode { page: &page, offset: 0, segment: CodeSegment::FLAT };
+    let mut t = translate(code, RIP, &setting, &mut Workspace::default()).unwrap();
+    let from = cache.insert(origin(1, 0), RIP, None, &page[..t.guest_length], None, &mut t).unwrap();
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0x400, 5, 0);
+    (from, add(cache, origin(9, 0x400), &page, RIP + 0x5400))
+}
+
+#[test]
+fn a_branch_to_another_page_is_linked_until_global_pages_are_flushed() {
+    let mut cache = small_cache();
+    let (from, to) = far_pair(&mut cache);
+    let link = LinkId { block: from, index: 0 };
+    for _ in 0..3 {
+        let stub = cache.at(from).start() + usize::from(cache.link_of(link).unwrap().stub_offset);
+        assert_eq!(leads_to(&cache, from), stub);
+        cache.link(link, to, true);
+        assert_eq!(leads_to(&cache, from), cache.at(to).start());
+        cache.unlink_far();
+        assert!(cache.far_links.is_empty() && cache.at(to).incoming.is_none());
+    }
+    cache.link(link, to, true);
+    cache.remove(to);
+    let block = cache.at(from);
+    let stub = block.start() + usize::from(cache.link_of(link).unwrap().stub_offset);
+    assert_eq!(leads_to(&cache, from), stub, "a target that is gone is linked to no more");
+    cache.unlink_far();
+    assert_eq!(leads_to(&cache, from), stub);
+}
+
+#[test]
+fn a_branch_to_a_page_that_is_not_global_is_not_linked() {
+    let mut cache = small_cache();
+    let (from, to) = far_pair(&mut cache);
+    let link = LinkId { block: from, index: 0 };
+    cache.link(link, to, false);
+    let stub = cache.at(from).start() + usize::from(cache.link_of(link).unwrap().stub_offset);
+    assert_eq!(leads_to(&cache, from), stub);
+    assert!(cache.far_links.is_empty() && cache.at(to).incoming.is_none());
+    cache.link(link, to, true);
+    let copy = cache.copy(from, RIP + 0x10_0000).unwrap();
+    let stub = cache.at(copy).start() + usize::from(cache.link_of(link).unwrap().stub_offset);
+    assert_eq!(leads_to(&cache, copy), stub, "a copy finds out for itself");
 }

@@ -61,6 +61,20 @@ pub mod cc {
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
     pub const NS: u8 = 9;
+
+    /// The flags one of which must be set for a condition, or for its inverse none, as [`Asm::flags_to_ax`](super::Asm::flags_to_ax)
+    /// has them: the byte, and which bits; if that is all there is to it.
+    pub fn flags_in_ax(condition: u8) -> Option<(i32, u8)> {
+        match condition >> 1 {
+            0 => Some((0, 1)),
+            1 => Some((1, 1)),
+            2 => Some((1, 0x40)),
+            3 => Some((1, 0x41)),
+            4 => Some((1, 0x80)),
+            5 => Some((1, 4)),
+            _ => None,
+        }
+    }
 }
 
 /// A place in the code, perhaps not known yet.
@@ -335,6 +349,18 @@ impl Asm {
         self.moved.push(((self.code.len() - size) as u16, field, address));
     }
 
+    /// `mov qword [mem], address`, if that is one of those that have a signed immediate, and not a shorter one as well.
+    pub fn store_address(&mut self, mem: Mem, address: u64) -> bool {
+        match i32::try_from(address as i64) {
+            Ok(value) if value < 0 => {
+                self.store_imm(mem, value);
+                self.moved.push(((self.code.len() - 4) as u16, Field::AddressSigned, address));
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Moves the number of the block's next sensitive instruction to a register.
     pub fn mov_sensitive(&mut self, to: Reg) {
         self.mov_imm(to, 0);
@@ -387,6 +413,14 @@ impl Asm {
         self.byte(0x83);
         self.modrm(7, mem, 1);
         self.byte(value as u8);
+    }
+
+    /// `test byte [mem], imm8`
+    pub fn test_mem8_imm8(&mut self, mem: Mem, value: u8) {
+        self.rex(false, 0, mem);
+        self.byte(0xf6);
+        self.modrm(0, mem, 1);
+        self.byte(value);
     }
 
     /// NOT: leaves the flags alone.

@@ -118,6 +118,8 @@ pub struct Setting {
     pub level_slot: Option<usize>,
     /// The code is rewritten often: it is noted what a block needs to follow that.
     pub template: bool,
+    /// Direct branches to other pages can be linked: see [`crate::cache`].
+    pub far_links: bool,
 }
 
 /// The slow path of a check, to be emitted behind the body: calls Rust with `kind`, then goes on at `back`.
@@ -160,6 +162,7 @@ enum Behind {
         entry: Label,
         target: u64,
         item: usize,
+        parked: bool,
     },
 }
 
@@ -181,8 +184,10 @@ pub struct Builder<'a> {
     /// Guest address of the block.
     pub start: u64,
     pub items: Vec<Item>,
-    current: usize,
+    pub current: usize,
     pub flags: FlagState,
+    /// They were parked, and have not changed since: EFLAGS has what is in `near.saved_ax`, if it has anything.
+    pub saved: bool,
     points: Vec<Point>,
     sites: Vec<Site>,
     behind: Vec<Behind>,
@@ -194,6 +199,8 @@ pub struct Builder<'a> {
     pub held: Option<usize>,
     /// The addend of the stack page is in S0.
     pub addend: bool,
+    /// How far the guest's stack pointer is still to be moved, by the instruction that comes next.
+    pub unmoved: i32,
     /// The loop whose rounds are being emitted.
     pub steady: Option<Steady>,
     /// An address relative to EIP was emitted.
@@ -227,6 +234,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         lookahead,
         current: 0,
         flags: FlagState::Host,
+        saved: false,
         points,
         sites,
         behind,
@@ -236,6 +244,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         immediates: Vec::new(),
         held: None,
         addend: false,
+        unmoved: 0,
         steady: None,
         narrow_addresses: false,
         planner,
@@ -379,17 +388,31 @@ impl Builder<'_> {
 
     /// Before code that clobbers EFLAGS: parks them if a value in them is still needed.
     pub fn free_flags(&mut self) {
-        if self.flags == FlagState::Host && !self.items[self.current].live_in.is_empty() {
-            park_flags(&mut self.asm);
-            self.flags = FlagState::Parked;
+        if !self.items[self.current].live_in.is_empty() {
+            self.park();
         }
+    }
+
+    /// The guest's arithmetic flags are parked from here on, needed or not.
+    pub fn park(&mut self) {
+        if self.flags == FlagState::Host {
+            if !self.saved {
+                park_flags(&mut self.asm);
+            }
+            (self.flags, self.saved) = (FlagState::Parked, true);
+        }
+    }
+
+    /// Code is emitted to which the flags come so.
+    fn flags_are(&mut self, parked: bool) {
+        (self.flags, self.saved) = (if parked { FlagState::Parked } else { FlagState::Host }, parked);
     }
 
     /// Puts needed flags back into EFLAGS.
     pub fn need_flags(&mut self) {
         if self.flags == FlagState::Parked {
             unpark_flags(&mut self.asm);
-            self.flags = FlagState::Host;
+            (self.flags, self.saved) = (FlagState::Host, true);
         }
     }
 
@@ -469,6 +492,11 @@ impl Builder<'_> {
             }
         };
         self.addend &= follows_addend;
+        self.saved &= match kind {
+            Kind::Skip | Kind::Branch | Kind::Stack => true,
+            Kind::Native => !self.items[self.current].effect.changes,
+            _ => false,
+        };
         ended
     }
 
@@ -482,7 +510,7 @@ impl Builder<'_> {
     /// Before an operation that touches the flags: those that are needed behind it, and that it leaves alone, are in EFLAGS.
     pub fn settle_flags(&mut self) {
         if self.items[self.current].live_in.is_empty() {
-            self.flags = FlagState::Host;
+            (self.flags, self.saved) = (FlagState::Host, false);
         } else {
             self.need_flags();
         }
@@ -598,7 +626,8 @@ impl Builder<'_> {
 
     /// A conditional branch's target that needs code of its own: emitted behind the body.
     pub fn goto_stub(&mut self, entry: Label, target: u64) {
-        self.behind.push(Behind::Goto { entry, target, item: self.current });
+        let parked = self.flags == FlagState::Parked;
+        self.behind.push(Behind::Goto { entry, target, item: self.current, parked });
     }
 
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
@@ -612,7 +641,7 @@ impl Builder<'_> {
 
     /// A jump to careful code, which the slow path takes where a page's end is in the way. Until it is linked it leads nowhere: to
     /// what stands behind it.
-    fn detour(&mut self, return_offset: u16, target: i16, parked: bool) {
+    fn detour(&mut self, return_offset: u16, target: i32, parked: bool) {
         let behind = self.asm.label();
         self.asm.jmp(behind);
         self.asm.bind(behind);
@@ -646,7 +675,7 @@ impl Builder<'_> {
                 self.sites.push(Site { return_offset, point, parked });
                 self.asm.jmp(stub.back);
                 if detours {
-                    let target = self.points[usize::from(point)].guest_offset as i16;
+                    let target = self.points[usize::from(point)].guest_offset.into();
                     self.detour(return_offset, target, parked);
                 }
             }
@@ -669,18 +698,17 @@ impl Builder<'_> {
                 self.asm.bind(missed.entry);
                 self.leave_missed(missed);
             }
-            Behind::Goto { entry, target, item } => {
+            Behind::Goto { entry, target, item, parked } => {
                 self.asm.bind(entry);
                 self.current = item;
-                self.flags = FlagState::Host;
+                self.flags_are(parked);
                 self.goto(target);
             }
         }
     }
 
-    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
-        let body_length = self.asm.position();
-        // What stands behind the body may have something behind it as well.
+    /// Emits what stands behind the body, which may have something behind it as well. Returns an empty list.
+    fn emit_all_behind(&mut self) -> Vec<Behind> {
         let mut all_behind = std::mem::take(&mut self.behind);
         while !all_behind.is_empty() {
             for behind in all_behind.drain(..) {
@@ -688,6 +716,12 @@ impl Builder<'_> {
             }
             std::mem::swap(&mut all_behind, &mut self.behind);
         }
+        all_behind
+    }
+
+    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
+        let body_length = self.asm.position();
+        let all_behind = self.emit_all_behind();
         let mut all_pending = std::mem::take(&mut self.pending);
         for pending in all_pending.drain(..) {
             self.asm.bind(pending.label);
@@ -698,7 +732,7 @@ impl Builder<'_> {
                 stub_offset,
                 return_offset,
                 patch_offset: pending.patch as u16,
-                target: pending.target.wrapping_sub(self.start) as i16,
+                target: pending.target.wrapping_sub(self.start) as i32,
                 parked: pending.parked,
                 detour: false,
             });

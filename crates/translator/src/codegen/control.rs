@@ -105,10 +105,9 @@ impl Builder<'_> {
                 self.count_branch(insn);
             }
             _ => {
-                self.need_flags();
                 let taken = self.asm.label();
                 // iced numbers conditions from 1 in encoding order, with `None` as 0.
-                let condition = insn.condition_code() as u8 - 1;
+                let condition = self.condition(insn.condition_code() as u8 - 1);
                 if self.goes_on_with_next_turn() {
                     self.conditional(condition ^ 1, taken, self.wrap_ip(insn.next_ip()));
                 } else {
@@ -120,11 +119,27 @@ impl Builder<'_> {
         true
     }
 
+    /// Sees to it that EFLAGS tells of a condition: which one to look for there. One or two of the flags are looked at where they
+    /// are parked, and stay so.
+    fn condition(&mut self, condition: u8) -> u8 {
+        let parked = self.flags == FlagState::Parked;
+        match (cc::flags_in_ax(condition), condition & 1) {
+            (Some((byte, mask)), inverse) if parked => {
+                self.asm.test_mem8_imm8(Mem::Base(RSP, context_offset!(near.saved_ax) + byte), mask);
+                cc::NE ^ inverse
+            }
+            _ => {
+                self.need_flags();
+                condition
+            }
+        }
+    }
+
     /// A Jcc to `taken`, which stands behind the body; where the target can be linked without a poll, the Jcc itself is
     /// patched.
     fn conditional(&mut self, condition: u8, taken: Label, target: u64) {
         self.asm.jcc(condition, taken);
-        if self.linkable(target) && !self.polls(target) {
+        if self.can_link(target) && !self.polls(target) {
             let patch = self.asm.position() - 4;
             self.link(taken, target, patch);
         } else {
@@ -132,8 +147,12 @@ impl Builder<'_> {
         }
     }
 
-    fn linkable(&self, target: u64) -> bool {
-        !self.mode.is_single() && !self.mode.is_careful() && self.code.offset_of(target, self.start).is_some()
+    /// Whether a direct branch to an address may be linked to the block there: within the page, and beyond it, too, where all
+    /// address spaces have the same code.
+    fn can_link(&self, target: u64) -> bool {
+        let near = || self.code.offset_of(target, self.start).is_some();
+        let reaches = || i32::try_from(target.wrapping_sub(self.start) as i64).is_ok();
+        !self.mode.is_single() && !self.mode.is_careful() && (near() || self.setting.far_links && reaches())
     }
 
     /// A backward branch may close a loop: it looks at the poll word.
@@ -146,7 +165,7 @@ impl Builder<'_> {
         if self.mode.is_single() {
             return self.leave_for(target);
         }
-        if !self.linkable(target) {
+        if !self.can_link(target) {
             return self.goto_unlinked(target);
         }
         if self.polls(target) {
@@ -228,7 +247,7 @@ impl Builder<'_> {
         }
         let JumpSlot { shift, tags, codes, parked: parked_codes } = code_memory::jump_slot_offsets(slot);
         // In S1: where the entry is, in words; or how far from where it should be, if that is a constant.
-        self.entry_index(shift, known.is_some());
+        self.entry_index(shift, known.is_some(), self.flags == FlagState::Parked);
         let at = |array: i32| {
             let offset = array - code_memory::JUMP_TABLE_BELOW - offset_of!(Vcpu, gpr) as i32;
             match known {
@@ -260,12 +279,18 @@ impl Builder<'_> {
         self.missed_stub(Missed { entry: missed, parked, based, computed });
     }
 
-    /// Emits what finds an entry of the jump table. `constant`: its place is known.
-    fn entry_index(&mut self, shift: usize, constant: bool) {
+    /// Emits what finds an entry of the jump table. `constant`: its place is known; `parked`: EFLAGS is free.
+    fn entry_index(&mut self, shift: usize, constant: bool, parked: bool) {
         let asm = &mut self.asm;
         let shift = Mem::Code(shift);
         if constant {
             return asm.load(S1, shift);
+        }
+        if parked && code_memory::has_bmi2() && !self.mode.segmented() {
+            // The bits stand where the index has them: see `jump_index`.
+            asm.mov32(S1, S0);
+            asm.alu_imm32(Alu::And, S1, code_memory::JUMP_MASK as i32);
+            return asm.alu_mem(Alu::Add, S1, shift);
         }
         asm.load(S2, shift);
         if code_memory::has_bmi2() {
@@ -316,8 +341,10 @@ impl Builder<'_> {
         let size = operand_size(insn);
         let slot = self.stack_slot(-(size as i32), size, true);
         let next = self.wrap_ip(insn.next_ip());
-        self.asm.mov_address(S1, next);
-        self.store_sized(size, slot, S1);
+        if size != 8 || !self.asm.store_address(slot, next) {
+            self.asm.mov_address(S1, next);
+            self.store_sized(size, slot, S1);
+        }
         self.move_stack(-(size as i32));
     }
 

@@ -139,7 +139,9 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::System if system::is_push(&insn) || insn.mnemonic() == Mnemonic::Sti => Effect::LOOKS,
             Kind::System if !system::is_pop(&insn) => Effect::NONE,
             Kind::String if insn.has_rep_prefix() || insn.has_repne_prefix() => Effect::LOOKS,
-            Kind::System if system::is_pop(&insn) => Effect { reads: Flags::NONE, kills: Flags::ALL, touches: false },
+            Kind::System if system::is_pop(&insn) => {
+                Effect { reads: Flags::NONE, kills: Flags::ALL, touches: false, changes: true }
+            }
             _ => Effect::of(&insn),
         };
         items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false, joined: false });

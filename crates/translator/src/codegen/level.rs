@@ -21,6 +21,9 @@ const SFMASK: Mem = msr(std::mem::offset_of!(Msrs, sfmask));
 /// The selectors of SYSCALL, and above them those of SYSRET.
 const SELECTORS: Mem = msr(std::mem::offset_of!(Msrs, star) + 4);
 
+const RETURNS: Mem = Mem::Base(RSP, context_offset!(hot.returns));
+const DIRECT: Mem = Mem::Base(RSP, context_offset!(hot.direct));
+
 const fn msr(offset: usize) -> Mem {
     Mem::Base(RSP, context_offset!(msrs) + offset as i32)
 }
@@ -94,6 +97,9 @@ impl Builder<'_> {
         asm.jcc(cc::E, slow);
         asm.test_mem32_imm(CR4, cr4::TSD as i32);
         asm.jcc(cc::NE, slow);
+        asm.test_mem32_imm(DIRECT, -1);
+        asm.jcc(cc::NE, slow);
+        asm.add_mem_imm(RETURNS, 1);
         // Programs are in the lower half.
         asm.mov(S1, RCX);
         asm.shr(S1, 47);

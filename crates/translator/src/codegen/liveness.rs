@@ -36,21 +36,23 @@ pub struct Effect {
     pub kills: Flags,
     /// Touches the flags in any way.
     pub touches: bool,
+    /// May leave others behind.
+    pub changes: bool,
 }
 
 impl Effect {
     /// An instruction that Rust code executes sees and may change all flags.
-    pub const SENSITIVE: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: true };
+    pub const SENSITIVE: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: true, changes: true };
 
-    pub const NONE: Effect = Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false };
+    pub const NONE: Effect = Effect { reads: Flags::NONE, kills: Flags::NONE, touches: false, changes: false };
 
     /// All flags are seen, none is changed.
-    pub const LOOKS: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: false };
+    pub const LOOKS: Effect = Effect { reads: Flags::ALL, kills: Flags::NONE, touches: false, changes: false };
 
     pub fn of(insn: &Instruction) -> Effect {
         let (reads, modified) = (Flags::from_bits(insn.rflags_read()), Flags::from_bits(insn.rflags_modified()));
         let kills = if conditional(insn) { Flags::NONE } else { modified };
-        Effect { reads, kills, touches: !reads.is_empty() || !modified.is_empty() }
+        Effect { reads, kills, touches: !reads.is_empty() || !modified.is_empty(), changes: !modified.is_empty() }
     }
 
     /// The flags needed before the instruction, given those needed after it.

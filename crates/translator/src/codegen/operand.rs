@@ -362,7 +362,7 @@ impl Builder<'_> {
             let slot = match member.keep {
                 Keep::StackPage => {
                     self.stack_addend();
-                    Mem::Index(S0, GUEST_RSP, 1, displacement)
+                    Mem::Index(S0, GUEST_RSP, 1, displacement + self.unmoved)
                 }
                 Keep::Slot(slot) => Mem::Base(self.hold(slot), member.distance),
                 Keep::Standing(n) => Mem::Base(self.standing_register(n), member.distance),

@@ -1,9 +1,12 @@
 //! PUSH, POP, PUSHA, POPA and LEAVE inline, and the stack moves of calls and returns.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{GUEST_RSP, Mem, RBP, RSP, Reg, S0, S1, S2};
 use super::block::Builder;
+use super::classify::Kind;
+use super::decode::Item;
+use super::groups::{Keep, Member};
 use super::operand::memory_operand;
 use super::reencode::{Home, home};
 use crate::access::AccessKind;
@@ -46,9 +49,35 @@ impl Builder<'_> {
         }
     }
 
-    /// Adds to the guest's stack pointer, leaving the flags alone. Clobbers S2.
+    /// Adds to the guest's stack pointer, leaving the flags alone: at once, or with what the next instruction adds. Clobbers S2.
     pub fn move_stack(&mut self, distance: i32) {
-        self.set_stack(GUEST_RSP, distance);
+        let distance = distance + std::mem::take(&mut self.unmoved);
+        if self.next_moves_stack() {
+            self.unmoved = distance;
+        } else {
+            self.set_stack(GUEST_RSP, distance);
+        }
+    }
+
+    /// Whether the next instruction is a push, a pop, a call or a return that needs no check of its own: nothing sees the stack
+    /// pointer before it has moved on.
+    fn next_moves_stack(&self) -> bool {
+        use Mnemonic::*;
+        let plain = |r: Register| r.full_register() != Register::RSP;
+        let moves = |item: &Item| match (item.kind, item.insn.mnemonic()) {
+            (Kind::Stack, Push) if item.insn.op0_kind() == OpKind::Register => plain(item.insn.op0_register()),
+            (Kind::Stack, Push) => memory_operand(&item.insn).is_none(),
+            (Kind::Stack, Pop) => plain(item.insn.op0_register()),
+            (Kind::Branch, Call) => item.insn.is_call_near(),
+            (Kind::Branch, Ret) => true,
+            _ => false,
+        };
+        let checked = |item: &Item| matches!(item.member, Some(Member { keep: Keep::StackPage, check: None, .. }));
+        self.mode.long()
+            && self.addend
+            && self.goes_on()
+            && self.items.get(self.current).is_some_and(|i| i.insn.op0_register().full_register() != Register::RSP)
+            && self.items.get(self.current + 1).is_some_and(|next| moves(next) && checked(next))
     }
 
     /// Sets the guest's stack pointer to a register's value plus a distance.

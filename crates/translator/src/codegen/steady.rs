@@ -203,6 +203,6 @@ impl Builder<'_> {
         self.asm.bind(l.plain);
         self.held = None;
         self.addend = false;
-        self.flags = FlagState::Host;
+        (self.flags, self.saved) = (FlagState::Host, false);
     }
 }

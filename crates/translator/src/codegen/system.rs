@@ -6,7 +6,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use super::asm::{Alu, Asm, Label, Mem, RAX, RCX, RDX, RSP, S0, S1, cc};
 use super::block::Builder;
 use super::control::Target;
-use super::operand::{FlagState, SAVED_AX, park_flags};
+use super::operand::{FlagState, SAVED_AX};
 use crate::entry::context_offset;
 use crate::mmu::operand::segment_register;
 use crate::mode::Mode;
@@ -286,14 +286,6 @@ impl Builder<'_> {
         asm.store32(RFLAGS, S0);
         self.park_image();
         self.move_stack(size as i32);
-    }
-
-    /// The guest's arithmetic flags are parked from here on, needed or not.
-    pub fn park(&mut self) {
-        if self.flags == FlagState::Host {
-            park_flags(&mut self.asm);
-            self.flags = FlagState::Parked;
-        }
     }
 
     /// RFLAGS as it is pushed, in S1; the arithmetic flags are parked. Clobbers S0.

@@ -174,7 +174,10 @@ fn attempt(cpu: &mut Vcpu, event: &Event) -> Result<(), Exception> {
         cpu.settle_x87_pointers();
     }
     match event {
-        Event::Exception(e) if e.vector == Vector::PageFault => cpu.cr2 = e.fault_address,
+        Event::Exception(e) if e.vector == Vector::PageFault => {
+            cpu.cr2 = e.fault_address;
+            cpu.page_fault_delivered();
+        }
         Event::Exception(e) if e.vector == Vector::Debug => {
             // B0-B3 describe this exception; BD, BS and BT are only ever set (Intel SDM 3B 17.2.3).
             cpu.dr6 = cpu.dr6 & !0xf | e.dr6;

@@ -39,7 +39,7 @@ pub struct Mapping {
 }
 
 /// Bits 51:12.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Format {
@@ -90,6 +90,19 @@ pub fn walk(cpu: &mut Vcpu, va: u64, access: Access, context: Context) -> Result
             return Ok(mapping);
         }
     }
+}
+
+/// Whether a read of `va` through a context would not fault. For 64-bit mode.
+pub fn is_readable(cpu: &Vcpu, va: u64, context: Context) -> bool {
+    walk_once(cpu, va, Access::Read, context, Format::FourLevel, &mut Default::default()).is_ok()
+}
+
+/// What `va` maps to, seen through a context, if a read of it would change no accessed bit and fault not: as a processor
+/// looks that looks ahead. For 64-bit mode.
+pub fn peek(cpu: &Vcpu, va: u64, context: Context) -> Option<Mapping> {
+    let mut steps = [Step::default(); 4];
+    let (mapping, used) = walk_once(cpu, va, Access::Read, context, Format::FourLevel, &mut steps).ok()?;
+    steps.iter().take(used).all(|step| step.missing == 0).then_some(mapping)
 }
 
 /// Sets a step's missing bits; false if its entry is no longer what the walk saw.

@@ -5,7 +5,7 @@
 //! changes the state. What the instructions leave alone in memory is left alone here too.
 
 use arch::Exception;
-use arch::cpuid::{Dynamic, Feature};
+use arch::cpuid::{CpuModel, Dynamic, Feature};
 use arch::registers::{cr0, cr4, gpr, xcr0};
 use iced_x86::{Instruction, Mnemonic};
 
@@ -37,8 +37,8 @@ fn wide_pointers(insn: &Instruction) -> bool {
     matches!(insn.mnemonic(), Fxsave64 | Fxrstor64 | Xsave64 | Xsaveopt64 | Xsavec64 | Xsaves64 | Xrstor64 | Xrstors64)
 }
 
-/// Bytes to write or to load, in one buffer at the offsets they have in memory.
-struct Image {
+/// Bytes to write or to load, in one buffer at the offsets they have in memory. What is in no range is of no meaning.
+pub struct Image {
     bytes: [u8; XSAVE_SIZE],
     /// (start, end), adjacent ones joined.
     ranges: [(usize, usize); 12],
@@ -46,8 +46,19 @@ struct Image {
 }
 
 impl Image {
-    fn new() -> Self {
-        Image { bytes: [0; XSAVE_SIZE], ranges: [(0, 0); 12], count: 0 }
+    /// One without ranges: the one that was last given [back](Image::back), which spares to fill 4 KiB with zeros.
+    fn of(cpu: &mut Vcpu) -> Box<Self> {
+        let mut image = cpu
+            .engine
+            .image
+            .take()
+            .unwrap_or_else(|| Box::new(Image { bytes: [0; XSAVE_SIZE], ranges: [(0, 0); 12], count: 0 }));
+        image.count = 0;
+        image
+    }
+
+    fn back(self: Box<Self>, cpu: &mut Vcpu) {
+        cpu.engine.image = Some(self);
     }
 
     /// Adds a range behind the ones before.
@@ -99,7 +110,7 @@ impl Format {
     /// behind the other (Intel SDM 1 13.4.3).
     fn components(self, cpu: &Vcpu) -> impl Iterator<Item = (u32, usize, usize)> + use<> {
         let mut end = EXTENDED;
-        let pkru = guest_pkru(cpu);
+        let pkru = cpu.machine.pkru;
         (2..10u32).filter_map(move |i| {
             let c = if i == component::PKRU { pkru } else { layout().component(i) };
             if self.compaction == 0 {
@@ -115,13 +126,13 @@ impl Format {
     }
 }
 
-/// Where PKRU is in the guest's areas: as its CPUID says, on hosts without protection keys too.
-fn guest_pkru(cpu: &Vcpu) -> Component {
-    let model = &cpu.machine.cpuid;
+/// Where PKRU is in a guest's areas: as its CPUID says, on hosts without protection keys too.
+pub fn pkru_component(model: &CpuModel) -> Component {
     if !model.has(Feature::Pku) {
         return Component::default();
     }
-    let state = Dynamic { apic_id: cpu.id, apic_enabled: true, cr4: cpu.cr4, xcr0: cpu.xcr0, xss: cpu.msrs.xss };
+    // What the leaf says of a component is the same at any time.
+    let state = Dynamic { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 0, xss: 0 };
     let leaf = model.leaf(0xd, component::PKRU, &state);
     let fits = leaf.ebx as usize + 8 <= XSAVE_SIZE;
     Component { offset: leaf.ebx as usize, size: if fits { 8 } else { 0 }, aligned: leaf.ecx & 2 != 0 }
@@ -209,8 +220,10 @@ fn image_mxcsr(image: &mut Image, state: &XsaveArea) {
 }
 
 fn image_xmm(image: &mut Image, state: &XsaveArea, registers: usize) {
-    for register in 0..registers {
-        image.put(legacy::XMM + register * 16, &state.vector(register)[..16]);
+    if state.in_use() & xcr0::SSE != 0 {
+        image.put(legacy::XMM, &state.0[legacy::XMM..legacy::XMM + 16 * registers]);
+    } else {
+        image.put(legacy::XMM, &[0; 16 * 16][..16 * registers]);
     }
 }
 
@@ -232,8 +245,8 @@ fn requested(cpu: &Vcpu, enabled: u64) -> u64 {
 }
 
 /// Makes the image of the components in `saved`, of which those in `written` go to memory.
-fn image_of(cpu: &mut Vcpu, insn: &Instruction, written: u64, mxcsr: bool, format: Format) -> Image {
-    let mut image = Image::new();
+fn image_of(cpu: &mut Vcpu, insn: &Instruction, written: u64, mxcsr: bool, format: Format) -> Box<Image> {
+    let mut image = Image::of(cpu);
     let (registers, pkru) = (vector_registers(cpu), cpu.pkru);
     if written & xcr0::X87 != 0 {
         image_x87(&mut image, &mut cpu.xsave, wide_pointers(insn), mxcsr);
@@ -274,13 +287,15 @@ fn fxsave(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let va = area(cpu, insn, 512, 16, true)?;
     cpu.settle_x87_pointers();
     let image = image_of(cpu, insn, xcr0::X87 | xcr0::SSE, true, Format::STANDARD);
-    Ok(image.write(cpu, va)?)
+    image.write(cpu, va)?;
+    image.back(cpu);
+    Ok(())
 }
 
 fn fxrstor(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     require_fpu(cpu)?;
     let va = area(cpu, insn, 512, 16, false)?;
-    let mut image = Image::new();
+    let mut image = Image::of(cpu);
     let registers = vector_registers(cpu);
     image.add(0, legacy::XMM + 16 * registers);
     image.read(cpu, va)?;
@@ -288,6 +303,7 @@ fn fxrstor(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     load_x87(cpu, &image, wide_pointers(insn));
     load_mxcsr(cpu, &image);
     load_xmm(cpu, &image, registers);
+    image.back(cpu);
     Ok(())
 }
 
@@ -306,6 +322,7 @@ fn xsave(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let old = cpu.read_sized(header, 8, context)?;
     let image = image_of(cpu, insn, written, mxcsr, Format::STANDARD);
     image.write(cpu, va)?;
+    image.back(cpu);
     cpu.write_sized(header, 8, old & !wanted | used & wanted, context)?;
     Ok(())
 }
@@ -334,6 +351,7 @@ fn save_compacted(cpu: &mut Vcpu, insn: &Instruction, enabled: u64) -> Result<()
     let written = wanted & used;
     let image = image_of(cpu, insn, written, written & xcr0::SSE != 0, format);
     image.write(cpu, va)?;
+    image.back(cpu);
     let mut header = [0; 16];
     header[..8].copy_from_slice(&written.to_le_bytes());
     header[8..].copy_from_slice(&format.compaction.to_le_bytes());
@@ -405,7 +423,7 @@ fn restore(cpu: &mut Vcpu, insn: &Instruction, va: u64, header: &Header, enabled
     };
     let registers = vector_registers(cpu);
 
-    let mut image = Image::new();
+    let mut image = Image::of(cpu);
     if loaded & xcr0::X87 != 0 {
         image.add(0, legacy::MXCSR);
     }
@@ -449,6 +467,7 @@ fn restore(cpu: &mut Vcpu, insn: &Instruction, va: u64, header: &Header, enabled
             cpu.xsave.put(place, &image.bytes[offset..offset + size]);
         }
     }
+    image.back(cpu);
     initialize(cpu, wanted & !header.present, registers);
     Ok(())
 }
