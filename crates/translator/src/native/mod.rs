@@ -238,7 +238,9 @@ impl Vcpu {
             // POPF sets it, but nothing of ptrace's clears it: the next program there would begin with it.
             self.engine.native.shadows.swap_remove(index);
         }
-        let soon = matches!(left, Left::Page { .. }) && ran < SOON_US * self.machine.time.tsc_hz() / 1_000_000;
+        // What a test asks for must not depend on how fast the host is.
+        let auto = self.machine.config.direct == Mode::Auto;
+        let soon = auto && matches!(left, Left::Page { .. }) && ran < SOON_US * self.machine.time.tsc_hz() / 1_000_000;
         self.engine.native.faults = if soon { self.engine.native.faults + 1 } else { 0 };
         self.account_for(left);
         Ok(())
