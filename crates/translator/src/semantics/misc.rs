@@ -23,6 +23,8 @@ pub fn lookup(insn: &Instruction) -> Option<Sensitive> {
         Rdpmc => (rdpmc, true),
         // Caches are the host's and coherent: nothing is to be written back or may be dropped.
         Wbinvd | Wbnoinvd | Invd => (|cpu, _| Ok(privileged(cpu)?), false),
+        // Offered whether the host has it or not. What it orders is in order already where one instruction ends.
+        Serialize => (|_, _| Ok(()), false),
         Rdpkru => (rdpkru, false),
         Wrpkru => (wrpkru, true),
         Vmcall | Vmmcall => (hypercall, false),
