@@ -68,5 +68,9 @@ pub const TRANSLATED: u64 = RDCL_NO
 pub const AMD_BTC_NO: u32 = 1 << 29;
 /// Leaf 0x80000021 EAX: speculative return stack overflow.
 pub const AMD_SRSO_NO: u32 = 1 << 29;
+/// Leaf 0x80000021 EAX: VERW clears buffers, which is what Linux has it for on the way to a program.
+pub const AMD_VERW_CLEAR: u32 = 1 << 5;
+/// Leaf 0x80000021 ECX: transient scheduler attacks by the store queue, and by the first-level cache.
+pub const AMD_TSA_NO: u32 = 1 << 1 | 1 << 2;
 /// Leaf 0x80000021 EAX: LFENCE is always serializing, a fact of the host.
 pub const AMD_LFENCE_SERIALIZING: u32 = 1 << 2;

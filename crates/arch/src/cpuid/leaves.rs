@@ -1,6 +1,6 @@
 //! The leaves of a [`CpuModel`], one function for each group (Intel SDM 2A, CPUID; AMD APM vol. 3, appendix E).
 
-use super::capabilities::{AMD_BTC_NO, AMD_LFENCE_SERIALIZING, AMD_SRSO_NO};
+use super::capabilities::{AMD_BTC_NO, AMD_LFENCE_SERIALIZING, AMD_SRSO_NO, AMD_TSA_NO, AMD_VERW_CLEAR};
 use super::features::FEATURES;
 use super::{APIC_TIMER_HZ, CpuModel, Host, Leaf, Model, Topology};
 
@@ -141,9 +141,10 @@ impl CpuModel {
             let immune = |bit: u32, host: u32| if self.translated { bit } else { host & bit };
             sizes.ebx = immune(AMD_BTC_NO, host.leaf(0x8000_0008, 0).ebx);
             sizes.ecx = (cpus.package() - 1).min(0xff) | cpus.package_ids().trailing_zeros() << 12;
-            let facts = host.leaf(0x8000_0021, 0).eax;
-            let eax = facts & AMD_LFENCE_SERIALIZING | immune(AMD_SRSO_NO, facts);
-            self.set(0x8000_0021, 0, Leaf { eax, ..Leaf::default() });
+            let facts = host.leaf(0x8000_0021, 0);
+            let clears = if self.translated { 0 } else { facts.eax & AMD_VERW_CLEAR };
+            let eax = facts.eax & AMD_LFENCE_SERIALIZING | immune(AMD_SRSO_NO, facts.eax) | clears;
+            self.set(0x8000_0021, 0, Leaf { eax, ecx: immune(AMD_TSA_NO, facts.ecx), ..Leaf::default() });
         }
         self.set(0x8000_0008, 0, sizes);
     }

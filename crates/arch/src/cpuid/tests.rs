@@ -323,4 +323,6 @@ fn amd_processors_read_zero_where_there_is_no_leaf_and_mirror_basic_features() {
     assert_eq!(cpu.leaf(0x8000_0001, 0, &state()).edx & 0x3ff, cpu.leaf(1, 0, &state()).edx & 0x3ff);
     let sizes = cpu.leaf(0x8000_0008, 0, &state());
     assert_eq!((sizes.ebx, sizes.ecx), (capabilities::AMD_BTC_NO, 2 | 2 << 12));
+    // A guest that is told so does not clear buffers on each way to a program.
+    assert_eq!(cpu.leaf(0x8000_0021, 0, &state()).ecx, capabilities::AMD_TSA_NO);
 }
