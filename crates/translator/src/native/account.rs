@@ -20,8 +20,12 @@ const STRETCH_US: u64 = 40;
 const PAGES_US: i64 = 10_000;
 /// Translated code takes this many times longer.
 const GAIN: i64 = 3;
-/// What it takes to run a program for no time at all, in microseconds, within the time measured.
+/// What it takes to run a program for no time at all, in microseconds, within the time measured: where the costs here are
+/// from. A host with other mitigations, or that is a guest itself, may take five times as long.
 const SWITCH_US: i64 = 4;
+/// In microseconds: nothing has run that stopped sooner, and no host takes longer.
+const SOONEST_US: u64 = 1;
+const SLOWEST_US: u64 = 50;
 
 /// Why a program stopped, by what that costs besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +43,7 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// In microseconds, where a switch takes [`SWITCH_US`].
     fn cost_us(self) -> i64 {
         match self {
             Reason::Page => 6,
@@ -89,6 +94,8 @@ pub struct Accounts {
     rate: u64,
     /// At the last interrupt.
     last: Now,
+    /// The shortest time that a program ran for, in ticks: what it takes here to run one for no time at all. None has run yet: 0.
+    switch: u64,
 }
 
 /// When an interrupt found a program.
@@ -155,10 +162,14 @@ impl Accounts {
     /// The program had the processor for so long, the way there and back included.
     pub fn ran(&mut self, ticks: u64, left: Reason) {
         let rate = self.rate as i64;
+        if ticks >= SOONEST_US * self.rate && (ticks < self.switch || self.switch == 0) {
+            self.switch = ticks.min(SLOWEST_US * self.rate);
+        }
+        let switch = if self.switch == 0 { SWITCH_US * rate } else { self.switch as i64 };
         let Some(account) = self.accounts.get_mut(self.current) else { return };
-        let program = (ticks as i64 - SWITCH_US * rate).max(0);
+        let program = (ticks as i64 - switch).max(0);
         account.balance += (left.gain() - 2) * program / 2;
-        let cost = left.cost_us() * rate;
+        let cost = left.cost_us() * switch / SWITCH_US;
         if left == Reason::Page {
             account.pay_for_pages(cost)
         } else {
@@ -258,6 +269,22 @@ mod tests {
             rests.push(accounts.accounts[0].rested);
         }
         assert!(rests.is_sorted_by(|a, b| a < b), "{rests:?}");
+    }
+
+    /// Stretches of 10 us pay where a stop takes 4 us, not where it takes 20.
+    #[test]
+    fn what_a_stop_takes_is_the_hosts() {
+        for (switch, pays) in [(4, true), (20, false)] {
+            let mut accounts = Accounts::default();
+            assert!(interrupt(&mut accounts, 1, &mut 0, 5));
+            let us = HZ / 1_000_000;
+            accounts.ran(switch * us, Reason::Kernel);
+            let spent = (0..10_000).any(|_| {
+                accounts.ran((switch + 10) * us, Reason::Kernel);
+                accounts.is_empty()
+            });
+            assert_eq!(spent, !pays, "{switch}");
+        }
     }
 
     #[test]
