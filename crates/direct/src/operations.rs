@@ -59,6 +59,10 @@ pub enum Operation {
     Cpuid {
         faults: bool,
     },
+    /// The same for RDTSC and RDTSCP.
+    Tsc {
+        faults: bool,
+    },
 }
 
 impl Operation {
@@ -68,6 +72,7 @@ impl Operation {
             Operation::Map { .. } => "map",
             Operation::Unmap { .. } => "unmap",
             Operation::Cpuid { .. } => "switch CPUID for",
+            Operation::Tsc { .. } => "switch the time-stamp counter for",
         }
     }
 
@@ -75,7 +80,7 @@ impl Operation {
     pub fn range(&self) -> (u64, u64) {
         match *self {
             Operation::Map { address, length, .. } | Operation::Unmap { address, length } => (address, length),
-            Operation::Cpuid { .. } => (0, 0),
+            Operation::Cpuid { .. } | Operation::Tsc { .. } => (0, 0),
         }
     }
 
@@ -94,6 +99,10 @@ impl Operation {
             Operation::Cpuid { faults } => {
                 let words = [cpuid::ARCH_SET_CPUID as u64, u64::from(!faults), 0, 0, 0, 0];
                 Call { number: libc::SYS_arch_prctl, words }
+            }
+            Operation::Tsc { faults } => {
+                let how = if faults { libc::PR_TSC_SIGSEGV } else { libc::PR_TSC_ENABLE };
+                Call { number: libc::SYS_prctl, words: [libc::PR_SET_TSC as u64, how as u64, 0, 0, 0, 0] }
             }
         }
     }

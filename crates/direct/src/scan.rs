@@ -37,13 +37,14 @@ impl Sensitive {
 /// | SYSENTER | enters by the host's MSRs; the stop that it is does not say where it was |
 /// | XGETBV, XSAVE, XSAVEC, XSAVEOPT, XRSTOR | which components of state the host has |
 /// | RDPKRU, WRPKRU | protection keys of the host's page tables, which have none of the guest's |
-/// | RDPID, LSL | the host's CPU number (LSL: of the selector by which Linux's vDSO asks for it) |
+/// | RDPID, RDTSCP, LSL | the host's CPU number (LSL: of the selector by which Linux's vDSO asks for it) |
+/// | RDPRU | the host's performance counters |
 /// | LAR, SGDT, SIDT, SMSW | the host's descriptor tables and CR0 |
 /// | VMCALL, VMMCALL, VMFUNC | ask the hypervisor that the host runs on |
 /// | INT 4, INT 80H | go through the host's gates for programs; what comes of that doesn't say where it was, or has lost half of RAX |
 ///
-/// Not in it, as a space stops at them: RDTSC, RDTSCP and RDPRU (CR4.TSD, by `PR_SET_TSC`), RDPMC (CR4.PCE is clear),
-/// SYSCALL, INT n but for these two, and whatever is privileged. Nor are SLDT, STR, VERR and VERW, which ask about selectors: the
+/// Not in it: RDTSC, which a space stops at or not ([`Space::fault_tsc`](crate::Space::fault_tsc)). Nor, as it always stops at
+/// them, RDPMC (CR4.PCE is clear), SYSCALL, INT n but for these two, and whatever is privileged. Nor are SLDT, STR, VERR and VERW, which ask about selectors: the
 /// caller runs only guests whose selectors are the host's.
 ///
 /// The bytes of these instructions are part of other ones far more often than they are themselves (`0F 01 00 00` is the
@@ -86,7 +87,9 @@ fn is_suspicious(bytes: &[u8]) -> bool {
         [_, CPUID | 0x34, ..] => true,
         [_, 0x02 | 0x03, _, ..] => true,
         [_, opcode, modrm, ..] => match (opcode, modrm >> 6 == 3, modrm >> 3 & 7) {
-            (0x01, true, register) => register == 4 || matches!(modrm, 0xc1 | 0xd0 | 0xd4 | 0xd9 | 0xee | 0xef),
+            (0x01, true, register) => {
+                register == 4 || matches!(modrm, 0xc1 | 0xd0 | 0xd4 | 0xd9 | 0xee | 0xef | 0xf9 | 0xfd)
+            }
             (0x01, false, 0 | 1 | 4) | (0xae, false, 4..=6) | (0xc7, false, 4) | (0xc7, true, 7) => true,
             _ => false,
         },
@@ -114,6 +117,8 @@ pub fn is_listed(instruction: &Instruction) -> bool {
             | Rdpkru
             | Wrpkru
             | Rdpid
+            | Rdtscp
+            | Rdpru
             | Vmcall
             | Vmmcall
             | Vmfunc

@@ -13,8 +13,7 @@
 //!        dec r12
 //!        jnz next
 //! done:  int3                 the batch is over: R12 is 0, or RAX says why RBX's operation failed
-//!        rdtsc                those that are tried when a space is made
-//!        rdpmc
+//!        rdpmc                those that are tried when a space is made
 //!        cpuid
 //! ```
 //!
@@ -51,7 +50,6 @@ pub struct Stub {
     /// Where a batch has ended: behind its INT3.
     pub done: u64,
     /// Instructions that must not work.
-    pub rdtsc: u64,
     pub rdpmc: u64,
     /// One that need not, where the host can have it so.
     pub cpuid: u64,
@@ -86,20 +84,11 @@ impl Stub {
         a.jne(next)?;
         a.set_label(&mut done)?;
         a.int3()?;
-        a.rdtsc()?;
         a.rdpmc()?;
         a.cpuid()?;
         let code = a.assemble_options(entry, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
         let [next, call, done] = [code.label_ip(&next)?, code.label_ip(&call)?, code.label_ip(&done)? + 1];
-        Ok(Stub {
-            image: elf(entry, &code.inner.code_buffer),
-            next,
-            call,
-            done,
-            rdtsc: done,
-            rdpmc: done + 2,
-            cpuid: done + 4,
-        })
+        Ok(Stub { image: elf(entry, &code.inner.code_buffer), next, call, done, rdpmc: done, cpuid: done + 2 })
     }
 
     /// The program as a file that can be executed, the same one for all spaces of this process.

@@ -1,7 +1,7 @@
 //! Virtual time: the guest's time-stamp counter and everything that is derived from it.
 //!
-//! The guest's counter is the host's plus an offset, at the host's frequency: it reads about 0 when the machine is made,
-//! all vCPUs agree, and it never stops, however the host schedules us. A vCPU sees it plus its own IA32_TSC_ADJUST. Where
+//! The guest's counter is the host's, at its frequency: all vCPUs agree, and it never stops, however the host schedules us. An
+//! offset comes in where a machine is to go on from another's time; without it programs that run directly can read it. A vCPU sees it plus its own IA32_TSC_ADJUST. Where
 //! the host's counter is not invariant, the guest's is CLOCK_MONOTONIC, scaled to the nominal frequency.
 //!
 //! [`KvmClock`] is what the guest needs to turn the counter into nanoseconds by itself (Linux
@@ -41,9 +41,9 @@ impl Time {
 
     fn with_host(host: host::HostTsc) -> Self {
         let ns_per_tick = ((u128::from(NS) << 32) / u128::from(host.hz)) as u64;
-        let start = Clocks { tsc: 0, paravirtual: 0 };
-        let time = Time { host, offset: AtomicU64::new(0), epoch: Mutex::new(start), ns_per_tick };
-        time.set_tsc(0);
+        let epoch = Mutex::new(Clocks { tsc: 0, paravirtual: 0 });
+        let mut time = Time { host, offset: AtomicU64::new(0), epoch, ns_per_tick };
+        time.epoch = Mutex::new(Clocks { tsc: time.tsc(), paravirtual: 0 });
         time
     }
 
@@ -179,22 +179,24 @@ mod tests {
     }
 
     #[test]
-    fn guest_time_starts_near_zero_and_follows_the_host() {
+    fn the_guests_counter_is_the_hosts_and_its_clock_starts_at_zero() {
         let time = Time::new();
-        let start = std::time::Instant::now();
-        assert!(time.ticks_to_ns(time.tsc()) < 1_000_000_000);
+        let (begin, start) = (time.tsc(), std::time::Instant::now());
+        assert_eq!(time.offset.load(Ordering::Relaxed), 0);
+        assert!(time.clocks().paravirtual < 1_000_000_000);
         std::thread::sleep(std::time::Duration::from_millis(20));
-        let (guest, host) = (time.ticks_to_ns(time.tsc()) as i64, start.elapsed().as_nanos() as i64);
+        let (guest, host) = (time.ticks_to_ns(time.tsc() - begin) as i64, start.elapsed().as_nanos() as i64);
         assert!((guest - host).abs() < 1_000_000, "{guest} and {host}");
     }
 
     #[test]
     fn a_guest_computes_nanoseconds_from_the_clock_structure() {
         for hz in [100_000_000, 999_999_000, 1_000_000_000, 2_000_000_000, 2_599_998_000, 5_700_000_000] {
-            let clock = at(hz).kvm_clock(7);
-            let ns = clock.reading(hz * 3600 + 7);
+            let time = at(hz);
+            let (clock, start) = (time.kvm_clock(7), time.epoch().tsc + 7);
+            let ns = clock.reading(start + hz * 3600);
             assert!(ns.abs_diff(3_600_000_000_000) < 10_000, "{hz}: {ns}");
-            assert_eq!(clock.tsc_timestamp, 7);
+            assert_eq!(clock.tsc_timestamp, start);
         }
     }
 

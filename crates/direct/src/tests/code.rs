@@ -6,7 +6,7 @@ use crate::PAGE_SIZE;
 use crate::scan::{BEFORE, BEHIND, Sensitive, is_listed, sensitive};
 
 /// Every instruction that the scan is to find, with prefixes and operands of several kinds.
-const FOUND: [(&str, &[u8]); 33] = [
+const FOUND: [(&str, &[u8]); 35] = [
     ("cpuid", &[0x0f, 0xa2]),
     ("sysenter", &[0x0f, 0x34]),
     ("int 4", &[0xcd, 0x04]),
@@ -29,6 +29,8 @@ const FOUND: [(&str, &[u8]); 33] = [
     ("vmmcall", &[0x0f, 0x01, 0xd9]),
     ("rdpid rax", &[0xf3, 0x0f, 0xc7, 0xf8]),
     ("rdpid r15", &[0xf3, 0x41, 0x0f, 0xc7, 0xff]),
+    ("rdtscp", &[0x0f, 0x01, 0xf9]),
+    ("rdpru", &[0x0f, 0x01, 0xfd]),
     ("xsavec [rax]", &[0x0f, 0xc7, 0x20]),
     ("xsavec64 [rdi + 8]", &[0x48, 0x0f, 0xc7, 0x67, 0x08]),
     ("xsave [rax]", &[0x0f, 0xae, 0x20]),
@@ -43,13 +45,12 @@ const FOUND: [(&str, &[u8]); 33] = [
 ];
 
 /// Instructions that may run, or that stop by themselves; some have the bytes of those that may not.
-const NOT_FOUND: [(&str, &[u8]); 30] = [
+const NOT_FOUND: [(&str, &[u8]); 29] = [
     ("syscall", &[0x0f, 0x05]),
     ("int 3", &[0xcd, 0x03]),
     ("int 20h", &[0xcd, 0x20]),
     ("mov eax, 80cdh", &[0xb8, 0xcd, 0x80, 0x00, 0x00]),
     ("rdtsc", &[0x0f, 0x31]),
-    ("rdtscp", &[0x0f, 0x01, 0xf9]),
     ("rdpmc", &[0x0f, 0x33]),
     ("ud2", &[0x0f, 0x0b]),
     ("int3", &[0xcc]),

@@ -23,9 +23,6 @@ const GAIN: i64 = 3;
 /// What it takes to run a program for no time at all, in microseconds, within the time measured: where the costs here are
 /// from. A host with other mitigations, or that is a guest itself, may take five times as long.
 const SWITCH_US: i64 = 4;
-/// In microseconds: nothing has run that stopped sooner, and no host takes longer.
-const SOONEST_US: u64 = 1;
-const SLOWEST_US: u64 = 50;
 
 /// Why a program stopped, by what that costs besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,8 +91,8 @@ pub struct Accounts {
     rate: u64,
     /// At the last interrupt.
     last: Now,
-    /// The shortest time that a program ran for, in ticks: what it takes here to run one for no time at all. None has run yet: 0.
-    switch: u64,
+    /// What it takes here to run a program for no time at all, in ticks; 0 if that is not known.
+    switch: i64,
 }
 
 /// When an interrupt found a program.
@@ -159,13 +156,15 @@ impl Accounts {
         found.is_some()
     }
 
+    /// What it takes to run a program for no time at all.
+    pub fn stops_take(&mut self, ticks: u64) {
+        self.switch = ticks as i64;
+    }
+
     /// The program had the processor for so long, the way there and back included.
     pub fn ran(&mut self, ticks: u64, left: Reason) {
         let rate = self.rate as i64;
-        if ticks >= SOONEST_US * self.rate && (ticks < self.switch || self.switch == 0) {
-            self.switch = ticks.min(SLOWEST_US * self.rate);
-        }
-        let switch = if self.switch == 0 { SWITCH_US * rate } else { self.switch as i64 };
+        let switch = if self.switch == 0 { SWITCH_US * rate } else { self.switch };
         let Some(account) = self.accounts.get_mut(self.current) else { return };
         let program = (ticks as i64 - switch).max(0);
         account.balance += (left.gain() - 2) * program / 2;
@@ -278,7 +277,7 @@ mod tests {
             let mut accounts = Accounts::default();
             assert!(interrupt(&mut accounts, 1, &mut 0, 5));
             let us = HZ / 1_000_000;
-            accounts.ran(switch * us, Reason::Kernel);
+            accounts.stops_take(switch * us);
             let spent = (0..10_000).any(|_| {
                 accounts.ran((switch + 10) * us, Reason::Kernel);
                 accounts.is_empty()

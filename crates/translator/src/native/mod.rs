@@ -183,6 +183,9 @@ impl Vcpu {
             self.map_awaited(index, page);
         }
         self.engine.native.shadows[index].relieve(self.machine.time.tsc_hz());
+        let own_tsc =
+            self.machine.time.tsc_offset() != Some(0) || self.msrs.tsc_adjust != 0 || self.cr4 & cr4::TSD != 0;
+        self.engine.native.shadows[index].space.fault_tsc(own_tsc);
         let mut registers = self.program_registers();
         self.load_vector_state(index)?;
         self.engine.native.counts.entries += 1;
@@ -262,37 +265,35 @@ impl Vcpu {
 
     /// Sees to it that what made the program stop is what the translator does next.
     fn account_for(&mut self, left: Left) {
-        let native = &mut self.engine.native;
         match left {
-            Left::Kicked => native.owed = false,
+            Left::Kicked => self.engine.native.owed = false,
             Left::Page { .. } => {
-                native.brief = true;
-                native.counts.page_faults += 1;
+                self.engine.native.brief = true;
+                self.engine.native.counts.page_faults += 1;
             }
             Left::Syscall => {
                 // RCX and R11, which the host's SYSCALL has overwritten, the guest's will overwrite as well.
                 self.rip = self.rip.wrapping_sub(2);
-                native.counts.system_calls += 1;
+                self.engine.native.counts.system_calls += 1;
             }
             Left::Step => {
                 self.pending_debug |= debug::DR6_BS;
-                native.owed = false;
+                self.engine.native.owed = false;
             }
             Left::Breakpoint => {
-                native.counts.others += 1;
+                self.engine.native.counts.others += 1;
                 self.rip = self.breakpoint_before(self.rip);
             }
             Left::Guard => {
-                native.brief = true;
-                native.counts.others += 1;
+                self.engine.native.brief = true;
+                self.engine.native.counts.others += 1;
             }
             Left::Exception { signal } => {
                 if signal == libc::SIGTRAP {
-                    // INT1, which is a trap.
-                    self.rip = self.rip.wrapping_sub(1);
+                    self.rip = self.int1_at(self.rip);
                 }
-                native.brief = true;
-                native.counts.others += 1;
+                self.engine.native.brief = true;
+                self.engine.native.counts.others += 1;
             }
         }
         if self.machine.config.direct == Mode::Auto && self.engine.native.accounts.is_empty() {
@@ -307,6 +308,17 @@ impl Vcpu {
         match self.read_linear(last, &mut byte, Context::User) {
             Ok(()) if byte[0] == 0xcc => last,
             _ => last.wrapping_sub(1),
+        }
+    }
+
+    /// Where the INT1 is that the processor has stopped for: right before `rip`, as it is a trap, or there, as virtual machines
+    /// on AMD's processors have it.
+    fn int1_at(&mut self, rip: u64) -> u64 {
+        let mut byte = [0];
+        let before = rip.wrapping_sub(1);
+        match self.read_linear(before, &mut byte, Context::User) {
+            Ok(()) if byte[0] == 0xf1 => before,
+            _ => rip,
         }
     }
 
@@ -361,9 +373,11 @@ impl Vcpu {
             native.shadows[oldest].reuse(self.cr3, native.clock);
             return Some(oldest);
         }
+        let hz = self.machine.time.tsc_hz();
         match Space::new(self.machine.ram.file()) {
             Ok(space) => {
                 native.counts.processes += 1;
+                native.accounts.stops_take(in_ticks(Space::stop_time(), hz));
                 native.shadows.push(Shadow::new(space, self.cr3, native.clock));
                 Some(native.shadows.len() - 1)
             }

@@ -105,6 +105,7 @@ fn writing_the_tsc_adjusts_it() {
 #[test]
 fn the_kvm_clock_gives_the_time_since_the_machine_was_made() {
     let mut cpu = kernel_vcpu();
+    std::thread::sleep(std::time::Duration::from_millis(20));
     let word = |cpu: &Vcpu, at: u64| crate::testing::peek(cpu, at);
     cpu.write_msr(msr::KVM_SYSTEM_TIME_NEW, 0x9000 | 1).unwrap();
     let (version, mul_shift) = (word(&cpu, 0x9000) as u32, word(&cpu, 0x9018));
@@ -114,10 +115,12 @@ fn the_kvm_clock_gives_the_time_since_the_machine_was_made() {
     let ticks = u128::from(cpu.guest_tsc() - word(&cpu, 0x9008));
     let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
     let ns = ((shifted * u128::from(mul)) >> 32) as u64 + word(&cpu, 0x9010);
-    let real = cpu.machine.time.ticks_to_ns(cpu.machine.time.tsc());
+    let real = cpu.machine.time.clocks().paravirtual;
     assert!(real.abs_diff(ns) < 10_000_000, "{ns} {real}");
+    assert!(ns > 20_000_000, "{ns}");
+    let begin = word(&cpu, 0x9008);
     cpu.write_msr(msr::TSC_ADJUST, 12345).unwrap();
-    assert_eq!(word(&cpu, 0x9008), 12345);
+    assert_eq!(word(&cpu, 0x9008), begin + 12345);
     assert!(word(&cpu, 0x9000) as u32 > version);
 }
 
