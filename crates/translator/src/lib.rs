@@ -107,9 +107,14 @@ pub struct Translator {
 impl Translator {
     /// An engine for a machine with this RAM.
     pub fn new(ram: Ram, config: Config) -> Result<Self, engine::Error> {
+        let unsupported = |why: String| engine::Error::Unsupported { engine: "translate", why };
+        if host::xcr0() == 0 {
+            // Vector registers go from the guest's to the monitor's by it.
+            let why = "its processor has no XSAVE (Intel's and AMD's have it since 2011; a virtual machine's by its CPU model)";
+            return Err(unsupported(why.into()));
+        }
         let time = time::Time::new();
-        let cpuid = semantics::cpuid::model(&config, time.tsc_khz())
-            .map_err(|e| engine::Error::Unsupported { engine: "translate", why: e.to_string() })?;
+        let cpuid = semantics::cpuid::model(&config, time.tsc_khz()).map_err(|e| unsupported(e.to_string()))?;
         let machine = Arc::new(shared::Machine::new(ram, config, cpuid, time));
         let device_changes = Arc::new(invalidation::DeviceChanges(machine.clone()));
         let watcher: Arc<dyn memory::CodeWatcher> = device_changes.clone();
