@@ -160,6 +160,12 @@ pub struct Ignore {
     /// String instructions with 32-bit addresses clear the upper halves of their registers even before the first element, on
     /// some processors in some cases.
     pub narrow_pointers: bool,
+    /// The upper half of RSP says nothing: an IRET to a 16-bit stack leaves it to AMD's processors as the host's kernel had it,
+    /// and code that is not 64-bit can't see it (AMD APM 1, 3.1.2).
+    pub narrow_stack: bool,
+    /// Of an operand of vector instructions, what AMD's processors take for misaligned where that is checked (RFLAGS.AC), and
+    /// before or after which other fault, is not what Intel's do, and no system checks it.
+    pub vector_alignment: bool,
     /// Sticky bits of MXCSR or the x87 status (MMX state) may be set although the store that follows faults.
     pub sticky_at_fault: bool,
 }
@@ -176,6 +182,8 @@ impl Ignore {
                     || memory_fault(native) && memory_fault(guest)
                     || native.vector == 17
                     || guest.vector == 17)
+            || self.vector_alignment
+                && (native.vector == 17 || guest.vector == 17 || memory_fault(native) && memory_fault(guest))
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
             || (self.large_area || self.extended)
                 && native.vector == 14
@@ -221,8 +229,9 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
     let fault = matches!(native.vector, 12 | 13 | 14 | 16 | 17 | 19);
     let flags = ignore.flags | if fault { ignore.flags_at_fault } else { 0 };
     word("rflags", native.rflags & !flags, guest.rflags & !flags);
-    let registers = if ignore.narrow_pointers && fault { 0xffff_ffff } else { u64::MAX };
     for (i, name) in GPR_NAMES.iter().enumerate() {
+        let narrow = ignore.narrow_pointers && fault || ignore.narrow_stack && i == 4;
+        let registers = if narrow { 0xffff_ffff } else { u64::MAX };
         word(name, native.gpr[i] & registers, guest.gpr[i] & registers);
     }
     word("fs base", native.fs_base, guest.fs_base);
@@ -385,8 +394,10 @@ fn value<'a>(area: &'a [u8], field: &Field, initial: &'a mut [u8; 64]) -> &'a [u
 }
 
 fn xsave_differences(native: &[u8], guest: &[u8], sticky: bool, out: &mut String) {
+    // AMD's processors hand x87's opcode and pointers to the host's kernel only with a pending exception (AMD APM 2, 11.4.4).
+    let no_pointers = crate::host::is_amd() && native[2] & 0x80 == 0;
     for field in fields() {
-        if sticky && field.offset < 160 {
+        if sticky && field.offset < 160 || no_pointers && matches!(field.offset, 6..24) {
             continue;
         }
         let (mut a, mut b) = ([0; 64], [0; 64]);

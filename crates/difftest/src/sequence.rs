@@ -7,8 +7,8 @@
 use arch::registers::rflags;
 use iced_x86::code_asm::{CodeAssembler, CodeLabel};
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, FlowControl, IcedError, Instruction, InstructionInfoFactory, MemoryOperand,
-    OpAccess, OpKind, Register,
+    Code, Encoder, FlowControl, IcedError, Instruction, InstructionInfoFactory, MemoryOperand, OpAccess, OpKind,
+    Register,
 };
 
 use crate::case::{Ignore, TRACE};
@@ -288,7 +288,7 @@ impl Writer<'_> {
         for _ in 0..50 {
             let form = self.rng.pick(&self.of.forms);
             let Some(bytes) = crate::generate::encode_form(self.rng, form, self.of.bits, CODE) else { continue };
-            let mut insn = Decoder::with_ip(self.of.bits, &bytes, CODE, DecoderOptions::NONE).decode();
+            let mut insn = crate::generate::decoder(self.of.bits, &bytes, CODE).decode();
             if insn.is_invalid() || !self.of.generator.admits(&insn) {
                 continue;
             }

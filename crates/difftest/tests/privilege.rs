@@ -1,10 +1,9 @@
 //! Ways between privilege levels and code sizes: SYSCALL, SYSENTER, IRET, SWAPGS, gates, compatibility mode.
 
-use std::arch::x86_64::__cpuid;
-
 use arch::msr;
 use arch::registers::{pte, rflags};
 use difftest::bare::*;
+use difftest::host::is_amd;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -35,11 +34,6 @@ fn run(bare: Bare, bits: u32, msrs: &[(u32, u64)]) -> Machine {
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
     machine
-}
-
-/// Whether vCPUs are AMD's, as the host's processor is then.
-fn is_amd() -> bool {
-    [*b"Auth", *b"Hygo"].contains(&__cpuid(0).ebx.to_le_bytes())
 }
 
 const STAR: u64 = (KERNEL_CODE as u64) << 32 | (USER_CODE32 as u64) << 48;

@@ -1,5 +1,8 @@
 //! The scan for instructions that may not run directly unguarded.
 
+use std::arch::x86_64::__cpuid;
+use std::sync::OnceLock;
+
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
 /// How many bytes of the code before a page the scan makes use of.
@@ -120,6 +123,14 @@ pub fn is_listed(instruction: &Instruction) -> bool {
     ) || matches!(mnemonic, Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64)
 }
 
+/// Code that runs directly is the host's processor's: to AMD's, near branches with an operand-size prefix are shorter.
+fn decoder_options() -> u32 {
+    static OPTIONS: OnceLock<u32> = OnceLock::new();
+    // The first letters of the vendor: "Auth", "Hygo".
+    let amd = || matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo");
+    *OPTIONS.get_or_init(|| if amd() { DecoderOptions::AMD } else { DecoderOptions::NONE })
+}
+
 /// Instructions of a page, wherever they may begin: each place is decoded when it is first asked for.
 struct Stream<'a> {
     bytes: &'a [u8],
@@ -133,7 +144,7 @@ const LISTED: u8 = 0x80;
 
 impl<'a> Stream<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        Stream { bytes, decoder: Decoder::new(64, bytes, DecoderOptions::NONE), known: vec![0; bytes.len()] }
+        Stream { bytes, decoder: Decoder::new(64, bytes, decoder_options()), known: vec![0; bytes.len()] }
     }
 
     /// What is known of a place. What is no instruction is a byte to be left out.

@@ -6,7 +6,7 @@
 //! written back ([`access_bounced`]). So MMIO needs no emulator of instructions. A write to a page that holds translated
 //! code runs the same way but directly on RAM, which keeps LOCKed instructions atomic, and drops the code afterwards.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
+use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
 use memory::PAGE_SIZE;
 
 use arch::{Exception, SegmentRegister, Vector};
@@ -17,6 +17,7 @@ use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
+use crate::mode::Mode;
 use crate::semantics::Exec;
 
 /// Size, direction and context of an access, in one word for emitted code.
@@ -399,7 +400,7 @@ impl Vcpu {
     }
 
     fn alignment_checked(&self) -> bool {
-        crate::mode::Mode::of(self).checks_alignment()
+        Mode::of(self).checks_alignment()
     }
 }
 
@@ -683,9 +684,8 @@ impl SiteInfo {
 }
 
 /// Decodes one instruction.
-pub fn decode(bytes: &[u8], bits: u32, ip: u64) -> Instruction {
-    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
-    decoder.decode()
+pub fn decode(bytes: &[u8], mode: Mode, ip: u64) -> Instruction {
+    Decoder::with_ip(mode.bits(), bytes, ip, mode.decoder_options()).decode()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub mod values;
 pub use encode::encode as encode_form;
 
 use arch::registers::rflags;
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::case::{Ignore, Input};
 use crate::layout::*;
@@ -104,7 +104,7 @@ impl Generator {
             };
             let Some(mut code) = bytes else { continue };
             code.truncate(15);
-            let mut decoder = Decoder::with_ip(self.bits, &code, rip, DecoderOptions::NONE);
+            let mut decoder = decoder(self.bits, &code, rip);
             let insn = decoder.decode();
             if insn.is_invalid() {
                 // Worth a try now and then: the processor must refuse it as well. Some that iced refuses are instructions
@@ -132,6 +132,10 @@ impl Generator {
             input.code[entry..entry + code.len()].copy_from_slice(&code);
             let mut ignore = ignore(&insn);
             ignore.segmented = self.segmented;
+            ignore.narrow_stack = self.segmented && crate::host::is_amd();
+            ignore.vector_alignment = crate::host::is_amd()
+                && input.rflags & rflags::AC != 0
+                && matches!(insn.encoding(), EncodingKind::VEX | EncodingKind::EVEX);
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
                 let size = if self.bits == 64 { 2688 } else { 1664 };
@@ -144,14 +148,14 @@ impl Generator {
 
 impl Case {
     pub fn instruction(&self) -> Instruction {
-        Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE).decode()
+        decoder(self.bits, &self.code, self.input.rip).decode()
     }
 
     /// The bytes and their meaning, one instruction a line.
     pub fn disassemble(&self) -> String {
         use iced_x86::{Formatter, IntelFormatter};
         let mut formatter = IntelFormatter::new();
-        let mut decoder = Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE);
+        let mut decoder = decoder(self.bits, &self.code, self.input.rip);
         let mut out = String::new();
         while decoder.can_decode() {
             let from = decoder.position();
@@ -165,6 +169,12 @@ impl Case {
     }
 }
 
+/// Decodes as the host does: see `translator`'s for where AMD's processors differ.
+pub fn decoder(bits: u32, code: &[u8], rip: u64) -> Decoder<'_> {
+    let options = if crate::host::is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    Decoder::with_ip(bits, code, rip, options)
+}
+
 /// What need not agree after an instruction.
 pub fn ignore(insn: &Instruction) -> Ignore {
     let name = format!("{:?}", insn.mnemonic());
@@ -173,6 +183,8 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         // What iced doesn't know may be another name of what it does (SAL).
         flags_at_fault: if insn.is_invalid() { rflags::ARITHMETIC } else { flags(insn.rflags_modified()) },
         segmented: false,
+        narrow_stack: false,
+        vector_alignment: false,
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
@@ -232,9 +244,8 @@ fn encode_some(code: Code, bits: u32) -> bool {
     let mut rng = Rng::new(code as u64);
     let at = if bits == 16 { 0x1000 } else { CODE };
     (0..200).any(|_| {
-        encode::encode(&mut rng, code, bits, at).is_some_and(|b| {
-            Decoder::with_ip(bits, &b, at, DecoderOptions::NONE).decode().mnemonic() != Mnemonic::INVALID
-        })
+        encode::encode(&mut rng, code, bits, at)
+            .is_some_and(|b| decoder(bits, &b, at).decode().mnemonic() != Mnemonic::INVALID)
     })
 }
 

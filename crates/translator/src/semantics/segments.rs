@@ -92,13 +92,13 @@ fn stack_operand_size(insn: &Instruction) -> usize {
     insn.stack_pointer_increment().unsigned_abs() as usize
 }
 
-/// The stack pointer moves by the operand size; outside 64-bit mode only the selector's 16 bits are written (Intel
-/// SDM 2B, PUSH).
+/// The stack pointer moves by the operand size; outside 64-bit mode Intel's processors write only the selector's 16 bits
+/// (Intel SDM 2B, PUSH), AMD's all of the zero-extended operand (AMD APM 3, PUSH).
 fn push(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let selector = cpu.read_register(insn.op0_register());
     let mut stack = Stack::current(cpu);
     match stack_operand_size(insn) {
-        4 => stack.push_selector(cpu, selector as u16)?,
+        4 if !cpu.machine.cpuid.is_amd() => stack.push_selector(cpu, selector as u16)?,
         size => stack.push(cpu, size, selector)?,
     }
     cpu.gpr[gpr::RSP] = stack.pointer;

@@ -198,9 +198,16 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         }
         if stepping || cpu.pending_debug != 0 || cpu.shared.poll.is_set() {
             // An event between iterations pushes RF set, so that the resumed instruction meets no breakpoint on itself
-            // (Intel SDM 3B 17.3.1.1). The flags are those from before, as processors show them.
+            // (Intel SDM 3B 17.3.1.1). The flags are those from before, as Intel's processors show them. AMD's show those of the
+            // last comparison, and RF clear to who steps.
+            let amd = cpu.machine.cpuid.is_amd();
             cpu.rip = cpu.insn_rip;
-            cpu.rflags |= rflags::RF;
+            if amd {
+                finish(cpu, &form, &done);
+            }
+            if !(amd && stepping) {
+                cpu.rflags |= rflags::RF;
+            }
             return Ok(());
         }
     }

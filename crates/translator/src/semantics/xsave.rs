@@ -192,10 +192,14 @@ fn visible(component: u32, size: usize, registers: usize) -> usize {
     }
 }
 
-/// Bytes 0 to 23 of a legacy region.
-fn x87_words(state: &XsaveArea, wide: bool) -> [u8; legacy::MXCSR] {
+/// Bytes 0 to 23 of a legacy region. AMD's processors save opcode and pointers only with a pending exception, and zero
+/// otherwise (AMD APM 2, 11.4.4; CPUID 8000_0008H:EBX[2]).
+fn x87_words(state: &XsaveArea, wide: bool, amd: bool) -> [u8; legacy::MXCSR] {
     let mut words: [u8; legacy::MXCSR] = state.get(0);
     words[legacy::FTW + 1] = 0;
+    if amd && !state.x87_pending() {
+        words[legacy::FOP..].fill(0);
+    }
     if !wide {
         // FCS and FDS: zero, as on all processors that have deprecated them (CPUID.7.0:EBX[13]).
         words[legacy::FIP + 4..legacy::FDP].fill(0);
@@ -205,13 +209,13 @@ fn x87_words(state: &XsaveArea, wide: bool) -> [u8; legacy::MXCSR] {
 }
 
 /// Puts the x87 state into an image, with MXCSR between its parts if that is wanted.
-fn image_x87(image: &mut Image, state: &mut XsaveArea, wide: bool, mxcsr: bool) {
-    state.materialize(component::X87);
-    image.put(0, &x87_words(state, wide));
+fn image_x87(image: &mut Image, cpu: &mut Vcpu, wide: bool, mxcsr: bool) {
+    cpu.xsave.materialize(component::X87);
+    image.put(0, &x87_words(&cpu.xsave, wide, cpu.machine.cpuid.is_amd()));
     if mxcsr {
-        image_mxcsr(image, state);
+        image_mxcsr(image, &cpu.xsave);
     }
-    image.put(legacy::ST, &state.0[legacy::ST..legacy::XMM]);
+    image.put(legacy::ST, &cpu.xsave.0[legacy::ST..legacy::XMM]);
 }
 
 fn image_mxcsr(image: &mut Image, state: &XsaveArea) {
@@ -249,7 +253,7 @@ fn image_of(cpu: &mut Vcpu, insn: &Instruction, written: u64, mxcsr: bool, forma
     let mut image = Image::of(cpu);
     let (registers, pkru) = (vector_registers(cpu), cpu.pkru);
     if written & xcr0::X87 != 0 {
-        image_x87(&mut image, &mut cpu.xsave, wide_pointers(insn), mxcsr);
+        image_x87(&mut image, cpu, wide_pointers(insn), mxcsr);
     } else if mxcsr {
         image_mxcsr(&mut image, &cpu.xsave);
     }

@@ -255,9 +255,17 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
         return Ok(());
     }
     let cpl = cpu.cpl();
-    let code = return_code(cpu, selector)?;
     let new_cpl = (selector & 3) as u8;
-    stack.release(release);
+    let mut beyond = stack;
+    beyond.release(release);
+    if cpu.machine.cpuid.is_amd() && new_cpl != cpl {
+        // The other stack's pointer is read before CS is looked at (AMD APM 3, RET (Far)).
+        let mut outer = beyond;
+        outer.pop(cpu, size)?;
+        outer.pop(cpu, size)?;
+    }
+    let code = return_code(cpu, selector)?;
+    stack = beyond;
     if new_cpl == cpl {
         check_target(cpu, &code, rip)?;
         cpu.segments[SegmentRegister::Cs as usize] = code.segment(selector);
