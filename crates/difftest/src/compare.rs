@@ -64,6 +64,9 @@ pub struct Report {
     pub shown: Vec<String>,
     /// Cases that the native side could not finish.
     pub died: u64,
+    /// The same where it stood still, on AMD's processors: under some hypervisors a program there may come back to one and the
+    /// same instruction for ever, with its kernel never asked.
+    pub hung: u64,
     /// How often cases were entered directly.
     pub entered_directly: u64,
 }
@@ -72,7 +75,10 @@ impl Report {
     /// A text with everything found.
     pub fn text(&self) -> String {
         let mut text = self.shown.join("\n");
-        text += &format!("{} mismatches in {} cases ({} died natively)\n", self.mismatches, self.cases, self.died);
+        text += &format!(
+            "{} mismatches in {} cases ({} died natively, {} hung)\n",
+            self.mismatches, self.cases, self.died, self.hung
+        );
         text += &format!("ended in vectors: {:?}\n", self.vectors);
         let mut forms: Vec<_> = self.forms.iter().collect();
         forms.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
@@ -132,7 +138,10 @@ fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
             }
             report.cases += 1;
             if native.status != Status::Exception {
-                report.died += 1;
+                match native.status == Status::Hung && crate::host::is_amd() {
+                    true => report.hung += 1,
+                    false => report.died += 1,
+                }
                 report.shown.push(format!(
                     "case {}: the native process died\n{}{}",
                     case.index,

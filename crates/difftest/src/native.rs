@@ -84,7 +84,7 @@ impl Native {
         while next < inputs.len() {
             // SAFETY: the child makes only system calls and touches only its own and the shared memory.
             let pid = unsafe { libc::fork() };
-            match pid {
+            let stopped = match pid {
                 -1 => return Err(io::Error::last_os_error()),
                 0 => self.child(),
                 _ => {
@@ -97,14 +97,15 @@ impl Native {
                             return Err(e);
                         }
                     }
+                    libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGALRM
                 }
-            }
+            };
             // SAFETY: the child has ended; it wrote this word.
             next = unsafe { std::ptr::read_volatile(&raw const (*self.shared).current) } as usize;
             if next < inputs.len() {
                 // SAFETY: as above.
                 let outcome = unsafe { &mut (*self.shared).outcomes[next] };
-                outcome.status = Status::Died;
+                outcome.status = if stopped { Status::Hung } else { Status::Died };
                 next += 1;
                 // SAFETY: as above.
                 unsafe { (*self.shared).current = next as u32 };

@@ -325,7 +325,7 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
         }
         // What must be aligned is looked at first.
         Err(_)
-            if must_be_aligned(&insn)
+            if must_be_aligned(cpu, &insn)
                 && !cpu.seg(segment).base.wrapping_add(offset).is_multiple_of(kind.size() as u64) =>
         {
             return stop(cpu, Stop::Fault(Exception::general_protection(0)));
@@ -462,14 +462,18 @@ fn waits_for_fpu(insn: &Instruction) -> bool {
 }
 
 /// Whether the operand must be aligned to its size, or #GP comes before any fault of its pages: SSE's, but for those that
-/// say otherwise, and the aligned and non-temporal moves of AVX and later (Intel SDM 2A 2.4.1, 2.6.11).
-fn must_be_aligned(insn: &Instruction) -> bool {
+/// say otherwise, and the aligned and non-temporal moves of AVX and later (Intel SDM 2A 2.4.1, 2.6.11). AMD's processors don't
+/// ask it of the SHA instructions.
+fn must_be_aligned(cpu: &Vcpu, insn: &Instruction) -> bool {
     use Mnemonic::*;
     let size = insn.memory_size().size();
     match insn.mnemonic() {
         Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri
         | Pcmpistrm | Cmpxchg16b => insn.mnemonic() == Cmpxchg16b,
         Vmovaps | Vmovapd | Vmovdqa | Vmovdqa32 | Vmovdqa64 | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => size >= 16,
+        Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2 => {
+            !cpu.machine.cpuid.is_amd()
+        }
         _ => size == 16 && insn.encoding() == iced_x86::EncodingKind::Legacy,
     }
 }
@@ -484,7 +488,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
     }
     let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
-    if must_be_aligned(&site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
+    if must_be_aligned(cpu, &site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
         return stop(cpu, Stop::Fault(Exception::general_protection(0)));
     }
     let touched = mask.unwrap_or(u64::MAX) & low_bits(size);
@@ -532,7 +536,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         }
     }
     let key = cpu.hot.return_address;
-    let plain = ram && mask.is_none() && !must_be_aligned(&site.insn) && !waits_for_fpu(&site.insn);
+    let plain = ram && mask.is_none() && !must_be_aligned(cpu, &site.insn) && !waits_for_fpu(&site.insn);
     if kind.write() && plain && pieces[1].1 != 0 && cpu.engine.cache.snippets.store(key).is_none() {
         let Some(code) = site.copy_instruction(context_offset!(hot.stored_split)) else {
             return lost(cpu, "split store");

@@ -13,7 +13,7 @@ pub mod values;
 pub use encode::encode as encode_form;
 
 use arch::registers::rflags;
-use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use crate::case::{Ignore, Input};
 use crate::layout::*;
@@ -112,7 +112,7 @@ impl Generator {
                 if !rng.one_in(16) || undecodable_but_dangerous(&code) {
                     continue;
                 }
-            } else if !self.admits(&insn) || state::uses_its_mask_as_address(&insn) {
+            } else if !self.admits(&insn) || peculiar(&insn, &code) || state::uses_its_mask_as_address(&insn) {
                 continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one
@@ -135,7 +135,9 @@ impl Generator {
             ignore.narrow_stack = self.segmented && crate::host::is_amd();
             ignore.vector_alignment = crate::host::is_amd()
                 && input.rflags & rflags::AC != 0
-                && matches!(insn.encoding(), EncodingKind::VEX | EncodingKind::EVEX);
+                && insn.memory_size().size() >= 8
+                && is_vector(&insn);
+            ignore.resume_flag = crate::host::is_amd() && input.rflags & rflags::RF != 0;
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
                 let size = if self.bits == 64 { 2688 } else { 1664 };
@@ -179,17 +181,20 @@ pub fn decoder(bits: u32, code: &[u8], rip: u64) -> Decoder<'_> {
 pub fn ignore(insn: &Instruction) -> Ignore {
     let name = format!("{:?}", insn.mnemonic());
     Ignore {
-        flags: flags(insn.rflags_undefined()),
+        flags: flags(insn.rflags_undefined()) | rotated_by_its_width(insn),
         // What iced doesn't know may be another name of what it does (SAL).
         flags_at_fault: if insn.is_invalid() { rflags::ARITHMETIC } else { flags(insn.rflags_modified()) },
         segmented: false,
         narrow_stack: false,
         vector_alignment: false,
+        call: crate::host::is_amd() && insn.mnemonic() == Mnemonic::Call,
+        resume_flag: false,
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
         extended: insn.memory_size().size() == 10,
-        undecodable: insn.is_invalid(),
+        // To AMD's processors UD1 ends with its opcode.
+        undecodable: insn.is_invalid() || crate::host::is_amd() && insn.mnemonic() == Mnemonic::Ud1,
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",
@@ -198,6 +203,37 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         sticky_at_fault: name == "Vcvtps2ph"
             || (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()),
     }
+}
+
+/// RCL and RCR of 8 and 16 bits by a multiple of 9 or 17, which changes nothing: AMD's processors leave OF undefined as with any
+/// count but 1 (AMD APM 3, RCL), while to Intel's and iced it stays.
+fn rotated_by_its_width(insn: &Instruction) -> u64 {
+    let rotates = matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    if rotates && crate::host::is_amd() && insn.op1_kind() == OpKind::Immediate8 && insn.immediate8() & 0x1f > 1 {
+        rflags::OF
+    } else {
+        0
+    }
+}
+
+/// Whether an instruction works on vector registers, or masks for them.
+fn is_vector(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| {
+        let register = insn.op_register(i);
+        insn.op_kind(i) == OpKind::Register && (register.is_vector_register() || register.is_k())
+    })
+}
+
+/// What AMD's processors do in ways of their own that no guest's program asks for: with REPE or REPNE before them, LOOPE and LOOPNE
+/// go by that prefix; a far call with REX.W pushes 64 bits each, though its pointer has 32.
+fn peculiar(insn: &Instruction, code: &[u8]) -> bool {
+    let prefixes = || code.iter().take_while(|b| is_prefix(**b));
+    crate::host::is_amd()
+        && match insn.mnemonic() {
+            Mnemonic::Loope | Mnemonic::Loopne => prefixes().any(|b| matches!(b, 0xf2 | 0xf3)),
+            Mnemonic::Call => insn.code() == Code::Call_m1632 && prefixes().any(|b| b & 0xf8 == 0x48),
+            _ => false,
+        }
 }
 
 /// RFLAGS bits for iced's, which are numbered in their own way.
@@ -294,11 +330,13 @@ fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
     bytes
 }
 
+fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x66 | 0x67 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f)
+}
+
 /// Bytes that iced can't decode here but that may do something on the host that is not to be tried.
 fn undecodable_but_dangerous(code: &[u8]) -> bool {
-    let opcode = code.iter().position(|b| {
-        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f)
-    });
+    let opcode = code.iter().position(|b| !is_prefix(*b));
     match opcode.map(|at| &code[at..]) {
         // VIA's and Cyrix's own, SMM, VMX, SGX, AMX, MPX, SVM
         Some([0x0f, second, ..]) => {

@@ -260,9 +260,8 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     beyond.release(release);
     if cpu.machine.cpuid.is_amd() && new_cpl != cpl {
         // The other stack's pointer is read before CS is looked at (AMD APM 3, RET (Far)).
-        let mut outer = beyond;
-        outer.pop(cpu, size)?;
-        outer.pop(cpu, size)?;
+        beyond.peek_selector(cpu, size, 1)?;
+        beyond.peek(cpu, size, 0)?;
     }
     let code = return_code(cpu, selector)?;
     stack = beyond;

@@ -96,12 +96,15 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     Ok(())
 }
 
-/// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good.
+/// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good,
+/// but for AMD's processors (AMD APM 3, IRET).
 fn frame_fault(cpu: &mut Vcpu, stack: &Stack, size: usize) -> Result<(), Exception> {
     stack.peek(cpu, size, 2)?;
     let selector = stack.peek(cpu, size, 1)? as u16;
     stack.peek(cpu, size, 0)?;
-    return_code(cpu, selector)?;
+    if !cpu.machine.cpuid.is_amd() {
+        return_code(cpu, selector)?;
+    }
     Ok(())
 }
 
