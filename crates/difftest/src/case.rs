@@ -169,6 +169,8 @@ pub struct Ignore {
     pub call: bool,
     /// RF was set, which AMD's processors keep between repetitions of a string instruction that is stepped through.
     pub resume_flag: bool,
+    /// Which of its two operands CMPS looks at first is the implementation's choice; AMD's processors vary.
+    pub either_operand: bool,
     /// Of an operand of vector instructions, what AMD's processors take for misaligned where that is checked (RFLAGS.AC), and
     /// before or after which other fault, is not what Intel's do, and no system checks it.
     pub vector_alignment: bool,
@@ -207,7 +209,8 @@ impl Ignore {
         // A masked operand of which a part is not canonical: whether the elements that count are in that part is the last to be
         // looked at.
         let near_the_end = |cr2: u64| cr2 >> 12 == TASK_SIZE >> 12 || cr2 >> 12 == !0x7fff_ffff_ffff >> 12;
-        matches!(native.vector, 12 | 13) && guest.vector == 14 && native.selectors[0] != USER_CODE64 && wraps
+        self.either_operand
+            || matches!(native.vector, 12 | 13) && guest.vector == 14 && native.selectors[0] != USER_CODE64 && wraps
             || self.masked && native.vector == 14 && guest.vector == 13 && near_the_end(native.cr2)
             || self.masked && native.vector == 13 && guest.vector == 14 && near_the_end(guest.cr2)
             // FXRSTOR looks at all of its area before it looks at what it loads.

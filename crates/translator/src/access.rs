@@ -491,7 +491,9 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     if must_be_aligned(cpu, &site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
         return stop(cpu, Stop::Fault(Exception::general_protection(0)));
     }
-    let touched = mask.unwrap_or(u64::MAX) & low_bits(size);
+    let bytes = mask.unwrap_or(u64::MAX);
+    let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
+    let touched = checked & low_bits(size);
     let byte = |i: u32| va.wrapping_add(i.into());
     let outside = !canonical(byte(touched.trailing_zeros())) || !canonical(byte(63 - touched.leading_zeros().min(63)));
     if cpu.code64() && touched != 0 && outside {
@@ -499,8 +501,6 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         let vector = if stack { Vector::StackFault } else { Vector::GeneralProtection };
         return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
     }
-    let bytes = mask.unwrap_or(u64::MAX);
-    let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
     let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
     let mut pieces: [Piece; 2] = [(0, 0); 2];
     let mut start = 0;

@@ -133,10 +133,7 @@ impl Generator {
             let mut ignore = ignore(&insn);
             ignore.segmented = self.segmented;
             ignore.narrow_stack = self.segmented && crate::host::is_amd();
-            ignore.vector_alignment = crate::host::is_amd()
-                && input.rflags & rflags::AC != 0
-                && insn.memory_size().size() >= 8
-                && is_vector(&insn);
+            ignore.vector_alignment = crate::host::is_amd() && input.rflags & rflags::AC != 0 && is_vector(&insn);
             ignore.resume_flag = crate::host::is_amd() && input.rflags & rflags::RF != 0;
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
@@ -189,6 +186,10 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         vector_alignment: false,
         call: crate::host::is_amd() && insn.mnemonic() == Mnemonic::Call,
         resume_flag: false,
+        either_operand: matches!(
+            insn.code(),
+            Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
+        ),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",

@@ -296,7 +296,7 @@ impl Run<'_> {
         Ok(Done { elements: room, flags: 0, ended: false })
     }
 
-    /// Of two faults, CMPS takes that of its destination, on the processors at hand.
+    /// Of two faults, CMPS takes that of its destination, on the processors at hand (AMD's at times that of its source).
     fn cmps(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
         let Some(destination) = self.destination(cpu, Access::Read)? else { return self.element(cpu) };
         let Some(source) = self.source(cpu)? else { return self.element(cpu) };

@@ -260,8 +260,11 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     beyond.release(release);
     if cpu.machine.cpuid.is_amd() && new_cpl != cpl {
         // The other stack's pointer is read before CS is looked at (AMD APM 3, RET (Far)).
-        beyond.peek_selector(cpu, size, 1)?;
-        beyond.peek(cpu, size, 0)?;
+        let mut outer = beyond;
+        outer.release(size as u64);
+        outer.pop(cpu, size)?;
+        outer = beyond;
+        outer.pop(cpu, size)?;
     }
     let code = return_code(cpu, selector)?;
     stack = beyond;

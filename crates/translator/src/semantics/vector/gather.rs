@@ -65,10 +65,10 @@ fn mask_of(cpu: &Vcpu, insn: &Instruction, size: usize, count: usize) -> u64 {
     mask & ((1 << count) - 1)
 }
 
-/// Writes what is left of the mask, of which `done` has been cleared. An opmask register keeps its upper bits until all is
-/// done; the elements of a vector register become all ones or zero, and what is above them zero. AMD's processors leave what is
-/// not done as it was.
-fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left: u64, done: u64) {
+/// Writes what is left of the mask. An opmask register keeps its upper bits until all is done; the elements of a vector register
+/// become all ones or zero, and what is above them zero. To AMD's processors elements up to the first one that is left become
+/// zero, and all above stays as it was.
+fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left: u64) {
     if insn.encoding() == EncodingKind::EVEX {
         let register = opmask_index(insn.op_mask());
         let above = if left == 0 { 0 } else { cpu.xsave.opmask(register) >> count << count };
@@ -82,7 +82,7 @@ fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left:
         let old = cpu.xsave.vector(register);
         if cpu.machine.cpuid.is_amd() {
             value = old;
-            (0..count).filter(|i| done >> i & 1 != 0).for_each(|i| value[i * size..(i + 1) * size].fill(0));
+            value[..left.trailing_zeros() as usize * size].fill(0);
             cpu.xsave.set_vector(register, &value);
             return;
         }
@@ -126,7 +126,7 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         }
         left &= left - 1;
     }
-    set_mask(cpu, insn, size, count, left, all & !left);
+    set_mask(cpu, insn, size, count, left);
     let amd = cpu.machine.cpuid.is_amd();
     if !scatter {
         // What is above the vector length is cleared with the first element (by AMD's processors at the end), what is below it but
