@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use arch::registers::rflags;
 
-use crate::layout::{MEMORY, PAGE, SLOT_SIZE, USER_CODE64, WRITABLE};
+use crate::layout::{DATA, MEMORY, PAGE, SLOT_SIZE, USER_CODE64, WRITABLE};
 use crate::rng::Rng;
 
 /// Bytes of an XSAVE area in the standard format up to and including AVX-512's last component and PKRU.
@@ -205,16 +205,16 @@ impl Ignore {
     /// The same of AMD's processors, of which the guest's is one then, where both sides have a fault of memory.
     fn other_fault_on_amd(&self, native: &Outcome, guest: &Outcome) -> bool {
         // An operand that goes over the end of 4 GiB is outside its segment, and does not wrap around.
-        let wraps = (guest.cr2 as u32).wrapping_add(64) < 128;
-        // A masked operand of which a part is not canonical: whether the elements that count are in that part is the last to be
-        // looked at.
+        let near = |base: u64| (guest.cr2.wrapping_sub(base) as u32).wrapping_add(64) < 128;
+        let wraps = near(0) || self.segmented && near(DATA);
+        // Of a masked operand of which a part is outside, the elements that count are found first, or last.
         let near_the_end = |cr2: u64| cr2 >> 12 == TASK_SIZE >> 12 || cr2 >> 12 == !0x7fff_ffff_ffff >> 12;
         self.either_operand
             || matches!(native.vector, 12 | 13) && guest.vector == 14 && native.selectors[0] != USER_CODE64 && wraps
-            || self.masked && native.vector == 14 && guest.vector == 13 && near_the_end(native.cr2)
-            || self.masked && native.vector == 13 && guest.vector == 14 && near_the_end(guest.cr2)
-            // FXRSTOR looks at all of its area before it looks at what it loads.
-            || self.large_area && native.vector == 14 && guest.vector == 13
+            || self.masked && native.vector == 14 && (near_the_end(native.cr2) || self.segmented)
+            || self.masked && guest.vector == 14 && near_the_end(guest.cr2)
+            // FXRSTOR looks at all of its area before it looks at what it loads, XSAVE at alignment before limits.
+            || self.large_area && (native.vector == 14 && guest.vector == 13 || self.segmented)
     }
 }
 
