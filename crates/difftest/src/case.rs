@@ -192,7 +192,7 @@ impl Ignore {
                     || native.vector == 17
                     || guest.vector == 17)
             || self.vector_alignment && (native.vector == 17 || guest.vector == 17 || both_fault)
-            || crate::host::is_amd() && both_fault && self.other_fault_on_amd(native, guest)
+            || translator::host_is_amd() && both_fault && self.other_fault_on_amd(native, guest)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
             || (self.large_area || self.extended)
                 && native.vector == 14
@@ -214,7 +214,9 @@ impl Ignore {
             || self.masked && native.vector == 14 && (near_the_end(native.cr2) || self.segmented)
             || self.masked && guest.vector == 14 && near_the_end(guest.cr2)
             // FXRSTOR looks at all of its area before it looks at what it loads, XSAVE at alignment before limits.
-            || self.large_area && (native.vector == 14 && guest.vector == 13 || self.segmented)
+            || self.large_area && (native.vector == 14 && matches!(guest.vector, 12 | 13) || self.segmented)
+            // Limits come before alignment.
+            || matches!(native.vector, 12 | 13) && guest.vector == 17 && native.selectors[0] != USER_CODE64
     }
 }
 
@@ -420,9 +422,9 @@ fn value<'a>(area: &'a [u8], field: &Field, initial: &'a mut [u8; 64]) -> &'a [u
 
 fn xsave_differences(native: &[u8], guest: &[u8], sticky: bool, out: &mut String) {
     // AMD's processors hand x87's opcode and pointers to the host's kernel only with a pending exception (AMD APM 2, 11.4.4).
-    let no_pointers = crate::host::is_amd() && native[2] & 0x80 == 0;
+    let no_pointers = translator::host_is_amd() && native[2] & 0x80 == 0;
     // So what an instruction before the one with the exception had noted is lost with any switch of threads, on either side.
-    let data_pointer_lost = crate::host::is_amd() && [native, guest].iter().any(|x| x[16..24] == [0; 8]);
+    let data_pointer_lost = translator::host_is_amd() && [native, guest].iter().any(|x| x[16..24] == [0; 8]);
     for field in fields() {
         if sticky && field.offset < 160
             || no_pointers && matches!(field.offset, 6..24)

@@ -10,7 +10,6 @@ pub mod compare;
 pub mod engines;
 pub mod generate;
 pub mod guest;
-pub mod host;
 pub mod layout;
 pub mod local;
 pub mod native;

@@ -136,6 +136,11 @@ impl Native {
             std::ptr::copy_nonoverlapping(self.template.as_ptr(), READ_ONLY as *mut u8, PAGE);
             libc::mprotect(READ_ONLY as *mut _, PAGE, libc::PROT_READ);
 
+            // LSL of one of Linux's selectors gives the processor's number: that of the guest's is 0.
+            let mut first: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(0, &mut first);
+            libc::sched_setaffinity(0, size_of_val(&first), &first);
+
             if self.local && crate::local::install().is_err() {
                 libc::_exit(103);
             }

@@ -318,7 +318,7 @@ impl Writer<'_> {
                 continue; // AH..BH beside a register that needs REX
             }
             let undefined = crate::generate::ignore(&insn).flags;
-            if undefined != 0 && self.stepped && crate::host::is_amd() {
+            if undefined != 0 && self.stepped && translator::host_is_amd() {
                 // What AMD's processors leave undefined may be as it was before, which translated code does not keep for an
                 // instruction that will overwrite it; a step would show it.
                 continue;

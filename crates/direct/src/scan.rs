@@ -123,12 +123,16 @@ pub fn is_listed(instruction: &Instruction) -> bool {
     ) || matches!(mnemonic, Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64)
 }
 
-/// Code that runs directly is the host's processor's: to AMD's, near branches with an operand-size prefix are shorter.
+/// Whether the host's processor is AMD's (or Hygon's), which differs from Intel's where the manuals do.
+pub fn host_is_amd() -> bool {
+    static AMD: OnceLock<bool> = OnceLock::new();
+    // The first letters of the vendor.
+    *AMD.get_or_init(|| matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo"))
+}
+
+/// To AMD's processors, near branches with an operand-size prefix are shorter.
 fn decoder_options() -> u32 {
-    static OPTIONS: OnceLock<u32> = OnceLock::new();
-    // The first letters of the vendor: "Auth", "Hygo".
-    let amd = || matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo");
-    *OPTIONS.get_or_init(|| if amd() { DecoderOptions::AMD } else { DecoderOptions::NONE })
+    if host_is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE }
 }
 
 /// Instructions of a page, wherever they may begin: each place is decoded when it is first asked for.

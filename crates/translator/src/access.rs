@@ -12,6 +12,7 @@ use memory::PAGE_SIZE;
 use arch::{Exception, SegmentRegister, Vector};
 
 use crate::codegen::asm::{Asm, Mem, RSP};
+use crate::codegen::classify::operand_size;
 use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
@@ -445,7 +446,11 @@ fn misaligned(insn: &Instruction, va: u64) -> bool {
     if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
         return false; // checked by no processor known
     }
-    let width = match insn.memory_size().size() {
+    let size = match insn.mnemonic() {
+        Mnemonic::Movsxd => operand_size(insn),
+        _ => insn.memory_size().size(),
+    };
+    let width = match size {
         size @ (2 | 4 | 8) => size as u64,
         6 | 28 | 108 => 4,
         10 => 8,

@@ -132,9 +132,9 @@ impl Generator {
             input.code[entry..entry + code.len()].copy_from_slice(&code);
             let mut ignore = ignore(&insn);
             ignore.segmented = self.segmented;
-            ignore.narrow_stack = self.segmented && crate::host::is_amd();
-            ignore.vector_alignment = crate::host::is_amd() && input.rflags & rflags::AC != 0 && is_vector(&insn);
-            ignore.resume_flag = crate::host::is_amd() && input.rflags & rflags::RF != 0;
+            ignore.narrow_stack = self.segmented && translator::host_is_amd();
+            ignore.vector_alignment = translator::host_is_amd() && input.rflags & rflags::AC != 0 && is_vector(&insn);
+            ignore.resume_flag = translator::host_is_amd() && input.rflags & rflags::RF != 0;
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
                 let size = if self.bits == 64 { 2688 } else { 1664 };
@@ -170,7 +170,7 @@ impl Case {
 
 /// Decodes as the host does: see `translator`'s for where AMD's processors differ.
 pub fn decoder(bits: u32, code: &[u8], rip: u64) -> Decoder<'_> {
-    let options = if crate::host::is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    let options = if translator::host_is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE };
     Decoder::with_ip(bits, code, rip, options)
 }
 
@@ -184,18 +184,20 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         segmented: false,
         narrow_stack: false,
         vector_alignment: false,
-        call: crate::host::is_amd() && insn.mnemonic() == Mnemonic::Call,
+        call: translator::host_is_amd() && insn.mnemonic() == Mnemonic::Call,
         resume_flag: false,
         either_operand: matches!(
             insn.code(),
             Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
         ),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
-        masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
+        masked: insn.op_mask() != iced_x86::Register::None
+            || name.contains("maskmov")
+            || translator::host_is_amd() && name.contains("ompress"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
         extended: insn.memory_size().size() == 10,
         // To AMD's processors UD1 ends with its opcode.
-        undecodable: insn.is_invalid() || crate::host::is_amd() && insn.mnemonic() == Mnemonic::Ud1,
+        undecodable: insn.is_invalid() || translator::host_is_amd() && insn.mnemonic() == Mnemonic::Ud1,
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",
@@ -210,7 +212,7 @@ pub fn ignore(insn: &Instruction) -> Ignore {
 /// count but 1 (AMD APM 3, RCL), while to Intel's and iced it stays.
 fn rotated_by_its_width(insn: &Instruction) -> u64 {
     let rotates = matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
-    if rotates && crate::host::is_amd() && insn.op1_kind() == OpKind::Immediate8 && insn.immediate8() & 0x1f > 1 {
+    if rotates && translator::host_is_amd() && insn.op1_kind() == OpKind::Immediate8 && insn.immediate8() & 0x1f > 1 {
         rflags::OF
     } else {
         0
@@ -229,7 +231,7 @@ fn is_vector(insn: &Instruction) -> bool {
 /// go by that prefix; a far call with REX.W pushes 64 bits each, though its pointer has 32.
 fn peculiar(insn: &Instruction, code: &[u8]) -> bool {
     let prefixes = || code.iter().take_while(|b| is_prefix(**b));
-    crate::host::is_amd()
+    translator::host_is_amd()
         && match insn.mnemonic() {
             Mnemonic::Loope | Mnemonic::Loopne => prefixes().any(|b| matches!(b, 0xf2 | 0xf3)),
             Mnemonic::Call => insn.code() == Code::Call_m1632 && prefixes().any(|b| b & 0xf8 == 0x48),

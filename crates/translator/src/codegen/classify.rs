@@ -417,6 +417,8 @@ pub fn access_operand(insn: &Instruction) -> Option<u32> {
 pub fn operand_size(insn: &Instruction) -> usize {
     match insn.mnemonic() {
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Xlatb => 1,
+        // AMD's processors read 32 bits also where 16 are wanted, and the host's does when it runs here.
+        Mnemonic::Movsxd if crate::host_is_amd() => 4,
         _ => insn.memory_size().size().clamp(1, 64),
     }
 }
