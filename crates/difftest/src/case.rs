@@ -193,6 +193,8 @@ impl Ignore {
                     || guest.vector == 17)
             || self.vector_alignment && (native.vector == 17 || guest.vector == 17 || both_fault)
             || translator::host_is_amd() && both_fault && self.other_fault_on_amd(native, guest)
+            // The elements of a masked operand wrap around one by one where the address size does.
+            || translator::host_is_amd() && self.masked && self.segmented && native.vector == 3 && memory_fault(guest)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
             || (self.large_area || self.extended)
                 && native.vector == 14
@@ -216,7 +218,7 @@ impl Ignore {
             // FXRSTOR looks at all of its area before it looks at what it loads, XSAVE at alignment before limits.
             || self.large_area && (native.vector == 14 && matches!(guest.vector, 12 | 13) || self.segmented)
             // Limits come before alignment.
-            || matches!(native.vector, 12 | 13) && guest.vector == 17 && native.selectors[0] != USER_CODE64
+            || matches!(native.vector, 12 | 13) && guest.vector == 17
     }
 }
 

@@ -13,7 +13,7 @@ pub mod values;
 pub use encode::encode as encode_form;
 
 use arch::registers::rflags;
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use crate::case::{Ignore, Input};
 use crate::layout::*;
@@ -109,7 +109,7 @@ impl Generator {
             if insn.is_invalid() {
                 // Worth a try now and then: the processor must refuse it as well. Some that iced refuses are instructions
                 // of extensions it was not asked for (reserved NOPs, MPX): on both sides they do the same.
-                if !rng.one_in(16) || undecodable_but_dangerous(&code) {
+                if !rng.one_in(16) || undecodable_but_dangerous(&code) || reserved_to_intel(&code) {
                     continue;
                 }
             } else if !self.admits(&insn) || peculiar(&insn, &code) || state::uses_its_mask_as_address(&insn) {
@@ -228,12 +228,17 @@ fn is_vector(insn: &Instruction) -> bool {
 }
 
 /// What AMD's processors do in ways of their own that no guest's program asks for: with REPE or REPNE before them, LOOPE and LOOPNE
-/// go by that prefix; a far call with REX.W pushes 64 bits each, though its pointer has 32.
+/// go by that prefix; a far call with REX.W pushes 64 bits each, though its pointer has 32; outside 64-bit mode VPINSRD and VPEXTRD
+/// are undefined with W.
 fn peculiar(insn: &Instruction, code: &[u8]) -> bool {
     let prefixes = || code.iter().take_while(|b| is_prefix(**b));
     translator::host_is_amd()
         && match insn.mnemonic() {
             Mnemonic::Loope | Mnemonic::Loopne => prefixes().any(|b| matches!(b, 0xf2 | 0xf3)),
+            Mnemonic::Vpinsrd | Mnemonic::Vpextrd => {
+                let vex: Vec<u8> = code.iter().copied().skip_while(|b| is_prefix(*b)).take(3).collect();
+                insn.code_size() != CodeSize::Code64 && matches!(*vex, [0x62 | 0xc4, _, third] if third & 0x80 != 0)
+            }
             Mnemonic::Call => insn.code() == Code::Call_m1632 && prefixes().any(|b| b & 0xf8 == 0x48),
             _ => false,
         }
@@ -331,6 +336,13 @@ fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
         bytes.push(rng.next_u64() as u8);
     }
     bytes
+}
+
+/// VEX and EVEX instructions that AMD's processors may execute though bits are set that Intel reserves (those that extend the
+/// number of a mask register, say). The translator refuses them.
+fn reserved_to_intel(code: &[u8]) -> bool {
+    let opcode = code.iter().find(|b| !is_prefix(**b));
+    translator::host_is_amd() && matches!(opcode, Some(0x62 | 0xc4 | 0xc5))
 }
 
 fn is_prefix(byte: u8) -> bool {

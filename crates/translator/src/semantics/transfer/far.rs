@@ -244,6 +244,11 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     let mut stack = Stack::current(cpu);
     // CS first, as a page fault shows.
     let selector = stack.peek_selector(cpu, size, 1)?;
+    let amd = cpu.machine.cpuid.is_amd();
+    if amd {
+        // All of its place is read.
+        stack.peek(cpu, size, 1)?;
+    }
     let rip = stack.pop(cpu, size)?;
     stack.release(size as u64);
     if !cpu.protected_mode() || cpu.v8086() {
@@ -258,7 +263,7 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     let new_cpl = (selector & 3) as u8;
     let mut beyond = stack;
     beyond.release(release);
-    if cpu.machine.cpuid.is_amd() && new_cpl != cpl {
+    if amd && new_cpl != cpl {
         // The other stack's pointer is read before CS is looked at (AMD APM 3, RET (Far)).
         let mut outer = beyond;
         outer.release(size as u64);

@@ -72,8 +72,13 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
         return return_to_v8086(cpu, &mut stack, rip, selector, image);
     }
 
-    let code = return_code(cpu, selector)?;
     let new_cpl = (selector & 3) as u8;
+    if cpu.machine.cpuid.is_amd() && new_cpl != cpl && !from_64 {
+        // The other stack's pointer is read before CS is looked at.
+        start.peek(cpu, size, 4)?;
+        start.peek(cpu, size, 3)?;
+    }
+    let code = return_code(cpu, selector)?;
     let outer = new_cpl > cpl;
     if outer && !from_64 {
         stack.pop_frame(cpu, size, &mut frame[3..])?;
