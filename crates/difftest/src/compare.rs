@@ -64,9 +64,10 @@ pub struct Report {
     pub shown: Vec<String>,
     /// Cases that the native side could not finish.
     pub died: u64,
-    /// The same of code in segments that stood still, on AMD's processors: a far call to 64-bit code pushes onto a stack pointer
+    /// The same of those that stood still, on AMD's processors. A far call from a segment to 64-bit code pushes onto a stack pointer
     /// whose upper half is the host's kernel's (see `Ignore::narrow_stack`), and Linux takes that page fault for an erratum
-    /// (is_errata100): it returns from it for ever.
+    /// (is_errata100): it returns from it for ever. On a virtual EPYC, one sequence in ten thousand does not get past its first
+    /// instruction, with no time spent in the kernel, unless a debugger steps it; why is not known.
     pub hung: u64,
     /// How often cases were entered directly.
     pub entered_directly: u64,
@@ -139,7 +140,7 @@ fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
             }
             report.cases += 1;
             if native.status != Status::Exception {
-                match native.status == Status::Hung && case.ignore.narrow_stack {
+                match native.status == Status::Hung && translator::host_is_amd() {
                     true => report.hung += 1,
                     false => report.died += 1,
                 }

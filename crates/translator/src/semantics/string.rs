@@ -492,7 +492,7 @@ mod native {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{BASE, RIP, read, revoke, step, vcpu, write};
+    use super::super::testing::{BASE, RIP, Vendor, read, revoke, step, vcpu, vcpu_of, write};
     use super::*;
     use arch::registers::pte;
     use arch::{Vector, state::Segment};
@@ -652,7 +652,7 @@ mod tests {
 
     #[test]
     fn single_step_and_requests_stop_between_iterations_with_rf() {
-        let mut cpu = vcpu();
+        let mut cpu = vcpu_of(Vendor::Intel);
         cpu.rflags |= rflags::TF;
         registers(&mut cpu, 3, 0, BASE);
         step(&mut cpu, REP_STOSB).expect("mapped memory");

@@ -38,10 +38,7 @@ fn tsc_aux_names_the_processor() {
 /// Linux executes it wherever CPUID names it, when it has patched its own code.
 #[test]
 fn serialize_needs_no_host_that_has_it() {
-    let mut cpu = user_vcpu();
-    let before = cpu.rip;
-    execute(&mut cpu, &[0x0f, 0x01, 0xe8]).unwrap();
-    assert_eq!(cpu.rip, before + 3);
+    execute(&mut user_vcpu(), &[0x0f, 0x01, 0xe8]).unwrap();
 }
 
 #[test]
