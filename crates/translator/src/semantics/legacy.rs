@@ -140,7 +140,8 @@ fn bound(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     };
     let lower = signed(bound(0)?);
     // Intel's processors read the upper bound only if it matters.
-    let outside = lower > index && !amd || signed(bound(1)?) < index || lower > index;
+    let upper = if lower > index && !amd { None } else { Some(signed(bound(1)?)) };
+    let outside = lower > index || upper.is_some_and(|upper| upper < index);
     if outside { Err(Exception::new(Vector::BoundRange).into()) } else { Ok(()) }
 }
 
