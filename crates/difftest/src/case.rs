@@ -3,7 +3,9 @@
 use std::fmt::Write;
 use std::sync::OnceLock;
 
-use crate::layout::{MEMORY, PAGE, SLOT_SIZE, WRITABLE};
+use arch::registers::rflags;
+
+use crate::layout::{DATA, MEMORY, PAGE, SLOT_SIZE, USER_CODE64, WRITABLE};
 use crate::rng::Rng;
 
 /// Bytes of an XSAVE area in the standard format up to and including AVX-512's last component and PKRU.
@@ -160,6 +162,18 @@ pub struct Ignore {
     /// String instructions with 32-bit addresses clear the upper halves of their registers even before the first element, on
     /// some processors in some cases.
     pub narrow_pointers: bool,
+    /// The upper half of RSP says nothing: an IRET to a 16-bit stack leaves it to AMD's processors as the host's kernel had it,
+    /// and code that is not 64-bit can't see it (AMD APM 1, 3.1.2).
+    pub narrow_stack: bool,
+    /// AMD's processors refuse the target of a near CALL before they write the return address; translated code writes it first.
+    pub call: bool,
+    /// RF was set, which AMD's processors keep between repetitions of a string instruction that is stepped through.
+    pub resume_flag: bool,
+    /// Which of its two operands CMPS looks at first is the implementation's choice; AMD's processors vary.
+    pub either_operand: bool,
+    /// Of an operand of vector instructions, what AMD's processors take for misaligned where that is checked (RFLAGS.AC), and
+    /// before or after which other fault, is not what Intel's do, and no system checks it.
+    pub vector_alignment: bool,
     /// Sticky bits of MXCSR or the x87 status (MMX state) may be set although the store that follows faults.
     pub sticky_at_fault: bool,
 }
@@ -168,6 +182,7 @@ impl Ignore {
     /// Whether the native side may take a fault that the guest doesn't, or the other way round.
     fn other_fault(&self, native: &Outcome, guest: &Outcome) -> bool {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
+        let both_fault = memory_fault(native) && memory_fault(guest);
         self.undecodable && matches!((native.vector, guest.vector), (6, 13 | 14) | (13, 6))
             || self.large_area && (native.vector, guest.vector) == (17, 13)
             || self.large_area && self.segmented && native.vector == 14 && matches!(guest.vector, 12 | 13)
@@ -176,6 +191,10 @@ impl Ignore {
                     || memory_fault(native) && memory_fault(guest)
                     || native.vector == 17
                     || guest.vector == 17)
+            || self.vector_alignment && (native.vector == 17 || guest.vector == 17 || both_fault)
+            || translator::host_is_amd() && both_fault && self.other_fault_on_amd(native, guest)
+            // The elements of a masked operand wrap around one by one where the address size does.
+            || translator::host_is_amd() && self.masked && self.segmented && native.vector == 3 && memory_fault(guest)
             || native.vector == 14 && native.cr2.wrapping_sub(self.guest_area_end) < 0x2b00 && self.guest_area_end != 0
             || (self.large_area || self.extended)
                 && native.vector == 14
@@ -183,6 +202,23 @@ impl Ignore {
                 && native.cr2 >> 12 == TASK_SIZE >> 12
             || self.x87_store && memory_fault(guest) && !memory_fault(native) && native.xsave[2] & 0x80 != 0
             || self.converting_store && memory_fault(guest) && native.vector == 19
+    }
+
+    /// The same of AMD's processors, of which the guest's is one then, where both sides have a fault of memory.
+    fn other_fault_on_amd(&self, native: &Outcome, guest: &Outcome) -> bool {
+        // An operand that goes over the end of 4 GiB is outside its segment, and does not wrap around.
+        let near = |base: u64| (guest.cr2.wrapping_sub(base) as u32).wrapping_add(64) < 128;
+        let wraps = near(0) || self.segmented && near(DATA);
+        // Of a masked operand of which a part is outside, the elements that count are found first, or last.
+        let near_the_end = |cr2: u64| cr2 >> 12 == TASK_SIZE >> 12 || cr2 >> 12 == !0x7fff_ffff_ffff >> 12;
+        self.either_operand
+            || matches!(native.vector, 12 | 13) && guest.vector == 14 && native.selectors[0] != USER_CODE64 && wraps
+            || self.masked && native.vector == 14 && (near_the_end(native.cr2) || self.segmented)
+            || self.masked && guest.vector == 14 && near_the_end(guest.cr2)
+            // FXRSTOR looks at all of its area before it looks at what it loads, XSAVE at alignment before limits.
+            || self.large_area && (native.vector == 14 && matches!(guest.vector, 12 | 13) || self.segmented)
+            // Limits come before alignment.
+            || matches!(native.vector, 12 | 13) && guest.vector == 17
     }
 }
 
@@ -219,10 +255,12 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
     }
     word("rip", native.rip, guest.rip);
     let fault = matches!(native.vector, 12 | 13 | 14 | 16 | 17 | 19);
-    let flags = ignore.flags | if fault { ignore.flags_at_fault } else { 0 };
+    let resumed = if ignore.resume_flag && native.vector == 1 { rflags::RF } else { 0 };
+    let flags = ignore.flags | resumed | if fault { ignore.flags_at_fault } else { 0 };
     word("rflags", native.rflags & !flags, guest.rflags & !flags);
-    let registers = if ignore.narrow_pointers && fault { 0xffff_ffff } else { u64::MAX };
     for (i, name) in GPR_NAMES.iter().enumerate() {
+        let narrow = ignore.narrow_pointers && fault || ignore.narrow_stack && i == 4;
+        let registers = if narrow { 0xffff_ffff } else { u64::MAX };
         word(name, native.gpr[i] & registers, guest.gpr[i] & registers);
     }
     word("fs base", native.fs_base, guest.fs_base);
@@ -243,7 +281,7 @@ pub fn differences(native: &Outcome, guest: &Outcome, ignore: Ignore) -> String 
     }
     let sticky = ignore.sticky_at_fault && fault;
     xsave_differences(&native.xsave, &guest.xsave, sticky, &mut out);
-    if ignore.large_area && fault {
+    if ignore.large_area && fault || ignore.call && native.vector == 13 {
         return out;
     }
     for (page, base) in WRITABLE.iter().enumerate() {
@@ -385,8 +423,15 @@ fn value<'a>(area: &'a [u8], field: &Field, initial: &'a mut [u8; 64]) -> &'a [u
 }
 
 fn xsave_differences(native: &[u8], guest: &[u8], sticky: bool, out: &mut String) {
+    // AMD's processors hand x87's opcode and pointers to the host's kernel only with a pending exception (AMD APM 2, 11.4.4).
+    let no_pointers = translator::host_is_amd() && native[2] & 0x80 == 0;
+    // So what an instruction before the one with the exception had noted is lost with any switch of threads, on either side.
+    let data_pointer_lost = translator::host_is_amd() && [native, guest].iter().any(|x| x[16..24] == [0; 8]);
     for field in fields() {
-        if sticky && field.offset < 160 {
+        if sticky && field.offset < 160
+            || no_pointers && matches!(field.offset, 6..24)
+            || data_pointer_lost && field.offset == 16
+        {
             continue;
         }
         let (mut a, mut b) = ([0; 64], [0; 64]);

@@ -64,6 +64,11 @@ pub struct Report {
     pub shown: Vec<String>,
     /// Cases that the native side could not finish.
     pub died: u64,
+    /// The same of those that stood still, on AMD's processors. A far call from a segment to 64-bit code pushes onto a stack pointer
+    /// whose upper half is the host's kernel's (see `Ignore::narrow_stack`), and Linux takes that page fault for an erratum
+    /// (is_errata100): it returns from it for ever. On a virtual EPYC, one sequence in ten thousand does not get past its first
+    /// instruction, with no time spent in the kernel, unless a debugger steps it; why is not known.
+    pub hung: u64,
     /// How often cases were entered directly.
     pub entered_directly: u64,
 }
@@ -72,7 +77,10 @@ impl Report {
     /// A text with everything found.
     pub fn text(&self) -> String {
         let mut text = self.shown.join("\n");
-        text += &format!("{} mismatches in {} cases ({} died natively)\n", self.mismatches, self.cases, self.died);
+        text += &format!(
+            "{} mismatches in {} cases ({} died natively, {} hung)\n",
+            self.mismatches, self.cases, self.died, self.hung
+        );
         text += &format!("ended in vectors: {:?}\n", self.vectors);
         let mut forms: Vec<_> = self.forms.iter().collect();
         forms.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
@@ -132,7 +140,10 @@ fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
             }
             report.cases += 1;
             if native.status != Status::Exception {
-                report.died += 1;
+                match native.status == Status::Hung && translator::host_is_amd() {
+                    true => report.hung += 1,
+                    false => report.died += 1,
+                }
                 report.shown.push(format!(
                     "case {}: the native process died\n{}{}",
                     case.index,

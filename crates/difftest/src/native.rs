@@ -84,7 +84,7 @@ impl Native {
         while next < inputs.len() {
             // SAFETY: the child makes only system calls and touches only its own and the shared memory.
             let pid = unsafe { libc::fork() };
-            match pid {
+            let stopped = match pid {
                 -1 => return Err(io::Error::last_os_error()),
                 0 => self.child(),
                 _ => {
@@ -97,14 +97,15 @@ impl Native {
                             return Err(e);
                         }
                     }
+                    libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGALRM
                 }
-            }
+            };
             // SAFETY: the child has ended; it wrote this word.
             next = unsafe { std::ptr::read_volatile(&raw const (*self.shared).current) } as usize;
             if next < inputs.len() {
                 // SAFETY: as above.
                 let outcome = unsafe { &mut (*self.shared).outcomes[next] };
-                outcome.status = Status::Died;
+                outcome.status = if stopped { Status::Hung } else { Status::Died };
                 next += 1;
                 // SAFETY: as above.
                 unsafe { (*self.shared).current = next as u32 };
@@ -134,6 +135,11 @@ impl Native {
             map(READ_ONLY, PAGE, rw);
             std::ptr::copy_nonoverlapping(self.template.as_ptr(), READ_ONLY as *mut u8, PAGE);
             libc::mprotect(READ_ONLY as *mut _, PAGE, libc::PROT_READ);
+
+            // LSL of one of Linux's selectors gives the processor's number: that of the guest's is 0.
+            let mut first: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(0, &mut first);
+            libc::sched_setaffinity(0, size_of_val(&first), &first);
 
             if self.local && crate::local::install().is_err() {
                 libc::_exit(103);

@@ -14,6 +14,7 @@ const CASES_SEGMENTED: u64 = 30_000;
 fn check(report: Report) {
     print!("{}", report.text());
     assert_eq!((report.mismatches, report.died), (0, 0), "the translator disagrees with the processor");
+    assert!(report.hung <= 1 + report.cases / 1000, "{} cases never ended natively", report.hung);
 }
 
 #[test]

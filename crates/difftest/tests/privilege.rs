@@ -1,12 +1,11 @@
 //! Ways between privilege levels and code sizes: SYSCALL, SYSENTER, IRET, SWAPGS, gates, compatibility mode.
 
-use std::arch::x86_64::__cpuid;
-
 use arch::msr;
 use arch::registers::{pte, rflags};
 use difftest::bare::*;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use translator::host_is_amd;
 
 const USER: u64 = 0x40_0000;
 const USER_STACK: u64 = 0x50_1000;
@@ -35,11 +34,6 @@ fn run(bare: Bare, bits: u32, msrs: &[(u32, u64)]) -> Machine {
     let mut machine = Machine::with_state(bare, &state);
     assert_eq!(machine.run(), End::Exit);
     machine
-}
-
-/// Whether vCPUs are AMD's, as the host's processor is then.
-fn is_amd() -> bool {
-    [*b"Auth", *b"Hygo"].contains(&__cpuid(0).ebx.to_le_bytes())
 }
 
 const STAR: u64 = (KERNEL_CODE as u64) << 32 | (USER_CODE32 as u64) << 48;
@@ -115,8 +109,8 @@ fn sysret_to_an_address_that_is_not_canonical_faults_in_the_kernel_or_on_amd_aft
     let m = run(bare, 64, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT + HANDLER)]);
     let frame = m.frame();
     assert_eq!((frame.vector, frame.error), (13, 0));
-    assert_eq!(frame.cs, if is_amd() { ((STAR >> 48) + 16) | 3 } else { KERNEL_CODE.into() });
-    assert_eq!(frame.rip == 1 << 47, is_amd(), "{:#x}", frame.rip);
+    assert_eq!(frame.cs, if host_is_amd() { ((STAR >> 48) + 16) | 3 } else { KERNEL_CODE.into() });
+    assert_eq!(frame.rip == 1 << 47, host_is_amd(), "{:#x}", frame.rip);
 }
 
 #[test]
@@ -138,7 +132,7 @@ fn syscall_in_compatibility_mode_is_undefined_on_intel_and_has_an_entry_of_its_o
     );
     let m = run(bare, 32, &[(msr::STAR, STAR), (msr::LSTAR, DIRECT), (msr::CSTAR, DIRECT + HANDLER)]);
     let (frame, back) = (m.frame(), m.state().gpr[1]);
-    match is_amd() {
+    match host_is_amd() {
         true => assert_eq!((frame.vector, frame.cs, back), (3, KERNEL_CODE.into(), USER + 2)),
         false => assert_eq!((frame.vector, frame.rip), (6, USER)),
     }
@@ -166,7 +160,7 @@ fn sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel_except_on_amd() {
     ];
     let m = run(bare, 32, &msrs);
     let frame = m.frame();
-    if is_amd() {
+    if host_is_amd() {
         // There is no SYSENTER in long mode (AMD APM 3, SYSENTER).
         assert_eq!((frame.vector, frame.rip), (6, USER));
         return;

@@ -5,6 +5,11 @@ use iced_x86::code_asm::*;
 
 #[test]
 fn the_saved_pointer_names_the_last_instruction_also_if_its_operand_crossed_pages() {
+    if translator::host_is_amd() {
+        // Such a processor keeps it in no saved state unless an exception is pending (AMD APM 2, 11.4.4), so that it is lost
+        // whenever its kernel, or the engine, does something in between.
+        return;
+    }
     let mut bare = Bare::new(4 << 20);
     let pages = bare.pages(2);
     let rip = bare.kernel_code(CODE, |a| {

@@ -45,7 +45,7 @@ pub use error::Error;
 pub use kick::{KickSlot, Kicker};
 pub use libc::user_regs_struct as Registers;
 pub use operations::Protection;
-pub use scan::{BEFORE, BEHIND, Sensitive, sensitive};
+pub use scan::{BEFORE, BEHIND, Sensitive, host_is_amd, sensitive};
 pub use space::{Space, Stop, thread_time};
 
 /// The size of a page, the unit of all mappings.

@@ -1,5 +1,8 @@
 //! The scan for instructions that may not run directly unguarded.
 
+use std::arch::x86_64::__cpuid;
+use std::sync::OnceLock;
+
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
 /// How many bytes of the code before a page the scan makes use of.
@@ -125,6 +128,18 @@ pub fn is_listed(instruction: &Instruction) -> bool {
     ) || matches!(mnemonic, Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64)
 }
 
+/// Whether the host's processor is AMD's (or Hygon's), which differs from Intel's where the manuals do.
+pub fn host_is_amd() -> bool {
+    static AMD: OnceLock<bool> = OnceLock::new();
+    // The first letters of the vendor.
+    *AMD.get_or_init(|| matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo"))
+}
+
+/// To AMD's processors, near branches with an operand-size prefix are shorter.
+fn decoder_options() -> u32 {
+    if host_is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE }
+}
+
 /// Instructions of a page, wherever they may begin: each place is decoded when it is first asked for.
 struct Stream<'a> {
     bytes: &'a [u8],
@@ -138,7 +153,7 @@ const LISTED: u8 = 0x80;
 
 impl<'a> Stream<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        Stream { bytes, decoder: Decoder::new(64, bytes, DecoderOptions::NONE), known: vec![0; bytes.len()] }
+        Stream { bytes, decoder: Decoder::new(64, bytes, decoder_options()), known: vec![0; bytes.len()] }
     }
 
     /// What is known of a place. What is no instruction is a byte to be left out.

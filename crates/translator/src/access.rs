@@ -6,17 +6,19 @@
 //! written back ([`access_bounced`]). So MMIO needs no emulator of instructions. A write to a page that holds translated
 //! code runs the same way but directly on RAM, which keeps LOCKed instructions atomic, and drops the code afterwards.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
+use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
 use memory::PAGE_SIZE;
 
 use arch::{Exception, SegmentRegister, Vector};
 
 use crate::codegen::asm::{Asm, Mem, RSP};
+use crate::codegen::classify::operand_size;
 use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::reencode::Operand;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
+use crate::mode::Mode;
 use crate::semantics::Exec;
 
 /// Size, direction and context of an access, in one word for emitted code.
@@ -324,7 +326,7 @@ pub(crate) extern "C" fn access_resolve(cpu: &mut Vcpu, kind: u32) -> Accessed {
         }
         // What must be aligned is looked at first.
         Err(_)
-            if must_be_aligned(&insn)
+            if must_be_aligned(cpu, &insn)
                 && !cpu.seg(segment).base.wrapping_add(offset).is_multiple_of(kind.size() as u64) =>
         {
             return stop(cpu, Stop::Fault(Exception::general_protection(0)));
@@ -399,7 +401,7 @@ impl Vcpu {
     }
 
     fn alignment_checked(&self) -> bool {
-        crate::mode::Mode::of(self).checks_alignment()
+        Mode::of(self).checks_alignment()
     }
 }
 
@@ -444,7 +446,11 @@ fn misaligned(insn: &Instruction, va: u64) -> bool {
     if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
         return false; // checked by no processor known
     }
-    let width = match insn.memory_size().size() {
+    let size = match insn.mnemonic() {
+        Mnemonic::Movsxd => operand_size(insn),
+        _ => insn.memory_size().size(),
+    };
+    let width = match size {
         size @ (2 | 4 | 8) => size as u64,
         6 | 28 | 108 => 4,
         10 => 8,
@@ -461,14 +467,18 @@ fn waits_for_fpu(insn: &Instruction) -> bool {
 }
 
 /// Whether the operand must be aligned to its size, or #GP comes before any fault of its pages: SSE's, but for those that
-/// say otherwise, and the aligned and non-temporal moves of AVX and later (Intel SDM 2A 2.4.1, 2.6.11).
-fn must_be_aligned(insn: &Instruction) -> bool {
+/// say otherwise, and the aligned and non-temporal moves of AVX and later (Intel SDM 2A 2.4.1, 2.6.11). AMD's processors don't
+/// ask it of the SHA instructions.
+fn must_be_aligned(cpu: &Vcpu, insn: &Instruction) -> bool {
     use Mnemonic::*;
     let size = insn.memory_size().size();
     match insn.mnemonic() {
         Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri
         | Pcmpistrm | Cmpxchg16b => insn.mnemonic() == Cmpxchg16b,
         Vmovaps | Vmovapd | Vmovdqa | Vmovdqa32 | Vmovdqa64 | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => size >= 16,
+        Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2 => {
+            !cpu.machine.cpuid.is_amd()
+        }
         _ => size == 16 && insn.encoding() == iced_x86::EncodingKind::Legacy,
     }
 }
@@ -483,10 +493,12 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         return stop(cpu, Stop::Fault(Exception::new(Vector::X87FloatingPoint)));
     }
     let mask = crate::semantics::vector::masked_bytes(cpu, &site.insn);
-    if must_be_aligned(&site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
+    if must_be_aligned(cpu, &site.insn) && mask != Some(0) && !va.is_multiple_of(size as u64) {
         return stop(cpu, Stop::Fault(Exception::general_protection(0)));
     }
-    let touched = mask.unwrap_or(u64::MAX) & low_bits(size);
+    let bytes = mask.unwrap_or(u64::MAX);
+    let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
+    let touched = checked & low_bits(size);
     let byte = |i: u32| va.wrapping_add(i.into());
     let outside = !canonical(byte(touched.trailing_zeros())) || !canonical(byte(63 - touched.leading_zeros().min(63)));
     if cpu.code64() && touched != 0 && outside {
@@ -494,8 +506,6 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         let vector = if stack { Vector::StackFault } else { Vector::GeneralProtection };
         return stop(cpu, Stop::Fault(Exception::with_code(vector, 0)));
     }
-    let bytes = mask.unwrap_or(u64::MAX);
-    let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
     let first = size.min((PAGE_SIZE - va % PAGE_SIZE) as usize);
     let mut pieces: [Piece; 2] = [(0, 0); 2];
     let mut start = 0;
@@ -531,7 +541,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         }
     }
     let key = cpu.hot.return_address;
-    let plain = ram && mask.is_none() && !must_be_aligned(&site.insn) && !waits_for_fpu(&site.insn);
+    let plain = ram && mask.is_none() && !must_be_aligned(cpu, &site.insn) && !waits_for_fpu(&site.insn);
     if kind.write() && plain && pieces[1].1 != 0 && cpu.engine.cache.snippets.store(key).is_none() {
         let Some(code) = site.copy_instruction(context_offset!(hot.stored_split)) else {
             return lost(cpu, "split store");
@@ -683,9 +693,8 @@ impl SiteInfo {
 }
 
 /// Decodes one instruction.
-pub fn decode(bytes: &[u8], bits: u32, ip: u64) -> Instruction {
-    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
-    decoder.decode()
+pub fn decode(bytes: &[u8], mode: Mode, ip: u64) -> Instruction {
+    Decoder::with_ip(mode.bits(), bytes, ip, mode.decoder_options()).decode()
 }
 
 #[cfg(test)]

@@ -183,7 +183,7 @@ impl Body<'_> {
     pub fn decode(&self, rip: u64, guest_offset: u16) -> Option<(Instruction, [u8; 15])> {
         let offset = guest_offset as usize;
         let rest = self.record.bytes.get(offset..)?;
-        let insn = crate::access::decode(rest, self.origin.mode.bits(), rip.wrapping_add(offset as u64));
+        let insn = crate::access::decode(rest, self.origin.mode, rip.wrapping_add(offset as u64));
         let mut bytes = [0; 15];
         let length = insn.len().min(rest.len());
         bytes[..length].copy_from_slice(&rest[..length]);

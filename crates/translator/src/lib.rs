@@ -61,6 +61,7 @@ pub mod wait;
 pub mod xstate;
 
 pub use cpu::Vcpu;
+pub use direct::host_is_amd;
 
 use std::io;
 use std::sync::Arc;

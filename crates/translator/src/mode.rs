@@ -2,6 +2,7 @@
 
 use arch::registers::{cr0, cr4, rflags, xcr0};
 use arch::state::SegmentRegister;
+use iced_x86::DecoderOptions;
 
 use crate::cpu::{Context, Vcpu};
 
@@ -23,6 +24,8 @@ const ALIGN: u32 = 1 << 15;
 const TIMELESS: u32 = 1 << 16;
 /// CR4.SMAP: at level 0 STAC and CLAC switch between contexts.
 const SMAP: u32 = 1 << 17;
+/// The processor is AMD's.
+const AMD: u32 = 1 << 18;
 const MORE_CAREFUL: u32 = 1 << 30;
 const CAREFUL: u32 = 1 << 31;
 
@@ -72,6 +75,7 @@ impl Mode {
         m |= flag(cpu.cpl() == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0, ALIGN);
         m |= flag(cpu.cpl() != 0 && cpu.cr4 & cr4::TSD != 0, TIMELESS);
         m |= flag(cpu.cr4 & cr4::SMAP != 0, SMAP);
+        m |= flag(cpu.machine.cpuid.is_amd(), AMD);
         Mode(m)
     }
 
@@ -178,6 +182,17 @@ impl Mode {
     /// The time-stamp counter may be read.
     pub fn reads_tsc(self) -> bool {
         self.0 & TIMELESS == 0
+    }
+
+    /// The processor is AMD's, which has some instructions differently.
+    pub fn is_amd(self) -> bool {
+        self.0 & AMD != 0
+    }
+
+    /// How guest code is decoded. To AMD's processors near branches with an operand-size prefix are 16 bits wide in 64-bit
+    /// code too, and far pointers in memory never have 64 bits (AMD APM 3, Jcc, CALL, RET, LSS).
+    pub fn decoder_options(self) -> u32 {
+        if self.is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE }
     }
 
     pub fn task_switched(self) -> bool {

@@ -549,7 +549,7 @@ impl Vcpu {
                 Err(_) => break, // the instruction ends before
             }
         }
-        let insn = crate::access::decode(&bytes, self.code_bits(), at);
+        let insn = crate::access::decode(&bytes, Mode::of(self), at);
         let size = crate::semantics::stack::operand_size(&insn) as u64;
         let moved = match insn.mnemonic() {
             Mnemonic::Ret if insn.op_count() == 1 => size + u64::from(insn.immediate16()),

@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
+use arch::cpuid::Leaf;
 use arch::registers::{cr0, cr4, efer, gpr, pte};
 use arch::state::{DescriptorTable, Segment, SegmentRegister};
-use iced_x86::{Decoder, DecoderOptions};
 
 use crate::Config;
 use crate::codegen::block::Setting;
@@ -47,10 +47,39 @@ pub const DATA: u64 = 0x00cf_9300_0000_ffff;
 /// DPL 3 in a descriptor.
 pub const DPL3: u64 = 3 << 45;
 
+/// Whose processor a vCPU is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    Intel,
+    Amd,
+}
+
+impl Vendor {
+    pub const ALL: [Vendor; 2] = [Vendor::Intel, Vendor::Amd];
+
+    pub fn of_host() -> Self {
+        if crate::host_is_amd() { Vendor::Amd } else { Vendor::Intel }
+    }
+}
+
 /// A vCPU in reset state, alone in a machine with `memory` bytes of RAM.
 pub fn test_vcpu(memory: u64) -> VcpuBox {
+    test_vcpu_of(Vendor::of_host(), memory)
+}
+
+/// The same, of a host that is this one but for the vendor.
+fn test_vcpu_of(vendor: Vendor, memory: u64) -> VcpuBox {
     let config = Config::default();
-    let model = crate::semantics::cpuid::model(&config, 2_000_000).unwrap();
+    let cpuid = |leaf: u32, subleaf: u32| match (leaf, vendor) {
+        (0, Vendor::Intel) => Leaf { eax: 0x16, ebx: 0x756e_6547, edx: 0x4965_6e69, ecx: 0x6c65_746e },
+        (0, Vendor::Amd) => Leaf { eax: 0x10, ebx: 0x6874_7541, edx: 0x6974_6e65, ecx: 0x444d_4163 },
+        _ => crate::host::cpuid(leaf, subleaf),
+    };
+    let model = match vendor == Vendor::of_host() {
+        true => crate::semantics::cpuid::model(&config, 2_000_000),
+        false => crate::semantics::cpuid::model_on(&cpuid, &config, 2_000_000),
+    };
+    let model = model.unwrap();
     let ram = memory::Ram::new(memory).unwrap();
     let machine = Machine::new(ram, config, model, Default::default());
     let mut cpu = VcpuBox::new(0, Arc::new(machine)).unwrap();
@@ -60,7 +89,12 @@ pub fn test_vcpu(memory: u64) -> VcpuBox {
 
 /// A vCPU in 64-bit mode at level 0.
 pub fn kernel_vcpu() -> VcpuBox {
-    let mut cpu = test_vcpu(8 << 20);
+    kernel_vcpu_of(Vendor::of_host())
+}
+
+/// The same of a vendor.
+pub fn kernel_vcpu_of(vendor: Vendor) -> VcpuBox {
+    let mut cpu = test_vcpu_of(vendor, 8 << 20);
     let table = pte::P | pte::W | pte::U;
     poke(&mut cpu, PML4, PDPT | table);
     poke(&mut cpu, PDPT, PD | table);
@@ -94,7 +128,12 @@ pub fn kernel_vcpu() -> VcpuBox {
 
 /// The same vCPU running a 64-bit program.
 pub fn user_vcpu() -> VcpuBox {
-    let mut cpu = kernel_vcpu();
+    user_vcpu_of(Vendor::of_host())
+}
+
+/// The same of a vendor.
+pub fn user_vcpu_of(vendor: Vendor) -> VcpuBox {
+    let mut cpu = kernel_vcpu_of(vendor);
     cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(USER_CS, true, 3);
     cpu.segments[SegmentRegister::Ss as usize] = Segment::flat_data(USER_SS, 3);
     cpu.gpr[gpr::RSP] = USER + 0x8008;
@@ -129,7 +168,7 @@ pub const RIP: u64 = 0x6000;
 
 /// Executes one sensitive instruction as the dispatcher would, without delivering what it raises.
 pub fn execute(cpu: &mut Vcpu, bytes: &[u8]) -> Result<(), Stop> {
-    let insn = Decoder::with_ip(cpu.code_bits(), bytes, RIP, DecoderOptions::NONE).decode();
+    let insn = crate::access::decode(bytes, Mode::of(cpu), RIP);
     cpu.insn_rip = insn.ip();
     cpu.rip = insn.next_ip();
     let exec =

@@ -13,7 +13,7 @@ pub mod values;
 pub use encode::encode as encode_form;
 
 use arch::registers::rflags;
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use crate::case::{Ignore, Input};
 use crate::layout::*;
@@ -104,15 +104,15 @@ impl Generator {
             };
             let Some(mut code) = bytes else { continue };
             code.truncate(15);
-            let mut decoder = Decoder::with_ip(self.bits, &code, rip, DecoderOptions::NONE);
+            let mut decoder = decoder(self.bits, &code, rip);
             let insn = decoder.decode();
             if insn.is_invalid() {
                 // Worth a try now and then: the processor must refuse it as well. Some that iced refuses are instructions
                 // of extensions it was not asked for (reserved NOPs, MPX): on both sides they do the same.
-                if !rng.one_in(16) || undecodable_but_dangerous(&code) {
+                if !rng.one_in(16) || undecodable_but_dangerous(&code) || reserved_to_intel(&code) {
                     continue;
                 }
-            } else if !self.admits(&insn) || state::uses_its_mask_as_address(&insn) {
+            } else if !self.admits(&insn) || peculiar(&insn, &code) || state::uses_its_mask_as_address(&insn) {
                 continue;
             } else if (insn.ip()..insn.next_ip()).contains(&insn.near_branch_target()) {
                 continue; // a loop of one
@@ -132,6 +132,9 @@ impl Generator {
             input.code[entry..entry + code.len()].copy_from_slice(&code);
             let mut ignore = ignore(&insn);
             ignore.segmented = self.segmented;
+            ignore.narrow_stack = self.segmented && translator::host_is_amd();
+            ignore.vector_alignment = translator::host_is_amd() && input.rflags & rflags::AC != 0 && is_vector(&insn);
+            ignore.resume_flag = translator::host_is_amd() && input.rflags & rflags::RF != 0;
             if format!("{:?}", insn.mnemonic()).starts_with('X') && ignore.large_area {
                 let address = insn.virtual_address(0, 0, |r, _, _| state::register_value(&input, r));
                 let size = if self.bits == 64 { 2688 } else { 1664 };
@@ -144,14 +147,14 @@ impl Generator {
 
 impl Case {
     pub fn instruction(&self) -> Instruction {
-        Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE).decode()
+        decoder(self.bits, &self.code, self.input.rip).decode()
     }
 
     /// The bytes and their meaning, one instruction a line.
     pub fn disassemble(&self) -> String {
         use iced_x86::{Formatter, IntelFormatter};
         let mut formatter = IntelFormatter::new();
-        let mut decoder = Decoder::with_ip(self.bits, &self.code, self.input.rip, DecoderOptions::NONE);
+        let mut decoder = decoder(self.bits, &self.code, self.input.rip);
         let mut out = String::new();
         while decoder.can_decode() {
             let from = decoder.position();
@@ -165,19 +168,36 @@ impl Case {
     }
 }
 
+/// Decodes as the host does: see `translator`'s for where AMD's processors differ.
+pub fn decoder(bits: u32, code: &[u8], rip: u64) -> Decoder<'_> {
+    let options = if translator::host_is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    Decoder::with_ip(bits, code, rip, options)
+}
+
 /// What need not agree after an instruction.
 pub fn ignore(insn: &Instruction) -> Ignore {
     let name = format!("{:?}", insn.mnemonic());
     Ignore {
-        flags: flags(insn.rflags_undefined()),
+        flags: flags(insn.rflags_undefined()) | rotated_by_its_width(insn),
         // What iced doesn't know may be another name of what it does (SAL).
         flags_at_fault: if insn.is_invalid() { rflags::ARITHMETIC } else { flags(insn.rflags_modified()) },
         segmented: false,
+        narrow_stack: false,
+        vector_alignment: false,
+        call: translator::host_is_amd() && insn.mnemonic() == Mnemonic::Call,
+        resume_flag: false,
+        either_operand: matches!(
+            insn.code(),
+            Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
+        ),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
-        masked: insn.op_mask() != iced_x86::Register::None || name.contains("maskmov"),
+        masked: insn.op_mask() != iced_x86::Register::None
+            || name.contains("maskmov")
+            || translator::host_is_amd() && name.contains("ompress"),
         may_fault_in_vain: name.starts_with("Maskmov") || name == "Vmaskmovdqu",
         extended: insn.memory_size().size() == 10,
-        undecodable: insn.is_invalid(),
+        // To AMD's processors UD1 ends with its opcode.
+        undecodable: insn.is_invalid() || translator::host_is_amd() && insn.mnemonic() == Mnemonic::Ud1,
         guest_area_end: 0,
         x87_store: name.starts_with("Fst") || name.starts_with("Fist") || name == "Fbstp",
         converting_store: name == "Vcvtps2ph",
@@ -186,6 +206,42 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         sticky_at_fault: name == "Vcvtps2ph"
             || (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()),
     }
+}
+
+/// RCL and RCR of 8 and 16 bits by a multiple of 9 or 17, which changes nothing: AMD's processors leave OF undefined as with any
+/// count but 1 (AMD APM 3, RCL), while to Intel's and iced it stays.
+fn rotated_by_its_width(insn: &Instruction) -> u64 {
+    let rotates = matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    if rotates && translator::host_is_amd() && insn.op1_kind() == OpKind::Immediate8 && insn.immediate8() & 0x1f > 1 {
+        rflags::OF
+    } else {
+        0
+    }
+}
+
+/// Whether an instruction works on vector registers, or masks for them.
+fn is_vector(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| {
+        let register = insn.op_register(i);
+        insn.op_kind(i) == OpKind::Register && (register.is_vector_register() || register.is_k())
+    })
+}
+
+/// What AMD's processors do in ways of their own that no guest's program asks for: with REPE or REPNE before them, LOOPE and LOOPNE
+/// go by that prefix; a far call with REX.W pushes 64 bits each, though its pointer has 32; outside 64-bit mode VPINSRD and VPEXTRD
+/// are undefined with W.
+fn peculiar(insn: &Instruction, code: &[u8]) -> bool {
+    let prefixes = || code.iter().take_while(|b| is_prefix(**b));
+    translator::host_is_amd()
+        && match insn.mnemonic() {
+            Mnemonic::Loope | Mnemonic::Loopne => prefixes().any(|b| matches!(b, 0xf2 | 0xf3)),
+            Mnemonic::Vpinsrd | Mnemonic::Vpextrd => {
+                let vex: Vec<u8> = code.iter().copied().skip_while(|b| is_prefix(*b)).take(3).collect();
+                insn.code_size() != CodeSize::Code64 && matches!(*vex, [0x62 | 0xc4, _, third] if third & 0x80 != 0)
+            }
+            Mnemonic::Call => insn.code() == Code::Call_m1632 && prefixes().any(|b| b & 0xf8 == 0x48),
+            _ => false,
+        }
 }
 
 /// RFLAGS bits for iced's, which are numbered in their own way.
@@ -232,9 +288,8 @@ fn encode_some(code: Code, bits: u32) -> bool {
     let mut rng = Rng::new(code as u64);
     let at = if bits == 16 { 0x1000 } else { CODE };
     (0..200).any(|_| {
-        encode::encode(&mut rng, code, bits, at).is_some_and(|b| {
-            Decoder::with_ip(bits, &b, at, DecoderOptions::NONE).decode().mnemonic() != Mnemonic::INVALID
-        })
+        encode::encode(&mut rng, code, bits, at)
+            .is_some_and(|b| decoder(bits, &b, at).decode().mnemonic() != Mnemonic::INVALID)
     })
 }
 
@@ -283,11 +338,20 @@ fn random_bytes(rng: &mut Rng, bits: u32) -> Vec<u8> {
     bytes
 }
 
+/// VEX and EVEX instructions that AMD's processors may execute though bits are set that Intel reserves (those that extend the
+/// number of a mask register, say). The translator refuses them.
+fn reserved_to_intel(code: &[u8]) -> bool {
+    let opcode = code.iter().find(|b| !is_prefix(**b));
+    translator::host_is_amd() && matches!(opcode, Some(0x62 | 0xc4 | 0xc5))
+}
+
+fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x66 | 0x67 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f)
+}
+
 /// Bytes that iced can't decode here but that may do something on the host that is not to be tried.
 fn undecodable_but_dangerous(code: &[u8]) -> bool {
-    let opcode = code.iter().position(|b| {
-        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f)
-    });
+    let opcode = code.iter().position(|b| !is_prefix(*b));
     match opcode.map(|at| &code[at..]) {
         // VIA's and Cyrix's own, SMM, VMX, SGX, AMX, MPX, SVM
         Some([0x0f, second, ..]) => {

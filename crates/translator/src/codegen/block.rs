@@ -1,6 +1,6 @@
 //! From a run of guest instructions to one block of host code.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, cc};
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
@@ -605,7 +605,7 @@ impl Builder<'_> {
     fn crosses_page(&self, offset: usize) -> bool {
         let rest = self.bytes.get(offset..self.code.room()).unwrap_or_default();
         rest.len() < 15 && {
-            let mut decoder = Decoder::new(self.mode.bits(), rest, DecoderOptions::NONE);
+            let mut decoder = Decoder::new(self.mode.bits(), rest, self.mode.decoder_options());
             !rest.is_empty() && decoder.decode().is_invalid()
         }
     }
@@ -789,6 +789,8 @@ impl Builder<'_> {
 
 #[cfg(test)]
 mod tests {
+    use iced_x86::DecoderOptions;
+
     use super::*;
 
     #[test]

@@ -96,6 +96,9 @@ pub fn classify(insn: &Instruction, mode: Mode, inline_tsc: bool) -> Kind {
         let inline = inline && super::stack::emits(insn, mode);
         return if inline { Kind::Stack } else { Kind::Sensitive(semantics::stack::exec, false) };
     }
+    if mode.is_amd() && is_prefetch_of_register(insn) {
+        return Kind::Sensitive(raise_invalid_opcode, true);
+    }
     if skips(insn) {
         return Kind::Skip;
     }
@@ -222,6 +225,13 @@ pub fn skips(insn: &Instruction) -> bool {
             | Prefetchwt1
             | Cldemote
     )
+}
+
+/// PREFETCH and its like need a memory operand (AMD APM 3, PREFETCH); to Intel's processors they are NOPs without one.
+fn is_prefetch_of_register(insn: &Instruction) -> bool {
+    use Code::*;
+    matches!(insn.code(), Reservednop_rm16_r16_0F0D | Reservednop_rm32_r32_0F0D | Reservednop_rm64_r64_0F0D)
+        && insn.op0_kind() == OpKind::Register
 }
 
 /// Whether an instruction may run on the host's processor as it is: it touches only registers that are the guest's and
@@ -407,6 +417,8 @@ pub fn access_operand(insn: &Instruction) -> Option<u32> {
 pub fn operand_size(insn: &Instruction) -> usize {
     match insn.mnemonic() {
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Xlatb => 1,
+        // AMD's processors read 32 bits also where 16 are wanted, and the host's does when it runs here.
+        Mnemonic::Movsxd if crate::host_is_amd() => 4,
         _ => insn.memory_size().size().clamp(1, 64),
     }
 }

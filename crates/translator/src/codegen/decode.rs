@@ -1,7 +1,7 @@
 //! From guest bytes to the items of a block: its instructions, where flags are live between them, and which accesses share
 //! a check.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
+use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, Register};
 
 use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
 use super::groups::{self, Access, Form, Member, Planner, Sharing, Step};
@@ -94,7 +94,7 @@ pub struct Decoded {
 pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: &mut Vec<Item>) -> Option<Decoded> {
     let bytes = code.bytes();
     let mut lookahead = Lookahead::default();
-    let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, mode.decoder_options());
     let mut branches = 0;
     let mut limit = if mode.is_single() { 1 } else { MAX_STRAIGHT };
     let mut turns = 1;
@@ -239,7 +239,7 @@ pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: 
     let Some(offset) = code.offset_of(target, start).filter(|&offset| offset < end && !mode.is_single()) else {
         return Flags::ALL;
     };
-    let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bits(), &code.page[offset..end], target, mode.decoder_options());
     let mut chain = [Effect::SENSITIVE; MAX_LOOKAHEAD];
     let mut count = 0;
     let mut insn = Instruction::default();
@@ -325,7 +325,7 @@ pub fn based_access(insn: &Instruction) -> Option<Access> {
 /// one that makes it invalid, this can't tell.)
 pub fn needs_more(bytes: &[u8], mode: Mode) -> bool {
     let Some(most) = bytes.get(..14) else { return false };
-    let mut decoder = Decoder::new(mode.bits(), most, DecoderOptions::NONE);
+    let mut decoder = Decoder::new(mode.bits(), most, mode.decoder_options());
     let insn = decoder.decode();
     insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
 }

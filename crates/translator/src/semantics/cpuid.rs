@@ -10,6 +10,11 @@ use crate::{Config, host};
 
 /// The processor that a machine's vCPUs are, on this host.
 pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
+    model_on(&host::cpuid, config, tsc_khz)
+}
+
+/// The same on a host with this CPUID.
+pub fn model_on(host_cpuid: &dyn Fn(u32, u32) -> Leaf, config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
     let engine = EngineFeatures {
         implements: FeatureSet::system(),
         // String instructions are calls into Rust here: what is short is better moved otherwise.
@@ -19,7 +24,7 @@ pub fn model(config: &Config, tsc_khz: u32) -> Result<CpuModel, Error> {
         arch_capabilities: capabilities::TRANSLATED,
         translated: true,
     };
-    CpuModel::new(config.model, &host::cpuid, &engine, config.cpus, tsc_khz)
+    CpuModel::new(config.model, host_cpuid, &engine, config.cpus, tsc_khz)
 }
 
 pub fn lookup(insn: &Instruction) -> Option<Sensitive> {

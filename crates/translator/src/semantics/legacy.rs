@@ -133,12 +133,15 @@ fn bound(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let (segment, offset) = cpu.effective_address(insn, 1);
     let signed = |value: u64| if size == 2 { i64::from(value as i16) } else { i64::from(value as i32) };
     let index = signed(cpu.read_register(insn.op0_register()));
+    let amd = cpu.machine.cpuid.is_amd();
     let mut bound = |i: usize| {
         let va = cpu.linear(segment, offset.wrapping_add((i * size) as u64), size, false)?;
         cpu.read_sized(va, size, cpu.context())
     };
-    // The upper bound is read only if it matters.
-    let outside = signed(bound(0)?) > index || signed(bound(1)?) < index;
+    let lower = signed(bound(0)?);
+    // Intel's processors read the upper bound only if it matters.
+    let upper = if lower > index && !amd { None } else { Some(signed(bound(1)?)) };
+    let outside = lower > index || upper.is_some_and(|upper| upper < index);
     if outside { Err(Exception::new(Vector::BoundRange).into()) } else { Ok(()) }
 }
 

@@ -23,6 +23,8 @@ pub mod tables;
 mod testing;
 pub mod transfer;
 pub mod vector;
+#[cfg(test)]
+mod vendors;
 pub mod x87;
 pub mod xsave;
 

@@ -92,13 +92,13 @@ fn stack_operand_size(insn: &Instruction) -> usize {
     insn.stack_pointer_increment().unsigned_abs() as usize
 }
 
-/// The stack pointer moves by the operand size; outside 64-bit mode only the selector's 16 bits are written (Intel
-/// SDM 2B, PUSH).
+/// The stack pointer moves by the operand size; outside 64-bit mode Intel's processors write only the selector's 16 bits
+/// (Intel SDM 2B, PUSH), AMD's all of the zero-extended operand (AMD APM 3, PUSH).
 fn push(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     let selector = cpu.read_register(insn.op0_register());
     let mut stack = Stack::current(cpu);
     match stack_operand_size(insn) {
-        4 => stack.push_selector(cpu, selector as u16)?,
+        4 if !cpu.machine.cpuid.is_amd() => stack.push_selector(cpu, selector as u16)?,
         size => stack.push(cpu, size, selector)?,
     }
     cpu.gpr[gpr::RSP] = stack.pointer;
@@ -281,8 +281,8 @@ fn write_base(cpu: &mut Vcpu, insn: &Instruction, register: SegmentRegister) -> 
 mod tests {
     use super::*;
     use crate::testing::{
-        CODE64, DATA, DPL3, GDT, KERNEL_CS, KERNEL_SS, TSS, TSS_SELECTOR, USER, USER_CS, USER_SS, execute, fault_of,
-        kernel_vcpu, peek, poke, user_vcpu,
+        CODE64, DATA, DPL3, GDT, KERNEL_CS, KERNEL_SS, TSS, TSS_SELECTOR, USER, USER_CS, USER_SS, Vendor, execute,
+        fault_of, kernel_vcpu, peek, poke, user_vcpu, user_vcpu_of,
     };
 
     /// MOV sreg, eax
@@ -358,13 +358,16 @@ mod tests {
     }
 
     #[test]
-    fn a_32_bit_push_writes_two_bytes_of_four() {
-        let mut cpu = user_vcpu();
-        cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(0x1b, false, 3);
-        let rsp = cpu.gpr[gpr::RSP];
-        poke(&mut cpu, rsp - 8, u64::MAX);
-        execute(&mut cpu, &[0x16]).unwrap();
-        assert_eq!((cpu.gpr[gpr::RSP], peek(&cpu, rsp - 8) >> 32), (rsp - 4, 0xffff_0000 | u64::from(USER_SS)));
+    fn a_32_bit_push_writes_two_bytes_of_four_but_for_amd() {
+        for (vendor, above) in [(Vendor::Intel, 0xffff_0000), (Vendor::Amd, 0)] {
+            let mut cpu = user_vcpu_of(vendor);
+            cpu.segments[SegmentRegister::Cs as usize] = Segment::flat_code(0x1b, false, 3);
+            let rsp = cpu.gpr[gpr::RSP];
+            poke(&mut cpu, rsp - 8, u64::MAX);
+            execute(&mut cpu, &[0x16]).unwrap();
+            let written = peek(&cpu, rsp - 8) >> 32;
+            assert_eq!((cpu.gpr[gpr::RSP], written), (rsp - 4, above | u64::from(USER_SS)), "{vendor:?}");
+        }
     }
 
     #[test]
@@ -463,13 +466,19 @@ mod tests {
     }
 
     #[test]
-    fn lss_loads_segment_and_register() {
-        let mut cpu = user_vcpu();
+    fn lss_loads_segment_and_register_of_at_most_32_bits_on_amd() {
+        // LSS RSP, [RAX]
+        let lss: &[u8] = &[0x48, 0x0f, 0xb2, 0x20];
+        let mut cpu = user_vcpu_of(Vendor::Intel);
         poke(&mut cpu, USER, 0x1122_3344_5566_7788);
         poke(&mut cpu, USER + 8, USER_SS.into());
-        execute(with_rax(&mut cpu, USER), &[0x48, 0x0f, 0xb2, 0x20]).unwrap();
+        execute(with_rax(&mut cpu, USER), lss).unwrap();
         assert_eq!(cpu.gpr[gpr::RSP], 0x1122_3344_5566_7788);
         assert!(!cpu.interrupt_shadow);
+        let mut cpu = user_vcpu_of(Vendor::Amd);
+        poke(&mut cpu, USER, u64::from(USER_SS) << 32 | 0x5566_7788);
+        execute(with_rax(&mut cpu, USER), lss).unwrap();
+        assert_eq!(cpu.gpr[gpr::RSP], 0x5566_7788);
     }
 
     #[test]

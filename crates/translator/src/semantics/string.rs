@@ -198,9 +198,16 @@ fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         }
         if stepping || cpu.pending_debug != 0 || cpu.shared.poll.is_set() {
             // An event between iterations pushes RF set, so that the resumed instruction meets no breakpoint on itself
-            // (Intel SDM 3B 17.3.1.1). The flags are those from before, as processors show them.
+            // (Intel SDM 3B 17.3.1.1). The flags are those from before, as Intel's processors show them. AMD's show those of the
+            // last comparison, and RF clear to who steps.
+            let amd = cpu.machine.cpuid.is_amd();
             cpu.rip = cpu.insn_rip;
-            cpu.rflags |= rflags::RF;
+            if amd {
+                finish(cpu, &form, &done);
+            }
+            if !(amd && stepping) {
+                cpu.rflags |= rflags::RF;
+            }
             return Ok(());
         }
     }
@@ -289,7 +296,7 @@ impl Run<'_> {
         Ok(Done { elements: room, flags: 0, ended: false })
     }
 
-    /// Of two faults, CMPS takes that of its destination, on the processors at hand.
+    /// Of two faults, CMPS takes that of its destination, on the processors at hand (AMD's at times that of its source).
     fn cmps(&self, cpu: &mut Vcpu) -> Result<Done, Exception> {
         let Some(destination) = self.destination(cpu, Access::Read)? else { return self.element(cpu) };
         let Some(source) = self.source(cpu)? else { return self.element(cpu) };
@@ -485,7 +492,7 @@ mod native {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{BASE, RIP, read, revoke, step, vcpu, write};
+    use super::super::testing::{BASE, RIP, Vendor, read, revoke, step, vcpu, vcpu_of, write};
     use super::*;
     use arch::registers::pte;
     use arch::{Vector, state::Segment};
@@ -645,7 +652,7 @@ mod tests {
 
     #[test]
     fn single_step_and_requests_stop_between_iterations_with_rf() {
-        let mut cpu = vcpu();
+        let mut cpu = vcpu_of(Vendor::Intel);
         cpu.rflags |= rflags::TF;
         registers(&mut cpu, 3, 0, BASE);
         step(&mut cpu, REP_STOSB).expect("mapped memory");

@@ -4,7 +4,8 @@ use arch::registers::cr4;
 
 use crate::cpu::{Stop, Vcpu};
 pub use crate::testing::RIP;
-use crate::testing::{USER, USER_PT, execute, user_vcpu};
+pub use crate::testing::Vendor;
+use crate::testing::{USER, USER_PT, execute, user_vcpu_of};
 use crate::vcpu::VcpuBox;
 use crate::xstate::layout;
 
@@ -13,7 +14,12 @@ pub const BASE: u64 = USER;
 
 /// A vCPU at CPL 3 in 64-bit mode.
 pub fn vcpu() -> VcpuBox {
-    let mut cpu = user_vcpu();
+    vcpu_of(Vendor::of_host())
+}
+
+/// The same of a vendor.
+pub fn vcpu_of(vendor: Vendor) -> VcpuBox {
+    let mut cpu = user_vcpu_of(vendor);
     cpu.cr4 |= cr4::OSFXSR | cr4::OSXSAVE | cr4::OSXMMEXCPT;
     cpu.xcr0 = layout().native;
     cpu.xsave.reset();

@@ -142,8 +142,10 @@ pub fn pkru_component(model: &CpuModel) -> Component {
 fn area(cpu: &mut Vcpu, insn: &Instruction, size: usize, alignment: u64, write: bool) -> Result<u64, Exception> {
     let (segment, offset) = cpu.effective_address(insn, 0);
     let aligned = |cpu: &Vcpu, va: u64| {
-        // Where alignment is checked, processors look at the low bits first.
-        cpu.check_alignment(va, 4)?;
+        // Where alignment is checked, Intel's processors look at the low bits first.
+        if !cpu.machine.cpuid.is_amd() {
+            cpu.check_alignment(va, 4)?;
+        }
         if va.is_multiple_of(alignment) { Ok(()) } else { Err(Exception::general_protection(0)) }
     };
     if let Some(va) = cpu.flat_address(segment, offset) {
@@ -192,10 +194,14 @@ fn visible(component: u32, size: usize, registers: usize) -> usize {
     }
 }
 
-/// Bytes 0 to 23 of a legacy region.
-fn x87_words(state: &XsaveArea, wide: bool) -> [u8; legacy::MXCSR] {
+/// Bytes 0 to 23 of a legacy region. AMD's processors save opcode and pointers only with a pending exception, and zero
+/// otherwise (AMD APM 2, 11.4.4; CPUID 8000_0008H:EBX[2]).
+fn x87_words(state: &XsaveArea, wide: bool, amd: bool) -> [u8; legacy::MXCSR] {
     let mut words: [u8; legacy::MXCSR] = state.get(0);
     words[legacy::FTW + 1] = 0;
+    if amd && !state.x87_pending() {
+        words[legacy::FOP..].fill(0);
+    }
     if !wide {
         // FCS and FDS: zero, as on all processors that have deprecated them (CPUID.7.0:EBX[13]).
         words[legacy::FIP + 4..legacy::FDP].fill(0);
@@ -205,13 +211,13 @@ fn x87_words(state: &XsaveArea, wide: bool) -> [u8; legacy::MXCSR] {
 }
 
 /// Puts the x87 state into an image, with MXCSR between its parts if that is wanted.
-fn image_x87(image: &mut Image, state: &mut XsaveArea, wide: bool, mxcsr: bool) {
-    state.materialize(component::X87);
-    image.put(0, &x87_words(state, wide));
+fn image_x87(image: &mut Image, cpu: &mut Vcpu, wide: bool, mxcsr: bool) {
+    cpu.xsave.materialize(component::X87);
+    image.put(0, &x87_words(&cpu.xsave, wide, cpu.machine.cpuid.is_amd()));
     if mxcsr {
-        image_mxcsr(image, state);
+        image_mxcsr(image, &cpu.xsave);
     }
-    image.put(legacy::ST, &state.0[legacy::ST..legacy::XMM]);
+    image.put(legacy::ST, &cpu.xsave.0[legacy::ST..legacy::XMM]);
 }
 
 fn image_mxcsr(image: &mut Image, state: &XsaveArea) {
@@ -227,9 +233,9 @@ fn image_xmm(image: &mut Image, state: &XsaveArea, registers: usize) {
     }
 }
 
-/// XINUSE as the guest sees it: outside 64-bit mode, ZMM16 to ZMM31 count as in their initial state.
+/// XINUSE as the guest sees it: outside 64-bit mode, ZMM16 to ZMM31 count as in their initial state to Intel's processors.
 fn in_use(cpu: &Vcpu) -> u64 {
-    let visible = if cpu.code64() { u64::MAX } else { !xcr0::HI16_ZMM };
+    let visible = if cpu.code64() || cpu.machine.cpuid.is_amd() { u64::MAX } else { !xcr0::HI16_ZMM };
     let native = cpu.xsave.in_use() & layout().native & visible;
     if cpu.pkru != 0 { native | xcr0::PKRU } else { native }
 }
@@ -249,7 +255,7 @@ fn image_of(cpu: &mut Vcpu, insn: &Instruction, written: u64, mxcsr: bool, forma
     let mut image = Image::of(cpu);
     let (registers, pkru) = (vector_registers(cpu), cpu.pkru);
     if written & xcr0::X87 != 0 {
-        image_x87(&mut image, &mut cpu.xsave, wide_pointers(insn), mxcsr);
+        image_x87(&mut image, cpu, wide_pointers(insn), mxcsr);
     } else if mxcsr {
         image_mxcsr(&mut image, &cpu.xsave);
     }
@@ -516,16 +522,18 @@ fn load_xmm(cpu: &mut Vcpu, image: &Image, registers: usize) {
 }
 
 fn load_x87(cpu: &mut Vcpu, image: &Image, wide: bool) {
+    let amd = cpu.machine.cpuid.is_amd();
     let state = &mut cpu.xsave;
     let words = image.u64_at(0);
     state.set_x87_words(words as u16, (words >> 16) as u16);
     state.put(legacy::FTW, &[image.bytes[legacy::FTW], 0]);
     state.put(legacy::FOP, &((words >> 48) as u16 & 0x7ff).to_le_bytes());
     let pointer = |at: usize| if wide { image.u64_at(at) } else { image.u64_at(at) & 0xffff_ffff };
-    // FIP holds a linear address of up to 57 bits, sign-extended; FDP all of its bits.
-    let fip = ((pointer(legacy::FIP) << 7) as i64 >> 7) as u64;
-    state.put(legacy::FIP, &fip.to_le_bytes());
-    state.put(legacy::FDP, &pointer(legacy::FDP).to_le_bytes());
+    // FIP holds a linear address of up to 57 bits, sign-extended; so does AMD's FDP, Intel's all of its bits.
+    let extended = |pointer: u64| ((pointer << 7) as i64 >> 7) as u64;
+    let fdp = pointer(legacy::FDP);
+    state.put(legacy::FIP, &extended(pointer(legacy::FIP)).to_le_bytes());
+    state.put(legacy::FDP, &if amd { extended(fdp) } else { fdp }.to_le_bytes());
     for i in 0..8 {
         let start = legacy::ST + i * 16;
         state.put(start, &image.bytes[start..start + 10]);

@@ -244,6 +244,11 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
     let mut stack = Stack::current(cpu);
     // CS first, as a page fault shows.
     let selector = stack.peek_selector(cpu, size, 1)?;
+    let amd = cpu.machine.cpuid.is_amd();
+    if amd {
+        // All of its place is read.
+        stack.peek(cpu, size, 1)?;
+    }
     let rip = stack.pop(cpu, size)?;
     stack.release(size as u64);
     if !cpu.protected_mode() || cpu.v8086() {
@@ -255,9 +260,19 @@ pub fn ret(cpu: &mut Vcpu, insn: &Instruction, size: usize) -> Result<(), Stop> 
         return Ok(());
     }
     let cpl = cpu.cpl();
-    let code = return_code(cpu, selector)?;
     let new_cpl = (selector & 3) as u8;
-    stack.release(release);
+    let mut beyond = stack;
+    beyond.release(release);
+    if amd && new_cpl != cpl {
+        // The other stack's pointer is read before CS is looked at (AMD APM 3, RET (Far)).
+        let mut outer = beyond;
+        outer.release(size as u64);
+        outer.pop(cpu, size)?;
+        outer = beyond;
+        outer.pop(cpu, size)?;
+    }
+    let code = return_code(cpu, selector)?;
+    stack = beyond;
     if new_cpl == cpl {
         check_target(cpu, &code, rip)?;
         cpu.segments[SegmentRegister::Cs as usize] = code.segment(selector);

@@ -30,7 +30,8 @@ pub fn syscall(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
 
 /// `wide`: with REX.W, to 64-bit code.
 pub fn sysret(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
-    if !cpu.code64() || cpu.msrs.efer & efer::SCE == 0 {
+    let exists = cpu.code64() || cpu.long_mode() && cpu.machine.cpuid.is_amd();
+    if !exists || cpu.msrs.efer & efer::SCE == 0 {
         return Err(Exception::invalid_opcode().into());
     }
     let target = cpu.gpr[gpr::RCX];
@@ -80,9 +81,13 @@ pub fn sysenter(cpu: &mut Vcpu, _: &Instruction) -> Result<(), Stop> {
 
 /// `wide`: with REX.W, to 64-bit code.
 pub fn sysexit(cpu: &mut Vcpu, wide: bool) -> Result<(), Stop> {
+    if cpu.cpl() != 0 {
+        // Before all else, on AMD's processors: to programs it does exist.
+        return Err(Exception::general_protection(0).into());
+    }
     require_sysenter(cpu)?;
     let selector = cpu.msrs.sysenter_cs as u16 & !3;
-    if !cpu.protected_mode() || selector == 0 || cpu.cpl() != 0 {
+    if !cpu.protected_mode() || selector == 0 {
         return Err(Exception::general_protection(0).into());
     }
     let (target, stack) = (cpu.gpr[gpr::RDX], cpu.gpr[gpr::RCX]);

@@ -64,7 +64,7 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     let start = stack;
     if let Err(e) = stack.pop_frame(cpu, size, &mut frame[..count]) {
         let aligned = e.vector != Vector::AlignmentCheck;
-        return Err(if aligned { frame_fault(cpu, &start, size).err().unwrap_or(e) } else { e });
+        return Err(if aligned { frame_fault(cpu, &start, size, count).err().unwrap_or(e) } else { e });
     }
     let [rip, selector, image, ..] = frame;
     let selector = selector as u16;
@@ -72,8 +72,13 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
         return return_to_v8086(cpu, &mut stack, rip, selector, image);
     }
 
-    let code = return_code(cpu, selector)?;
     let new_cpl = (selector & 3) as u8;
+    if cpu.machine.cpuid.is_amd() && new_cpl != cpl && !from_64 {
+        // The other stack's pointer is read before CS is looked at.
+        start.peek(cpu, size, 4)?;
+        start.peek(cpu, size, 3)?;
+    }
+    let code = return_code(cpu, selector)?;
     let outer = new_cpl > cpl;
     if outer && !from_64 {
         stack.pop_frame(cpu, size, &mut frame[3..])?;
@@ -96,12 +101,17 @@ fn iret_protected(cpu: &mut Vcpu, size: usize) -> Result<(), Exception> {
     Ok(())
 }
 
-/// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good.
-fn frame_fault(cpu: &mut Vcpu, stack: &Stack, size: usize) -> Result<(), Exception> {
+/// Which fault of a frame that can't all be read comes first: RFLAGS is read first, SS:RSP only after CS is known to be good,
+/// but for AMD's processors, which read SS then (AMD APM 3, IRET).
+fn frame_fault(cpu: &mut Vcpu, stack: &Stack, size: usize, count: usize) -> Result<(), Exception> {
     stack.peek(cpu, size, 2)?;
     let selector = stack.peek(cpu, size, 1)? as u16;
     stack.peek(cpu, size, 0)?;
-    return_code(cpu, selector)?;
+    if !cpu.machine.cpuid.is_amd() {
+        return_code(cpu, selector)?;
+    } else if count == 5 {
+        stack.peek(cpu, size, 4)?;
+    }
     Ok(())
 }
 

@@ -7,9 +7,11 @@ use arch::{Exception, Segment, SegmentRegister, Vector};
 use crate::cpu::{Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::descriptor::v8086_segment;
+use crate::mode::Mode;
 use crate::testing::{
     CODE32, CODE64, DATA, DPL3, GDT, IDT, KERNEL_CS, KERNEL_CS32, KERNEL_SS, KERNEL_STACK, RIP, TSS, TSS_SELECTOR,
-    USER, USER_CS, USER_CS32, USER_PT, USER_SS, execute, fault_of, kernel_vcpu, peek, poke, test_vcpu, user_vcpu,
+    USER, USER_CS, USER_CS32, USER_PT, USER_SS, Vendor, execute, fault_of, kernel_vcpu, kernel_vcpu_of, peek, poke,
+    test_vcpu, user_vcpu, user_vcpu_of,
 };
 use crate::vcpu::VcpuBox;
 
@@ -22,7 +24,7 @@ const SYSRETD: &[u8] = &[0x0f, 0x07];
 const SYSENTER: &[u8] = &[0x0f, 0x34];
 const SYSEXITQ: &[u8] = &[0x48, 0x0f, 0x35];
 const SYSEXITD: &[u8] = &[0x0f, 0x35];
-/// JMP FAR qword [rbx], CALL FAR qword [rbx]
+/// JMP FAR qword [rbx], CALL FAR qword [rbx]: Intel's alone
 const JMP_FAR: &[u8] = &[0x48, 0xff, 0x2b];
 const CALL_FAR: &[u8] = &[0x48, 0xff, 0x1b];
 
@@ -200,7 +202,7 @@ fn sysenter_works_from_compatibility_mode_except_on_amd() {
 
 #[test]
 fn a_far_jump_changes_between_64_and_32_bit_code() {
-    let mut cpu = kernel_vcpu();
+    let mut cpu = kernel_vcpu_of(Vendor::Intel);
     point(&mut cpu, KERNEL_CS32, 0x1234);
     execute(&mut cpu, JMP_FAR).unwrap();
     assert_eq!((cpu.rip, cpu.code_bits()), (0x1234, 32));
@@ -221,7 +223,7 @@ fn far_jumps_check_the_code_segment() {
         (0x38, 0, Exception::general_protection(0x38)),
     ];
     for (selector, offset, expected) in cases {
-        let mut cpu = kernel_vcpu();
+        let mut cpu = kernel_vcpu_of(Vendor::Intel);
         poke(&mut cpu, GDT + 0x38, CODE64 | CODE32);
         point(&mut cpu, selector, offset);
         assert_eq!(fault_of(&mut cpu, JMP_FAR), expected, "{selector:x}:{offset:x}");
@@ -230,7 +232,7 @@ fn far_jumps_check_the_code_segment() {
 
 #[test]
 fn a_far_call_and_return_keep_the_stack() {
-    let mut cpu = kernel_vcpu();
+    let mut cpu = kernel_vcpu_of(Vendor::Intel);
     let rsp = cpu.gpr[gpr::RSP];
     point(&mut cpu, KERNEL_CS, 0x4321);
     execute(&mut cpu, CALL_FAR).unwrap();
@@ -242,7 +244,7 @@ fn a_far_call_and_return_keep_the_stack() {
 
 #[test]
 fn a_call_gate_enters_the_kernel_and_a_far_return_leaves_it() {
-    let mut cpu = user_vcpu();
+    let mut cpu = user_vcpu_of(Vendor::Intel);
     cpu.gpr[gpr::RBX] = USER;
     poke(&mut cpu, USER + 8, 0x50);
     let rsp = cpu.gpr[gpr::RSP];
@@ -261,7 +263,7 @@ fn a_call_gate_enters_the_kernel_and_a_far_return_leaves_it() {
 
 #[test]
 fn a_call_gates_own_checks_name_the_gate() {
-    let mut cpu = user_vcpu();
+    let mut cpu = user_vcpu_of(Vendor::Intel);
     cpu.gpr[gpr::RBX] = USER;
     poke(&mut cpu, USER + 8, 0x50);
     let gate = 0x0000_ec00_0000_1230 | u64::from(KERNEL_CS) << 16;
@@ -277,7 +279,7 @@ fn a_call_gates_own_checks_name_the_gate() {
 
 #[test]
 fn a_far_call_whose_push_faults_changes_nothing() {
-    let mut cpu = user_vcpu();
+    let mut cpu = user_vcpu_of(Vendor::Intel);
     cpu.gpr[gpr::RBX] = USER;
     poke(&mut cpu, USER + 8, USER_CS.into());
     poke(&mut cpu, USER_PT + 8 * 7, 0x20_7000 | pte::P | pte::U);
@@ -461,9 +463,10 @@ impl Numbers {
 
 /// A processor in any mode whose tables and registers hold anything.
 fn arbitrary_vcpu(numbers: &mut Numbers) -> VcpuBox {
+    let vendor = Vendor::ALL[numbers.next() as usize % 2];
     let mut cpu = match numbers.next() % 4 {
-        0 => user_vcpu(),
-        1 => kernel_vcpu(),
+        0 => user_vcpu_of(vendor),
+        1 => kernel_vcpu_of(vendor),
         2 => protected_vcpu(),
         _ => v8086_vcpu(numbers.next() & 3),
     };
@@ -530,7 +533,7 @@ fn nothing_a_guest_holds_in_its_tables_harms_the_monitor() {
         let mut cpu = arbitrary_vcpu(&mut numbers);
         for _ in 0..16 {
             let bytes = INSTRUCTIONS[numbers.next() as usize % INSTRUCTIONS.len()];
-            let insn = iced_x86::Decoder::with_ip(cpu.code_bits(), bytes, RIP, 0).decode();
+            let insn = crate::access::decode(bytes, Mode::of(&cpu), RIP);
             let Some(sensitive) = crate::semantics::lookup(&insn) else { continue };
             (cpu.insn_rip, cpu.rip) = (insn.ip(), insn.next_ip());
             if let Err(Stop::Fault(e)) = (sensitive.exec)(&mut cpu, &insn)

@@ -66,7 +66,8 @@ fn mask_of(cpu: &Vcpu, insn: &Instruction, size: usize, count: usize) -> u64 {
 }
 
 /// Writes what is left of the mask. An opmask register keeps its upper bits until all is done; the elements of a vector register
-/// become all ones or zero, and what is above them zero.
+/// become all ones or zero, and what is above them zero. To AMD's processors elements up to the first one that is left become
+/// zero, and all above stays as it was.
 fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left: u64) {
     if insn.encoding() == EncodingKind::EVEX {
         let register = opmask_index(insn.op_mask());
@@ -79,6 +80,12 @@ fn set_mask(cpu: &mut Vcpu, insn: &Instruction, size: usize, count: usize, left:
     if left != 0 {
         // Elements beyond those that are gathered as well, up to the vector length.
         let old = cpu.xsave.vector(register);
+        if cpu.machine.cpuid.is_amd() {
+            value = old;
+            value[..left.trailing_zeros() as usize * size].fill(0);
+            cpu.xsave.set_vector(register, &value);
+            return;
+        }
         let length = insn.memory_index().size().max(insn.op0_register().size());
         for (element, place) in value[..length].chunks_mut(size).enumerate() {
             let set =
@@ -120,13 +127,14 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
         left &= left - 1;
     }
     set_mask(cpu, insn, size, count, left);
+    let amd = cpu.machine.cpuid.is_amd();
     if !scatter {
-        // What is above the vector length is cleared with the first element, what is below it but above the elements (where
-        // indices are wider than elements) only at the end.
+        // What is above the vector length is cleared with the first element (by AMD's processors at the end), what is below it but
+        // above the elements (where indices are wider than elements) only at the end.
         let length = insn.memory_index().size().max(data.size());
         match fault {
             None => value[count * size..].fill(0),
-            Some(_) if left != all => value[length..].fill(0),
+            Some(_) if left != all && !(amd && insn.encoding() == EncodingKind::VEX) => value[length..].fill(0),
             Some(_) => {}
         }
         cpu.xsave.set_vector(register, &value);
@@ -134,9 +142,11 @@ pub fn exec(cpu: &mut Vcpu, insn: &Instruction) -> Result<(), Stop> {
     match fault {
         None => Ok(()),
         // A trap that is due after some elements comes instead of the fault of another; RF keeps an instruction breakpoint from
-        // hitting again when the rest is done (Intel SDM 2C, VPGATHER).
+        // hitting again when the rest is done (Intel SDM 2C, VPGATHER), though not on AMD's processors.
         Some(_) if left != all && cpu.rflags & rflags::TF != 0 => {
-            cpu.rflags |= rflags::RF;
+            if !amd {
+                cpu.rflags |= rflags::RF;
+            }
             Err(Exception::debug(debug::DR6_BS).into())
         }
         Some(e) => Err(e.into()),
