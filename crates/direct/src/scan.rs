@@ -3,7 +3,7 @@
 use std::arch::x86_64::__cpuid;
 use std::sync::OnceLock;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
 /// How many bytes of the code before a page the scan makes use of.
 pub const BEFORE: usize = 64;
@@ -19,15 +19,22 @@ const ENOUGH: usize = SETTLED + 8;
 /// What a page has of such instructions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sensitive {
-    /// CPUID, wherever.
-    pub cpuid: bool,
-    /// Where the others begin, in bytes from the page's beginning. `None` if one begins before the page, or where can't be told.
+    /// Where CPUID begins, in bytes from the page's beginning. `None` if one begins before the page, or where can't be told.
+    pub cpuids: Option<Vec<u64>>,
+    /// The same for all others.
     pub others: Option<Vec<u64>>,
+    /// Of all these, those that the one before leads to: there is no return between them, so that a function that comes to
+    /// this one is taken to have come to that one first.
+    pub led: Vec<u64>,
 }
 
 impl Sensitive {
     pub fn is_none(&self) -> bool {
-        !self.cpuid && self.others.as_ref().is_some_and(Vec::is_empty)
+        !self.has_cpuid() && self.others.as_ref().is_some_and(Vec::is_empty)
+    }
+
+    pub fn has_cpuid(&self) -> bool {
+        self.cpuids.as_ref().is_none_or(|places| !places.is_empty())
     }
 }
 
@@ -59,25 +66,41 @@ impl Sensitive {
 /// `bytes` are a page with what stands before it from `page` bytes on: up to [`BEFORE`] bytes before, and [`BEHIND`]
 /// bytes behind, if they are code as well.
 pub fn sensitive(bytes: &[u8], page: usize) -> Sensitive {
-    let mut found = Sensitive { cpuid: false, others: Some(Vec::new()) };
+    let mut found = Sensitive { cpuids: Some(Vec::new()), others: Some(Vec::new()), led: Vec::new() };
     let mut stream = None;
     let suspicious = memchr::memchr2_iter(0x0f, 0xcd, bytes)
         .filter(|&at| at + 2 >= page && is_suspicious(bytes.get(at..).unwrap_or_default()));
     for at in suspicious {
-        let others: Option<Vec<u64>> = match stream.get_or_insert_with(|| Stream::new(bytes)).beginnings(at) {
+        let places: Option<Vec<u64>> = match stream.get_or_insert_with(|| Stream::new(bytes)).beginnings(at) {
             Beginnings::None => continue,
-            _ if bytes.get(at + 1) == Some(&CPUID) => {
-                found.cpuid = true;
-                continue;
-            }
             Beginnings::Unknown => None,
             Beginnings::At(places) => {
                 places.into_iter().map(|place| place.checked_sub(page).map(|place| place as u64)).collect()
             }
         };
-        found.others = found.others.zip(others).map(|(known, more)| [known, more].concat());
+        let list = if bytes.get(at + 1) == Some(&CPUID) { &mut found.cpuids } else { &mut found.others };
+        *list = list.take().zip(places).map(|(known, more)| [known, more].concat());
     }
+    let mut all: Vec<u64> = [&found.cpuids, &found.others].into_iter().flatten().flatten().copied().collect();
+    all.sort_unstable();
+    let led = all.windows(2).filter(|pair| leads(bytes, page + pair[0] as usize, page + pair[1] as usize));
+    found.led = led.map(|pair| pair[1]).collect();
     found
+}
+
+/// Whether code that goes on from one place comes to another, jumps left out, and to no return before.
+fn leads(bytes: &[u8], from: usize, to: usize) -> bool {
+    let Some(code) = bytes.get(from..to) else { return false };
+    let mut decoder = Decoder::new(64, code, decoder_options());
+    let mut instruction = Instruction::default();
+    while decoder.can_decode() {
+        decoder.decode_out(&mut instruction);
+        // One that reaches over the other place is cut off there, and no instruction.
+        if instruction.is_invalid() || instruction.flow_control() == FlowControl::Return {
+            return false;
+        }
+    }
+    true
 }
 
 /// The second byte of its opcode.

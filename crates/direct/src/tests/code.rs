@@ -152,15 +152,29 @@ fn the_scan_says_where_instructions_begin_that_can_be_guarded() {
         for (name, bytes) in FOUND {
             let code = [&code[..at], bytes, &code[at..]].concat();
             let found = sensitive(&code, 0);
-            match name {
-                "cpuid" => assert_eq!(found, Sensitive { cpuid: true, others: Some(vec![]) }),
-                _ => assert_eq!(found, Sensitive { cpuid: false, others: Some(vec![at as u64]) }, "{name} at {at}"),
-            }
+            let (cpuids, others) = if name == "cpuid" { (vec![at as u64], vec![]) } else { (vec![], vec![at as u64]) };
+            let expected = Sensitive { cpuids: Some(cpuids), others: Some(others), led: vec![] };
+            assert_eq!(found, expected, "{name} at {at}");
             // A page that begins in its midst.
             let found = sensitive(&code, at + 1);
-            assert!(name == "cpuid" || found.others.is_none(), "{name} at {at}: {found:?}");
+            let places = if name == "cpuid" { found.cpuids } else { found.others };
+            assert!(places.is_none(), "{name} at {at}: {places:?}");
         }
     }
+}
+
+/// A function that asks for several leaves, one after the other, is left or comes to all of them by the first.
+#[test]
+fn the_scan_says_which_instructions_others_lead_to() {
+    let code = ordinary_code();
+    let function = beginnings(&code).into_iter().find(|&at| at > 32 && code[at - 1] == 0xc3).unwrap();
+    // mov eax, 1; cpuid; je +1; xgetbv; cpuid; ret; cpuid
+    let asks = [0xb8, 1, 0, 0, 0, 0x0f, 0xa2, 0x74, 1, 0x0f, 0x01, 0xd0, 0x0f, 0xa2, 0xc3, 0x0f, 0xa2];
+    let found = sensitive(&[&code[..function], &asks, &code[function..]].concat(), 0);
+    let [first, xgetbv, second, other] = [5, 9, 12, 15].map(|at| (function + at) as u64);
+    let expected =
+        Sensitive { cpuids: Some(vec![first, second, other]), others: Some(vec![xgetbv]), led: vec![xgetbv, second] };
+    assert_eq!(found, expected);
 }
 
 #[test]

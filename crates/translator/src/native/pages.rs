@@ -109,10 +109,12 @@ impl Vcpu {
             // From here on no write to the page goes unnoticed.
             self.watch_code_page(gpa);
             let code = self.sensitive_code(address, &page);
-            if !needed && !code.others.as_ref().is_some_and(Vec::is_empty) {
+            let shadow = &mut self.engine.native.shadows[index];
+            let guards = shadow.guards_for(&code);
+            if !needed && guards.as_ref().is_none_or(|guards| !guards.is_empty()) {
                 return None;
             }
-            if !self.engine.native.shadows[index].guard(address, &code) {
+            if !guards.is_some_and(|guards| shadow.guard(address, guards)) {
                 self.engine.native.shadows[index].bar(address);
                 return None;
             }
@@ -183,7 +185,9 @@ impl Vcpu {
         }
         let mut found = direct::sensitive(&bytes, if before.is_some() { direct::BEFORE } else { 0 });
         // What begins behind the page is the next one's.
-        found.others.iter_mut().for_each(|others| others.retain(|&offset| offset < PAGE_SIZE));
+        for places in [&mut found.cpuids, &mut found.others].into_iter().flatten() {
+            places.retain(|&offset| offset < PAGE_SIZE);
+        }
         found
     }
 

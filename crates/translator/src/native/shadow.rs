@@ -58,6 +58,19 @@ pub struct Shadow {
     pub vector: Vec<u8>,
 }
 
+/// Instructions of a page that a process is to stop before, in bytes from its beginning.
+pub struct Guards {
+    places: Vec<u64>,
+    /// They are the first ones that functions come to, of more: once one is hit, all of the page is translated.
+    first: bool,
+}
+
+impl Guards {
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+}
+
 impl Shadow {
     pub fn new(space: Space, cr3: u64, used: u64) -> Self {
         Shadow {
@@ -117,28 +130,40 @@ impl Shadow {
         }
     }
 
-    /// Sees to it that the process stops before what is sensitive in a page's code; `false` if it can't.
-    pub fn guard(&mut self, page: u64, code: &Sensitive) -> bool {
-        let Some(others) = code.others.as_ref().filter(|others| others.len() <= Space::MOST_GUARDS) else {
-            return false;
-        };
-        if code.cpuid && !self.space.fault_cpuid() {
-            return false;
+    /// What is to be guarded of a page's code; `None` if that can't be.
+    pub fn guards_for(&mut self, code: &Sensitive) -> Option<Guards> {
+        let mut places = code.others.clone()?;
+        let guarded = code.has_cpuid() && !self.space.fault_cpuid();
+        if guarded {
+            places.extend(code.cpuids.as_ref()?);
         }
-        if others.is_empty() {
+        let first = places.len() > Space::MOST_GUARDS && (guarded || !code.has_cpuid());
+        if first {
+            places.retain(|place| !code.led.contains(place));
+        }
+        (places.len() <= Space::MOST_GUARDS).then_some(Guards { places, first })
+    }
+
+    /// Sees to it that the process stops there; `false` if it can't.
+    pub fn guard(&mut self, page: u64, Guards { places, first }: Guards) -> bool {
+        if places.is_empty() {
             return true;
+        }
+        if first {
+            // The next hit is one too many.
+            self.hits.insert(page, MOST_HITS - 1);
         }
         if self.guards.is_empty() {
             self.guarded = crate::host::rdtsc();
         }
         self.guards.retain(|&(guarded, _)| guarded != page);
-        while self.guards.len() + others.len() > Space::MOST_GUARDS {
+        while self.guards.len() + places.len() > Space::MOST_GUARDS {
             self.changes += 1;
             let Some(&(oldest, _)) = self.guards.first().filter(|_| self.changes <= MOST_CHANGES) else { return false };
             self.guards.retain(|&(guarded, _)| guarded != oldest);
             self.disarm(oldest);
         }
-        self.guards.extend(others.iter().map(|&offset| (page, page + offset)));
+        self.guards.extend(places.iter().map(|&offset| (page, page + offset)));
         self.set_guards()
     }
 
@@ -322,8 +347,12 @@ mod tests {
         assert!(shadow.stale);
     }
 
-    fn code(cpuid: bool, others: Option<&[u64]>) -> Sensitive {
-        Sensitive { cpuid, others: others.map(<[u64]>::to_vec) }
+    fn code(others: Option<&[u64]>) -> Sensitive {
+        Sensitive { cpuids: Some(Vec::new()), others: others.map(<[u64]>::to_vec), led: Vec::new() }
+    }
+
+    fn guard(shadow: &mut Shadow, page: u64, code: &Sensitive) -> bool {
+        shadow.guards_for(code).is_some_and(|guards| shadow.guard(page, guards))
     }
 
     #[test]
@@ -331,13 +360,13 @@ mod tests {
         let mut shadow = shadow();
         let executable = |n: u64| page(0x3000 + n * PAGE_SIZE, Protection::ReadExecute);
         for n in 0..2 {
-            assert!(shadow.guard(AT + n * PAGE_SIZE, &code(false, Some(&[8, 20]))));
+            assert!(guard(&mut shadow, AT + n * PAGE_SIZE, &code(Some(&[8, 20]))));
             shadow.map(AT + n * PAGE_SIZE, executable(n));
         }
-        assert!(shadow.guard(AT, &code(false, Some(&[8, 20]))), "what it has is not counted twice");
+        assert!(guard(&mut shadow, AT, &code(Some(&[8, 20]))), "what it has is not counted twice");
         assert_eq!(mapped(&mut shadow, 2), [is("r-x", 0x3000), is("r-x", 0x4000)]);
         // The third takes them from the oldest, whose code does not run any more.
-        assert!(shadow.guard(AT + 2 * PAGE_SIZE, &code(false, Some(&[0]))));
+        assert!(guard(&mut shadow, AT + 2 * PAGE_SIZE, &code(Some(&[0]))));
         shadow.map(AT + 2 * PAGE_SIZE, executable(2));
         assert_eq!(mapped(&mut shadow, 3), [is("r-x", 0x3000), is("r--", 0x4000), is("r-x", 0x5000)]);
         shadow.unmap(AT);
@@ -349,11 +378,11 @@ mod tests {
     #[test]
     fn code_that_cannot_be_guarded_is_refused() {
         let mut shadow = shadow();
-        assert!(!shadow.guard(AT, &code(false, None)) && !shadow.guard(AT, &code(true, None)));
-        assert!(!shadow.guard(AT, &code(false, Some(&[0, 10, 20, 30, 40]))));
-        assert!(shadow.guard(AT, &code(false, Some(&[]))));
+        assert!(!guard(&mut shadow, AT, &code(None)));
+        assert!(!guard(&mut shadow, AT, &code(Some(&[0, 10, 20, 30, 40]))));
+        assert!(guard(&mut shadow, AT, &code(Some(&[]))));
         // Pages that take guards from each other all the time: one keeps them at last.
-        let mut take = |page: u64| shadow.guard(AT + page * PAGE_SIZE, &code(false, Some(&[0, 10, 20])));
+        let mut take = |page: u64| guard(&mut shadow, AT + page * PAGE_SIZE, &code(Some(&[0, 10, 20])));
         assert!((0..MOST_CHANGES).all(|n| take(u64::from(n % 2))));
         (0..4).for_each(|n| {
             take(n % 2);
@@ -361,10 +390,25 @@ mod tests {
         assert!(take(0) != take(1));
     }
 
+    /// Five instructions, of which two are first in their functions: these are guarded, and no more than once.
+    #[test]
+    fn of_many_instructions_the_first_of_each_function_are_guarded() {
+        let mut shadow = shadow();
+        let many = Sensitive { led: vec![10, 20, 40], ..code(Some(&[0, 10, 20, 30, 40])) };
+        assert!(guard(&mut shadow, AT, &many));
+        assert_eq!(shadow.guards, [(AT, AT), (AT, AT + 30)]);
+        shadow.map(AT, page(0x3000, Protection::ReadExecute));
+        shadow.hit(AT + 30);
+        assert!(shadow.bars(AT) && shadow.guards.is_empty());
+        // All of few are.
+        assert!(guard(&mut shadow, AT + PAGE_SIZE, &Sensitive { led: vec![10], ..code(Some(&[0, 10])) }));
+        assert_eq!(shadow.guards.len(), 2);
+    }
+
     #[test]
     fn guards_are_taken_back_after_a_while() {
         let mut shadow = shadow();
-        assert!(shadow.guard(AT, &code(false, Some(&[8]))));
+        assert!(guard(&mut shadow, AT, &code(Some(&[8]))));
         shadow.map(AT, page(0x3000, Protection::ReadExecute));
         shadow.relieve(u64::MAX);
         assert_eq!(mapped(&mut shadow, 1), [is("r-x", 0x3000)]);
@@ -378,7 +422,7 @@ mod tests {
     fn a_page_whose_guards_are_hit_all_the_time_is_barred() {
         let mut shadow = shadow();
         for n in 0..2 {
-            assert!(shadow.guard(AT + n * PAGE_SIZE, &code(false, Some(&[8]))));
+            assert!(guard(&mut shadow, AT + n * PAGE_SIZE, &code(Some(&[8]))));
             shadow.map(AT + n * PAGE_SIZE, page(0x3000 + n * PAGE_SIZE, Protection::ReadExecute));
         }
         (1..MOST_HITS).for_each(|_| shadow.hit(AT + 8));
