@@ -473,6 +473,69 @@ fn what_instructions_of_many_pages_tell_is_about_the_guest() {
         .run_to_end(100);
 }
 
+/// A page with more of such instructions than can be guarded, whose other code is called all the time.
+#[test]
+fn what_many_instructions_of_a_function_tell_is_about_the_guest() {
+    const AUX: u32 = 0x1234;
+    const OTHER: u64 = PAGE + 0x800;
+    let mut program = Program::new(&|a| {
+        let mut again = a.create_label();
+        call(a, 0)?;
+        a.xor(r14d, r14d)?;
+        a.mov(r13d, 40)?;
+        a.set_label(&mut again)?;
+        for _ in 0..10 {
+            a.mov(rax, OTHER)?;
+            a.call(rax)?;
+            call(a, 1)?;
+        }
+        a.mov(rax, PAGE)?;
+        a.call(rax)?;
+        a.dec(r13d)?;
+        a.jnz(again)?;
+        a.mov(r12, DATA)?;
+        a.mov(qword_ptr(r12), r14)?;
+        a.int3()
+    });
+    let frame = program.bare.page();
+    program.bare.map(PAGE, frame, U);
+    program.bare.assemble(frame, PAGE, 64, |a| {
+        let mut wrong = a.create_label();
+        for _ in 0..64 {
+            a.nop()?;
+        }
+        for _ in 0..9 {
+            a.mov(eax, 0x4000_0000)?;
+            a.cpuid()?;
+            a.cmp(ebx, r15d)?;
+            a.jne(wrong)?;
+            a.rdtscp()?;
+            a.cmp(ecx, AUX)?;
+            a.jne(wrong)?;
+        }
+        a.ret()?;
+        a.set_label(&mut wrong)?;
+        a.ud2()
+    });
+    program.bare.assemble(frame + (OTHER - PAGE), OTHER, 64, |a| {
+        a.inc(r14)?;
+        a.ret()
+    });
+    program.state.msrs.push((msr::TSC_AUX, AUX.into()));
+    let data = program.data;
+    let machine = program
+        .kernel(&[
+            &|a| {
+                a.mov(eax, 0x4000_0000)?;
+                a.cpuid()?;
+                a.mov(r15d, ebx)
+            },
+            &|a| a.nop(),
+        ])
+        .run_to_end(400);
+    assert_eq!(machine.bare.read_u64(data), 400);
+}
+
 #[test]
 fn segment_bases_are_the_same_to_program_and_kernel() {
     let program = Program::new(&|a| {

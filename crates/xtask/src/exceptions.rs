@@ -53,6 +53,7 @@ const PROGRAMS: &[&str] = &[
     "programs::vector_registers_are_the_same_to_program_and_kernel",
     "programs::vector_registers_survive_faults_that_the_kernel_handles",
     "programs::what_instructions_of_many_pages_tell_is_about_the_guest",
+    "programs::what_many_instructions_of_a_function_tell_is_about_the_guest",
     "programs::what_instructions_tell_is_about_the_guest",
     "together::a_page_that_was_shot_down_is_not_seen_by_the_other_program_any_more",
     "together::a_program_that_loops_for_ever_is_interrupted_by_the_timer",
