@@ -498,7 +498,8 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     }
     let bytes = mask.unwrap_or(u64::MAX);
     let checked = if stores_extract(&site.insn) { u64::MAX } else { bytes };
-    let touched = checked & low_bits(size);
+    // To AMD's processors no part of what stores an extract may lie outside either.
+    let touched = if cpu.machine.cpuid.is_amd() { checked } else { bytes } & low_bits(size);
     let byte = |i: u32| va.wrapping_add(i.into());
     let outside = !canonical(byte(touched.trailing_zeros())) || !canonical(byte(63 - touched.leading_zeros().min(63)));
     if cpu.code64() && touched != 0 && outside {

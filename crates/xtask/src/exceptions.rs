@@ -161,13 +161,6 @@ pub const EXCEPTIONS: &[Exception] = &[
         why: "TCG has SYSENTER in long mode on AMD's processors as well",
         tests: &["privilege::sysenter_and_sysexit_exchange_32_bit_code_and_the_kernel_except_on_amd"],
     },
-    // AMD APM volume 2, 11.4.4: FXRSTOR leaves the pointers alone unless an exception is pending, so Linux loads others
-    // before it (X86_BUG_FXSAVE_LEAK).
-    Exception {
-        kind: Kind::EmulatedAmd,
-        why: "Linux clears the x87 pointers of AMD's processors when it switches to another task, and the vCPU may lose its own at any time",
-        tests: &["x87::the_saved_pointer_names_the_last_instruction_also_if_its_operand_crossed_pages"],
-    },
     Exception {
         kind: Kind::Emulating,
         why: "its emulator has no INT3 and INT1, with which these guests end",
