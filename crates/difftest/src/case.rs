@@ -169,8 +169,9 @@ pub struct Ignore {
     pub call: bool,
     /// RF was set, which AMD's processors keep between repetitions of a string instruction that is stepped through.
     pub resume_flag: bool,
-    /// Which of its two operands CMPS looks at first is the implementation's choice; AMD's processors vary.
-    pub either_operand: bool,
+    /// Which of its two operands CMPS looks at first is the implementation's choice, and so is which element's fault a gather or
+    /// scatter raises; AMD's processors vary.
+    pub any_operand: bool,
     /// Of an operand of vector instructions, what AMD's processors take for misaligned where that is checked (RFLAGS.AC), and
     /// before or after which other fault, is not what Intel's do, and no system checks it.
     pub vector_alignment: bool,
@@ -184,6 +185,8 @@ impl Ignore {
         let memory_fault = |o: &Outcome| matches!(o.vector, 12 | 13 | 14 | 17);
         let both_fault = memory_fault(native) && memory_fault(guest);
         self.undecodable && matches!((native.vector, guest.vector), (6, 13 | 14) | (13, 6))
+            // AMD's processors may access the operand before they refuse a LOCK prefix.
+            || self.undecodable && translator::host_is_amd() && memory_fault(native) && guest.vector == 6
             || self.large_area && (native.vector, guest.vector) == (17, 13)
             || self.large_area && self.segmented && native.vector == 14 && matches!(guest.vector, 12 | 13)
             || self.may_fault_in_vain
@@ -211,7 +214,7 @@ impl Ignore {
         let wraps = near(0) || self.segmented && near(DATA);
         // Of a masked operand of which a part is outside, the elements that count are found first, or last.
         let near_the_end = |cr2: u64| cr2 >> 12 == TASK_SIZE >> 12 || cr2 >> 12 == !0x7fff_ffff_ffff >> 12;
-        self.either_operand
+        self.any_operand
             || matches!(native.vector, 12 | 13) && guest.vector == 14 && native.selectors[0] != USER_CODE64 && wraps
             || self.masked && native.vector == 14 && (near_the_end(native.cr2) || self.segmented)
             || self.masked && guest.vector == 14 && near_the_end(guest.cr2)

@@ -186,10 +186,11 @@ pub fn ignore(insn: &Instruction) -> Ignore {
         vector_alignment: false,
         call: translator::host_is_amd() && insn.mnemonic() == Mnemonic::Call,
         resume_flag: false,
-        either_operand: matches!(
-            insn.code(),
-            Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
-        ),
+        any_operand: insn.is_vsib()
+            || matches!(
+                insn.code(),
+                Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
+            ),
         large_area: ["save", "rstor", "Fldenv", "Fnstenv", "askmov"].iter().any(|part| name.contains(part)),
         masked: insn.op_mask() != iced_x86::Register::None
             || name.contains("maskmov")
