@@ -156,15 +156,19 @@ impl Accounts {
         found.is_some()
     }
 
-    /// What it takes to run a program for no time at all.
+    /// What it takes to run a program for no time at all, in ticks.
+    pub fn switch(&self) -> i64 {
+        if self.switch == 0 { SWITCH_US * self.rate as i64 } else { self.switch }
+    }
+
+    /// It has been measured.
     pub fn stops_take(&mut self, ticks: u64) {
         self.switch = ticks as i64;
     }
 
     /// The program had the processor for so long, the way there and back included.
     pub fn ran(&mut self, ticks: u64, left: Reason) {
-        let rate = self.rate as i64;
-        let switch = if self.switch == 0 { SWITCH_US * rate } else { self.switch };
+        let (rate, switch) = (self.rate as i64, self.switch());
         let Some(account) = self.accounts.get_mut(self.current) else { return };
         let program = (ticks as i64 - switch).max(0);
         account.balance += (left.gain() - 2) * program / 2;

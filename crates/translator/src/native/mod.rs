@@ -51,7 +51,7 @@ const SHADOWS: usize = 8;
 /// A program that so often in a row had a page fault within so many microseconds touches one new page after the other: translated
 /// code goes on from the next one to the next jump, and the next, since a fault takes a sixth of the time there.
 const FAULTS: u32 = 2;
-const SOON_US: u64 = 14;
+const SOON_US: u64 = 10;
 /// Pages that are mapped at once after that.
 const MOST_AWAITED: usize = 256;
 /// A program that runs for longer at a time is asked for how much of that it had the processor.
@@ -243,7 +243,8 @@ impl Vcpu {
         }
         // What a test asks for must not depend on how fast the host is.
         let auto = self.machine.config.direct == Mode::Auto;
-        let soon = auto && matches!(left, Left::Page { .. }) && ran < SOON_US * self.machine.time.tsc_hz() / 1_000_000;
+        let soon = self.engine.native.accounts.switch() as u64 + SOON_US * self.machine.time.tsc_hz() / 1_000_000;
+        let soon = auto && matches!(left, Left::Page { .. }) && ran < soon;
         self.engine.native.faults = if soon { self.engine.native.faults + 1 } else { 0 };
         self.account_for(left);
         Ok(())
