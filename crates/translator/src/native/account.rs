@@ -9,14 +9,15 @@ const ACCOUNTS: usize = 64;
 /// Interrupts that find a program running until it gets a credit, no two further apart than this many milliseconds.
 const TICKS: u32 = 3;
 const APART_MS: u64 = 50;
-/// Microseconds: the credit, what a program can earn at most, how long one without credit waits.
+/// Microseconds: the credit where a switch takes [`SWITCH_US`], what a program can earn at most, how long one without credit
+/// waits.
 const CREDIT_US: i64 = 1_500;
 const MOST_US: i64 = 20_000;
 const FIRST_REST_US: u64 = 25_000;
 const LONGEST_REST_US: u64 = 3_000_000;
 /// Microseconds, translated, that programs must have computed from one system call or fault to the next.
 const STRETCH_US: u64 = 40;
-/// What a program's pages may take besides, when it begins: it needs most of them once.
+/// What a program's pages may take besides there, when it begins: it needs most of them once.
 const PAGES_US: i64 = 10_000;
 /// Translated code takes this many times longer.
 const GAIN: i64 = 3;
@@ -118,7 +119,7 @@ impl Accounts {
             Some(index) => index,
             None => self.open(cr3),
         };
-        let rate = self.rate;
+        let (rate, switch) = (self.rate, self.switch());
         let account = &mut self.accounts[self.current];
         if account.process != process {
             *account = Account { cr3, process, ..Account::default() };
@@ -132,8 +133,8 @@ impl Accounts {
         account.last = now;
         if !account.on && account.ticks >= TICKS && now >= account.rests_until {
             account.on = true;
-            account.balance = CREDIT_US * rate as i64;
-            account.pages = PAGES_US * rate as i64;
+            account.balance = CREDIT_US * switch / SWITCH_US;
+            account.pages = PAGES_US * switch / SWITCH_US;
         }
         account.on
     }
