@@ -304,23 +304,19 @@ impl Vcpu {
 
     /// Where the breakpoint instruction begins that ends here: INT3 has one byte, or two as INT 3.
     fn breakpoint_before(&mut self, end: u64) -> u64 {
-        let mut byte = [0];
-        let last = end.wrapping_sub(1);
-        match self.read_linear(last, &mut byte, Context::User) {
-            Ok(()) if byte[0] == 0xcc => last,
-            _ => last.wrapping_sub(1),
-        }
+        end.wrapping_sub(if self.follows(end, 0xcc) { 1 } else { 2 })
     }
 
     /// Where the INT1 is that the processor has stopped for: right before `rip`, as it is a trap, or there, as virtual machines
     /// on AMD's processors have it.
     fn int1_at(&mut self, rip: u64) -> u64 {
-        let mut byte = [0];
-        let before = rip.wrapping_sub(1);
-        match self.read_linear(before, &mut byte, Context::User) {
-            Ok(()) if byte[0] == 0xf1 => before,
-            _ => rip,
-        }
+        rip.wrapping_sub(u64::from(self.follows(rip, 0xf1)))
+    }
+
+    /// Whether the program has this byte right before an address.
+    fn follows(&mut self, address: u64, byte: u8) -> bool {
+        let mut before = [0];
+        self.read_linear(address.wrapping_sub(1), &mut before, Context::User).is_ok() && before == [byte]
     }
 
     /// An interrupt came while a program ran: it is one that computes.
