@@ -9,7 +9,7 @@ use iced_x86::Mnemonic;
 
 use crate::case::{self, Outcome, Status, describe, describe_vectors, differences, template};
 use crate::generate::{Case, Generator};
-use crate::guest::Guest;
+use crate::guest::{Guest, How};
 use crate::layout::{SEGMENT_SLOTS, SLOTS};
 use crate::native::Native;
 use crate::sequence::Sequences;
@@ -24,8 +24,7 @@ pub struct Plan {
     pub cases: u64,
     pub only: Option<String>,
     pub show: usize,
-    /// Cases run directly, wherever that is possible.
-    pub direct: bool,
+    pub how: How,
 }
 
 impl Plan {
@@ -41,13 +40,13 @@ impl Plan {
             cases: number("DIFF_CASES", cases),
             only: std::env::var("DIFF_ONLY").ok(),
             show: number("DIFF_SHOW", 40) as usize,
-            direct: false,
+            how: How::Named,
         }
     }
 
-    /// The same cases, run directly.
-    pub fn directly(self) -> Self {
-        Plan { direct: true, ..self }
+    /// The same cases, run otherwise.
+    pub fn run(self, how: How) -> Self {
+        Plan { how, ..self }
     }
 }
 
@@ -122,7 +121,7 @@ pub fn sequences(plan: &Plan, bits: u32) -> Report {
 fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
     let template = template(plan.seed);
     let mut native = Native::new(template.clone(), slots == SEGMENT_SLOTS).expect("a native child process");
-    let mut guest = Guest::new(template, plan.direct);
+    let mut guest = Guest::new(template, plan.how);
     let mut report = Report::default();
     let end = plan.first + plan.cases;
     let mut next = plan.first;
@@ -135,7 +134,7 @@ fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
         for (case, native) in cases.iter().zip(natives) {
             // ENTER that faults at its end has copied frame pointers, over others maybe: to do it once more, as translated code
             // does after the process has, is seen, as it would be after a fault that the host handles.
-            if plan.direct && case.instruction().mnemonic() == Mnemonic::Enter {
+            if plan.how == How::Directly && case.instruction().mnemonic() == Mnemonic::Enter {
                 continue;
             }
             report.cases += 1;
@@ -169,7 +168,7 @@ fn run(plan: &Plan, slots: usize, make: impl Fn(u64) -> Case) -> Report {
             }
             if outcome_is_fatal(guest.last()) {
                 report.entered_directly += guest.entered_directly();
-                guest = Guest::new(case::template(plan.seed), plan.direct);
+                guest = Guest::new(case::template(plan.seed), plan.how);
                 guest.load(if slots == SEGMENT_SLOTS { &[] } else { &inputs });
             }
         }

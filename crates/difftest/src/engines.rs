@@ -5,22 +5,31 @@ use std::sync::Arc;
 use arch::cpuid::Topology;
 use engine::Engine;
 use memory::Ram;
-use translator::Translator;
 use translator::native::Mode;
+use translator::{Config, Translator};
 
-/// An engine for a machine with this RAM: `translate`, `direct` or `kvm`.
+/// An engine for a machine with this RAM: `translate`, `direct`, `checked` or `kvm`.
 pub fn named(name: &str, ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
     match name {
         "kvm" => Arc::new(kvm(ram, cpus).expect("a /dev/kvm that can be used")),
         "translate" => translator(ram, cpus, Mode::default()),
         "direct" => translator(ram, cpus, Mode::Always),
-        other => panic!("there is no engine {other}: there are translate, direct and kvm"),
+        "checked" => checked(ram, cpus),
+        other => panic!("there is no engine {other}: there are translate, direct, checked and kvm"),
     }
 }
 
 /// The translator, and when it runs programs directly.
 pub fn translator(ram: &Ram, cpus: u32, direct: Mode) -> Arc<Translator> {
-    let config = translator::Config { cpus: Topology::of_cores(cpus), direct, ..Default::default() };
+    configured(ram, Config { cpus: Topology::of_cores(cpus), direct, ..Default::default() })
+}
+
+/// The translator, where all code looks at its bytes itself.
+pub fn checked(ram: &Ram, cpus: u32) -> Arc<Translator> {
+    configured(ram, Config { cpus: Topology::of_cores(cpus), checked: true, direct: Mode::Never, ..Default::default() })
+}
+
+fn configured(ram: &Ram, config: Config) -> Arc<Translator> {
     Arc::new(Translator::new(ram.clone(), config).expect("the translator works on this host"))
 }
 

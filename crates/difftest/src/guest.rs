@@ -24,8 +24,8 @@ pub fn engine(ram: &Ram, cpus: u32) -> Arc<dyn Engine> {
 /// The guest side: reusable for any number of batches.
 pub struct Guest {
     machine: Machine,
-    /// The engine, where it is one that runs programs directly.
-    direct: Option<Arc<Translator>>,
+    /// The engine, where it is a translator of a certain kind.
+    translator: Option<Arc<Translator>>,
     template: Vec<u8>,
     code: u64,
     /// The slot of the case that was loaded alone.
@@ -46,9 +46,19 @@ const LDT_SELECTOR: u16 = 0x50;
 /// Where its code is: after the stubs.
 const STEP_HANDLER: u64 = STUBS + 0x1800;
 
+/// What cases run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// The engine under test.
+    Named,
+    /// The translator, and directly wherever that is possible.
+    Directly,
+    /// The translator, where all code looks at its bytes itself.
+    Checked,
+}
+
 impl Guest {
-    /// On the engine under test, or on the translator with direct execution wherever it is possible.
-    pub fn new(template: Vec<u8>, direct: bool) -> Self {
+    pub fn new(template: Vec<u8>, how: How) -> Self {
         let mut bare = Bare::new(16 << 20);
         let code = bare.pages((CODE_SIZE / PAGE) as u64);
         bare.write(code, &vec![0xcc; CODE_SIZE]);
@@ -68,12 +78,16 @@ impl Guest {
         step_handler(&mut bare);
         // SAFETY: plain data; all-zero bytes are valid values.
         let outcome = unsafe { Box::<Outcome>::new_zeroed().assume_init() };
-        let direct = direct.then(|| crate::engines::translator(&bare.ram, 1, Mode::Always));
-        let machine = match &direct {
-            Some(direct) => Machine::on(direct.clone(), bare, 1),
+        let translator = match how {
+            How::Named => None,
+            How::Directly => Some(crate::engines::translator(&bare.ram, 1, Mode::Always)),
+            How::Checked => Some(crate::engines::checked(&bare.ram, 1)),
+        };
+        let machine = match &translator {
+            Some(translator) => Machine::on(translator.clone(), bare, 1),
             None => Machine::new(bare, 1),
         };
-        Guest { machine, direct, template, code, alone: None, writable, outcome, note: String::new() }
+        Guest { machine, translator, template, code, alone: None, writable, outcome, note: String::new() }
     }
 
     /// Puts the code of a batch into its slots.
@@ -135,7 +149,7 @@ impl Guest {
 
     /// How often the cases' code was entered directly.
     pub fn entered_directly(&self) -> u64 {
-        self.direct.as_ref().map_or(0, |engine| engine.entered_directly())
+        self.translator.as_ref().map_or(0, |engine| engine.entered_directly())
     }
 
     /// The outcome of the case that ran last.

@@ -1,6 +1,7 @@
 //! Random sequences of instructions: the translator against the real processor.
 
 use difftest::compare::{Plan, Report, sequences};
+use difftest::guest::How;
 
 fn check(report: Report) {
     print!("{}", report.text());
@@ -16,12 +17,17 @@ fn sequences_of_64_bit_code_do_what_the_processor_does() {
 /// Most sequences run directly from their first instruction on; each other one begins with what only translated code can do.
 #[test]
 fn sequences_that_run_directly_do_what_the_processor_does() {
-    let plan = Plan::from_env(3_000).directly();
+    let plan = Plan::from_env(3_000).run(How::Directly);
     let cases = plan.cases;
     let report = sequences(&plan, 64);
     println!("entered directly {} times", report.entered_directly);
     assert!(report.entered_directly > cases / 2, "only {} entries", report.entered_directly);
     check(report);
+}
+
+#[test]
+fn sequences_that_look_at_their_bytes_do_what_the_processor_does() {
+    check(sequences(&Plan::from_env(5_000).run(How::Checked), 64));
 }
 
 #[test]

@@ -97,6 +97,7 @@ pub fn run(args: RunArgs) -> Result<u8, Error> {
         perf_map: args.perf_map,
         direct: args.direct,
         stats: args.stats,
+        ..Default::default()
     };
     let smm = firmware.as_ref().is_some_and(firmware::needs_smm);
     let selection = select_engine(args.accel, &ram, translator, smm)?;

@@ -161,6 +161,8 @@ pub struct Body<'a> {
     pub parked_entry: u16,
     /// The code can stand at other guest addresses.
     pub movable: bool,
+    /// It looks at its bytes itself: writes to them need not be noticed.
+    pub checked: bool,
     pub record: Record<'a>,
 }
 

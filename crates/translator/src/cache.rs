@@ -92,6 +92,7 @@ pub struct Block {
     parked_entry: u16,
     link_count: u16,
     movable: bool,
+    checked: bool,
     two_pages: bool,
     live: bool,
 }
@@ -184,8 +185,10 @@ pub struct Cache {
     by_origin: HashTable<BlockId>,
     /// The frames of the bytes beyond the first page of those blocks that have such bytes.
     second_pages: FxHashMap<BlockId, u64>,
-    /// By frame.
+    /// By frame; those that look at their bytes themselves are not among them, but
     by_page: FxHashMap<u64, PageCode>,
+    /// here, by the frame in which they begin.
+    checked: FxHashMap<u64, Vec<BlockId>>,
     /// Of blocks that can be taken up again when their bytes were written.
     templates: FxHashMap<BlockId, Template>,
     /// Blocks that may be, when they are looked for: see [`crate::rewritten`].
@@ -235,6 +238,7 @@ impl Cache {
             by_origin: HashTable::new(),
             second_pages: FxHashMap::default(),
             by_page: FxHashMap::default(),
+            checked: FxHashMap::default(),
             templates: FxHashMap::default(),
             asleep: FxHashMap::default(),
             far_links: Vec::new(),
@@ -280,6 +284,7 @@ impl Cache {
             length: block.length,
             parked_entry: block.parked_entry,
             movable: block.movable,
+            checked: block.checked,
             // Of a block that is gone nothing may be left.
             record: Record::read(records.get(block.record as usize..).unwrap_or_default()),
         }
@@ -374,6 +379,7 @@ impl Cache {
             length: t.code.len() as u16,
             parked_entry: t.parked_entry as u16,
             movable: t.movable && second_page.is_none() && origin.segment == CodeSegment::FLAT,
+            checked: t.checked,
             record: Record::read(writer.pack(bytes, t)),
         };
         self.stats.blocks += 1;
@@ -433,6 +439,7 @@ impl Cache {
             parked_entry: body.parked_entry,
             link_count: links,
             movable: body.movable,
+            checked: body.checked,
             two_pages: body.second_page.is_some(),
             live: false,
         };
@@ -466,7 +473,12 @@ impl Cache {
         let alias = self.at_origin(origin).next();
         let block = self.at_mut(id);
         (block.alias, block.live) = (alias, true);
+        let checked = block.checked;
         self.lead_origin(origin, Some(id));
+        if checked {
+            self.checked.entry(origin.frame()).or_default().push(id);
+            return;
+        }
         for (page, extent) in std::iter::once((origin.frame(), extent)).chain(second_page.map(|p| (p, beyond))) {
             let code = self.by_page.entry(page).or_default();
             code.blocks.push(PageBlock { id, start: extent.start as u16, end: extent.end as u16 });
@@ -652,6 +664,10 @@ impl Cache {
             None => self.lead_origin(origin, alias),
         }
         self.at_mut(id).alias = None;
+        if self.at(id).checked {
+            self.forget_checked(id, origin.frame());
+            return;
+        }
         for page in std::iter::once(origin.frame()).chain(second_page) {
             if let Some(code) = self.by_page.get_mut(&page) {
                 code.blocks.retain(|other| other.id != id);

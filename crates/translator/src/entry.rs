@@ -4,6 +4,7 @@
 //! stand in [`Near`] and [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
 //!
 //! - `exit_link`, called by the stub of a direct branch that is not linked yet; the return address names the stub;
+//! - `exit_stale`, called the same way by a block that finds its bytes changed;
 //! - `exit_lookup`, jumped to with the guest RIP in r14: a branch missed the jump table; `exit_branch` the same, called, of one
 //!   that computed its target, which the return address tells of; `exit_branch_event` instead of `exit_event`;
 //! - `exit_event`, jumped to with the guest RIP in r14: the poll word is set;
@@ -42,6 +43,8 @@ pub enum Left {
     Signal = 4,
     /// The check of a group failed at `rip`: see [`crate::codegen::groups`].
     Careful = 5,
+    /// The block whose stub `hot.return_address` names was made from other bytes: see [`crate::codegen::checked`].
+    Stale = 6,
 }
 
 /// What emitted code uses most, just below its stack: a displacement of one byte reaches it.
@@ -74,6 +77,7 @@ pub struct Hot {
     pub lent: u64,
     pub resolve: u64,
     pub exit_branch_event: u64,
+    pub exit_stale: u64,
     pub bounced: u64,
     pub stored_split: u64,
     /// XSAVE's and XRSTOR's component mask.
@@ -94,6 +98,8 @@ pub struct Hot {
     pub accessed: u64,
     /// What emitted code holds in r10, while it is asked where a group's span ends.
     pub index: u64,
+    /// Of the block that runs: see [`crate::codegen::checked`].
+    pub immediates: [u64; crate::codegen::checked::MAX_IMMEDIATES],
     /// Rounds of a loop until its checks are made again: see [`crate::codegen::steady`].
     pub rounds: u32,
     /// The address of the word of requests from others.
@@ -135,6 +141,7 @@ unsafe extern "C" {
     /// Runs guest code from `code` (a host address). `context` is the address of a [`Vcpu`]'s `gpr`.
     fn ringer_enter(context: *mut u64, code: u64) -> u64;
     fn ringer_exit_link();
+    fn ringer_exit_stale();
     fn ringer_exit_lookup();
     fn ringer_exit_branch();
     fn ringer_exit_branch_event();
@@ -181,6 +188,7 @@ impl Hot {
             lent: 0,
             resolve: address(ringer_resolve),
             exit_branch_event: address(ringer_exit_branch_event),
+            exit_stale: address(ringer_exit_stale),
             bounced: address(ringer_bounced),
             stored_split: address(ringer_stored_split),
             xsave_mask,
@@ -194,6 +202,7 @@ impl Hot {
             held: 0,
             accessed: 0,
             index: 0,
+            immediates: [0; _],
             rounds: 0,
             requests: requests.as_ptr() as u64,
             detours: 0,
@@ -227,7 +236,8 @@ pub unsafe fn enter(vcpu: &mut Vcpu, code: u64) -> Left {
         2 => Left::Event,
         3 => Left::Stop,
         4 => Left::Signal,
-        _ => Left::Careful,
+        5 => Left::Careful,
+        _ => Left::Stale,
     }
 }
 
@@ -381,6 +391,12 @@ global_asm!(
     "pop qword ptr [rsp + {return_address}]",
     "SAVE_ALL",
     "mov ebx, 0",
+    "jmp ringer_leave",
+    ".global ringer_exit_stale",
+    "ringer_exit_stale:",
+    "pop qword ptr [rsp + {return_address}]",
+    "SAVE_ALL",
+    "mov ebx, 6",
     "jmp ringer_leave",
     ".global ringer_exit_branch",
     "ringer_exit_branch:",

@@ -81,6 +81,8 @@ pub struct Config {
     pub perf_map: bool,
     /// When programs run directly instead of translated.
     pub direct: native::Mode,
+    /// All code looks at its bytes itself, as what is [rewritten] all the time does: for tests of that.
+    pub checked: bool,
     /// Print counts on stderr when a vCPU stops.
     pub stats: bool,
 }
@@ -93,6 +95,7 @@ impl Default for Config {
             translation_cache: code_memory::DEFAULT_SIZE,
             perf_map: false,
             direct: native::Mode::default(),
+            checked: false,
             stats: false,
         }
     }

@@ -8,7 +8,13 @@
 //! - When many such stores come, all blocks of the page are put to sleep, and the page gets a write tag in this vCPU's TLB,
 //!   although the tracker still says that it holds code: nothing can run of it before it is looked for, which takes the
 //!   tag away ([`Vcpu::guard_code_page`]). That works only while no other vCPU has code of the page.
+//!
+//! To wake a block takes a microsecond, a hundred times what it takes the guest to patch and call it. So when that happens again
+//! and again in a short time, the page is not watched any more: its blocks are made anew, and look at their bytes themselves
+//! whenever they are entered ([`crate::codegen::checked`]). Since each then takes a little longer, and it would not be noticed if the
+//! page were used for something else, all are dropped after a while, and the page is watched again.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use memory::PAGE_SIZE;
@@ -17,9 +23,12 @@ use rustc_hash::FxHashMap;
 use crate::Vcpu;
 use crate::access::AccessKind;
 use crate::cache::Woken;
+use crate::codegen::checked::Checked;
 use crate::cpu::Context;
+use crate::host::rdtsc;
 use crate::invalidation::holder_bit;
 use crate::mmu::Mapping;
+use crate::mode::Mode;
 use crate::phys::{frame_of, page_of};
 
 /// Frames that are remembered.
@@ -31,6 +40,11 @@ const PATIENCE: u32 = 8;
 const MAX_PATIENCE: u32 = 1 << 20;
 /// Write tags that a page can have in a TLB while its blocks sleep.
 const MAX_TAGS: usize = 4;
+/// Code that came back so often within so many ticks of the host's TSC is to look at its bytes itself
+const CONSTANTLY: u32 = 64;
+const WITHIN: u64 = 1 << 23;
+/// for so many ticks.
+const TERM: u64 = 1 << 30;
 /// vCPUs that have a bit of their own in the tracker.
 const MAX_VCPUS: usize = 8;
 
@@ -44,12 +58,31 @@ struct History {
     patience: u32,
     /// Where the TLB has write tags for it.
     tags: [Option<(Context, u32)>; MAX_TAGS],
+    /// Code came back so often since then.
+    returns: u32,
+    since: u64,
+    /// Its blocks look at their bytes themselves.
+    checked: bool,
+}
+
+impl History {
+    fn came_back(&mut self) {
+        let now = rdtsc();
+        if now.wrapping_sub(self.since) > WITHIN {
+            (self.returns, self.since) = (0, now);
+        }
+        self.returns = self.returns.saturating_add(1);
+    }
 }
 
 /// What one vCPU knows of the pages whose code was written.
 #[derive(Default)]
 pub struct Rewritten {
     frames: FxHashMap<u64, History>,
+    /// Those whose blocks look at their bytes themselves, and since when; the first since longest.
+    checked: VecDeque<(u64, u64)>,
+    /// How many there were so far.
+    pub checked_pages: u64,
 }
 
 impl Rewritten {
@@ -59,7 +92,7 @@ impl Rewritten {
             self.frames.entry(frame).or_insert(History { patience: PATIENCE, ..History::default() }).dropped = true;
         } else {
             // Those that hold no tags are worth less than a guest that goes on to other pages.
-            self.frames.retain(|_, h| h.tags.iter().any(Option::is_some));
+            self.frames.retain(|_, h| h.checked || h.tags.iter().any(Option::is_some));
         }
     }
 
@@ -68,6 +101,7 @@ impl Rewritten {
         if let Some(history) = self.frames.get_mut(&frame).filter(|h| h.dropped) {
             history.dropped = false;
             history.turns = history.turns.saturating_add(1).min(2 * OFTEN);
+            history.came_back();
         }
     }
 
@@ -78,6 +112,7 @@ impl Rewritten {
     fn woken(&mut self, frame: u64, woken: Woken) {
         let Some(history) = self.frames.get_mut(&frame) else { return };
         history.stores = 0;
+        history.came_back();
         match woken {
             // It would have been better not to disturb it.
             Woken::Unchanged(_) => history.patience = history.patience.saturating_mul(2).min(MAX_PATIENCE),
@@ -85,6 +120,37 @@ impl Rewritten {
             // The page is used for something else now.
             Woken::No => history.turns = history.turns.saturating_sub(1),
         }
+    }
+
+    /// Whether the blocks of a frame look at their bytes themselves.
+    fn is_checked(&self, frame: u64) -> bool {
+        self.frames.get(&frame).is_some_and(|h| h.checked)
+    }
+
+    /// Whether they should, and don't yet.
+    fn wants_checks(&self, frame: u64) -> bool {
+        let constantly = |h: &History| h.turns >= OFTEN && h.returns >= CONSTANTLY && !h.checked;
+        self.frames.get(&frame).is_some_and(constantly)
+    }
+
+    fn begin_checks(&mut self, frame: u64) {
+        let Some(history) = self.frames.get_mut(&frame) else { return };
+        history.checked = true;
+        self.checked.push_back((frame, rdtsc()));
+        self.checked_pages += 1;
+    }
+
+    /// A frame whose blocks have looked at their bytes for long, and from now on don't.
+    fn end_checks(&mut self) -> Option<u64> {
+        let (frame, since) = *self.checked.front()?;
+        if rdtsc().wrapping_sub(since) < TERM {
+            return None;
+        }
+        self.checked.pop_front();
+        if let Some(history) = self.frames.get_mut(&frame) {
+            (history.checked, history.returns) = (false, 0);
+        }
+        Some(frame)
     }
 
     /// Counts a store beside code; whether it is time that the code sleeps.
@@ -96,6 +162,62 @@ impl Rewritten {
 }
 
 impl Vcpu {
+    /// Before code of a frame is translated or taken up again: has it look at its bytes itself if that is time. No emitted code
+    /// may be running.
+    pub fn choose_checks(&mut self, frame: u64) {
+        // With more vCPUs than bits a bit may stand for another one as well.
+        let Some(page) = page_of(frame).filter(|_| self.machine.config.cpus.count() as usize <= MAX_VCPUS) else {
+            return;
+        };
+        if self.engine.rewritten.wants_checks(frame) && !self.machine.tracker.is_device(page) {
+            self.engine.cache.drop_page(frame);
+            self.engine.native.code_written(frame);
+            self.engine.rewritten.begin_checks(frame);
+            self.machine.tracker.clear_code(page, holder_bit(self.id));
+        }
+    }
+
+    /// Has code that has looked at its bytes for long be watched again. No emitted code may be running.
+    pub fn review_checks(&mut self) {
+        while let Some(frame) = self.engine.rewritten.end_checks() {
+            self.engine.cache.drop_page(frame);
+        }
+    }
+
+    /// To be called before code is read from RAM in order to translate it: how it is to look at its bytes, or else writes
+    /// to them are noticed from here on. `next`: where its second page is, if it takes bytes of that.
+    pub fn watch_or_check(&mut self, gpa: u64, next: Option<u64>, mode: Mode) -> Option<Checked> {
+        let checked = self.checks(gpa, next).filter(|_| !mode.is_single());
+        if checked.is_none() {
+            std::iter::once(gpa).chain(next).for_each(|gpa| self.watch_code_page(gpa));
+        }
+        checked
+    }
+
+    fn checks(&self, gpa: u64, next: Option<u64>) -> Option<Checked> {
+        let host = |gpa: u64| {
+            let place = self.at(gpa & !(PAGE_SIZE - 1)).0?;
+            (!self.machine.tracker.is_device(place.page)).then_some((frame_of(place.page), place.host as u64))
+        };
+        let (frame, page) = host(gpa)?;
+        let (next_frame, next) = match next {
+            Some(next) => host(next)?,
+            None => (frame, page),
+        };
+        let checked = self.machine.config.checked
+            || self.engine.rewritten.is_checked(frame)
+            || self.engine.rewritten.is_checked(next_frame);
+        checked.then_some(Checked { page, next })
+    }
+
+    /// A block found its bytes changed: it is dropped, and made anew when it is looked for.
+    pub fn drop_stale_block(&mut self) {
+        let Some((id, _)) = self.engine.cache.find_by_host(self.hot.return_address) else { return };
+        let Some((block, _)) = self.engine.cache.block(id) else { return };
+        self.rip = block.rip;
+        self.engine.cache.remove(id);
+    }
+
     /// Whether nobody else has code of a page that the tracker says holds some.
     fn code_is_own(&self, page: usize) -> bool {
         let alone = self.machine.config.cpus.count() as usize <= MAX_VCPUS;

@@ -403,6 +403,7 @@ impl Vcpu {
                     self.shared.requests.fetch_and(!request::STOP, std::sync::atomic::Ordering::SeqCst);
                     return Ok(());
                 }
+                self.review_checks();
                 if self.event_deliverable() {
                     self.take_events()?;
                 }
@@ -497,7 +498,7 @@ impl Vcpu {
         // lost.
         if stepping
             && !self.debug_shadow
-            && !matches!(left, Left::Stop | Left::Signal | Left::Careful)
+            && !matches!(left, Left::Stop | Left::Signal | Left::Careful | Left::Stale)
             && !self.engine.delivered
         {
             self.pending_debug |= debug::DR6_BS;
@@ -515,6 +516,12 @@ impl Vcpu {
             Left::Event => Ok(Next::Events),
             Left::Careful => {
                 // The same instruction again. It may stand in the shadow of an STI that was emitted inline.
+                self.interrupt_shadow = self.rflags & rflags::IF != 0;
+                Ok(Next::Block)
+            }
+            Left::Stale => {
+                self.drop_stale_block();
+                // None of its instructions has run, perhaps not the one behind an STI.
                 self.interrupt_shadow = self.rflags & rflags::IF != 0;
                 Ok(Next::Block)
             }
@@ -640,6 +647,7 @@ impl Vcpu {
         self.engine.cache.reap();
         self.engine.cache.jumps.enlarge();
         self.engine.forgive(origin);
+        self.choose_checks(origin.frame());
         let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
         let id = match known {
             Some(id) => id,
@@ -687,11 +695,12 @@ impl Vcpu {
     }
 
     fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
-        self.watch_code_page(gpa);
         self.engine.rewritten.translated(origin.frame());
         let offset = (gpa % PAGE_SIZE) as usize;
         let in_memory = self.readable(gpa).is_some();
-        let setting = self.setting(origin, if in_memory { origin.mode } else { origin.mode.single() }, global);
+        let mode = if in_memory { origin.mode } else { origin.mode.single() };
+        let checked = self.watch_or_check(gpa, None, mode);
+        let setting = Setting { checked, ..self.setting(origin, mode, global) };
         // Taken for as long as it is in use.
         let mut bytes = std::mem::take(&mut self.engine.code_page);
         let translated = self.translate_bytes(&mut bytes, origin.segment, gpa, rip, linear, &setting);
@@ -734,10 +743,12 @@ impl Vcpu {
             return Err(Exception::general_protection(0).into());
         }
         let (next, _) = self.fetch_address(next_page(linear))?;
-        self.watch_code_page(next);
+        let setting = Setting { checked: self.watch_or_check(gpa, Some(next), setting.mode), ..*setting };
+        // Perhaps only now the first page is watched.
+        self.read_code(gpa, page);
         self.read_code(next, tail);
         let translated =
-            block::translate(GuestCode { page: bytes, offset, segment }, rip, setting, &mut self.engine.workspace);
+            block::translate(GuestCode { page: bytes, offset, segment }, rip, &setting, &mut self.engine.workspace);
         Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
     }
 
@@ -759,6 +770,7 @@ impl Vcpu {
             level_slot: other_level.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
+            checked: None,
             far_links: global && mode.long() && mode.cpl() == 0,
         }
     }

@@ -11,7 +11,7 @@ use crate::Vcpu;
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     /// Returns from emitted code to the dispatcher, by [`crate::entry::Left`].
-    pub left: [u64; 6],
+    pub left: [u64; 7],
     pub sensitive: u64,
     /// The same by mnemonic, where `--stats` asks for it.
     pub mnemonics: FxHashMap<Mnemonic, u64>,
@@ -48,6 +48,8 @@ pub fn report(cpu: &Vcpu) -> String {
         ("exits: exception", counts.left[3]),
         ("exits: host signal", counts.left[4]),
         ("exits: group to be run carefully", counts.left[5]),
+        ("exits: code found rewritten", counts.left[6]),
+        ("pages whose blocks look for that themselves, so far", cpu.engine.rewritten.checked_pages),
         ("sensitive instructions", counts.sensitive),
         ("bounced accesses", counts.bounced),
         ("programs entered directly", native.entries),

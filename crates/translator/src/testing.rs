@@ -194,6 +194,7 @@ pub fn setting(mode: Mode) -> Setting {
         access_slot: None,
         level_slot: None,
         template: false,
+        checked: None,
         far_links: false,
     }
 }

@@ -45,6 +45,32 @@ impl Cache {
         }
     }
 
+    /// Drops all blocks of a page, those that sleep and those that look at their bytes themselves as well.
+    pub fn drop_page(&mut self, page: u64) {
+        let watched = self.by_page.get(&page).into_iter().flat_map(|code| &code.blocks).map(|block| block.id);
+        let awake: Vec<BlockId> = watched.chain(self.checked.get(&page).into_iter().flatten().copied()).collect();
+        for id in awake {
+            self.remove(id);
+        }
+        let dead = &mut self.dead;
+        self.asleep.retain(|(origin, _), id| {
+            let stays = origin.frame() != page;
+            if !stays {
+                dead.push(*id);
+            }
+            stays
+        });
+    }
+
+    pub(super) fn forget_checked(&mut self, id: BlockId, page: u64) {
+        if let Some(blocks) = self.checked.get_mut(&page) {
+            blocks.retain(|other| *other != id);
+            if blocks.is_empty() {
+                self.checked.remove(&page);
+            }
+        }
+    }
+
     /// Drops a block that sleeps, if it does.
     pub(super) fn drop_asleep(&mut self, id: BlockId) {
         let key = self.key(id);

@@ -264,6 +264,19 @@ impl Asm {
         self.modrm(to.0, from, 0);
     }
 
+    /// 1, 4 or 8 bytes, whose sign is extended to 64 bits.
+    pub fn load_signed(&mut self, size: usize, to: Reg, from: Mem) {
+        match size {
+            1 => {
+                self.rex(true, to.0, from);
+                self.bytes(&[0x0f, 0xbe]);
+                self.modrm(to.0, from, 0);
+            }
+            4 => self.op_mem(true, 0x63, to, from),
+            _ => self.load(to, from),
+        }
+    }
+
     pub fn store(&mut self, to: Mem, from: Reg) {
         self.op_mem(true, 0x89, from, to);
     }
@@ -413,6 +426,27 @@ impl Asm {
         self.byte(0x83);
         self.modrm(7, mem, 1);
         self.byte(value as u8);
+    }
+
+    /// Compares 1, 2, 4 or 8 bytes of memory with a constant, 8 by way of a register.
+    pub fn compare_constant(&mut self, size: usize, mem: Mem, value: u64, by_way_of: Reg) {
+        if size == 8 {
+            self.mov_imm(by_way_of, value);
+            self.alu_mem(Alu::Cmp, by_way_of, mem);
+            return;
+        }
+        if size == 2 {
+            self.byte(0x66);
+        }
+        self.rex(false, 0, mem);
+        self.byte(if size == 1 { 0x80 } else { 0x81 });
+        self.modrm(7, mem, size);
+        self.bytes(&value.to_le_bytes()[..size]);
+    }
+
+    /// `op reg, [mem]` of 4 or 8 bytes, by its opcode.
+    pub fn operate(&mut self, wide: bool, opcode: u8, reg: Reg, mem: Mem) {
+        self.op_mem(wide, opcode, reg, mem);
     }
 
     /// `test byte [mem], imm8`
@@ -676,7 +710,12 @@ mod tests {
 
     #[test]
     fn what_is_emitted_is_what_is_named() {
-        let cases: [(&str, String); 11] = [
+        let cases: [(&str, String); 16] = [
+            ("cmp byte ptr [r14+5],0C3h", disassemble(|a| a.compare_constant(1, Mem::Base(S0, 5), 0xc3, S1))),
+            ("cmp word ptr [r14],9090h", disassemble(|a| a.compare_constant(2, Mem::Base(S0, 0), 0x9090, S1))),
+            ("cmp dword ptr [r14+800h],1", disassemble(|a| a.compare_constant(4, Mem::Base(S0, 0x800), 1, S1))),
+            ("movsx r10,byte ptr [r10]", disassemble(|a| a.load_signed(1, S1, Mem::Base(S1, 0)))),
+            ("movsxd r10,dword ptr [r10]", disassemble(|a| a.load_signed(4, S1, Mem::Base(S1, 0)))),
             ("mov r14,[rsp+50h]", disassemble(|a| a.load(S0, Mem::Base(RSP, 0x50)))),
             ("mov [rbp],r11", disassemble(|a| a.store(Mem::Base(RBP, 0), S2))),
             ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),

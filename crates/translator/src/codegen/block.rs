@@ -3,6 +3,7 @@
 use iced_x86::{Code, Decoder, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, cc};
+use super::checked::Checked;
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
 use super::control::Missed;
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
@@ -54,6 +55,8 @@ pub struct Translated {
     pub lookahead: std::ops::Range<usize>,
     /// The code can be moved to other guest addresses.
     pub movable: bool,
+    /// It looks at its bytes itself.
+    pub checked: bool,
     /// If the setting asks for them.
     pub immediates: Vec<Immediate>,
     spare: Spare,
@@ -118,6 +121,8 @@ pub struct Setting {
     pub level_slot: Option<usize>,
     /// The code is rewritten often: it is noted what a block needs to follow that.
     pub template: bool,
+    /// It is rewritten all the time: the block looks at its bytes itself, which nobody watches.
+    pub checked: Option<Checked>,
     /// Direct branches to other pages can be linked: see [`crate::cache`].
     pub far_links: bool,
 }
@@ -157,6 +162,8 @@ enum Behind {
         back: Option<Label>,
     },
     Missed(Missed),
+    /// The block's bytes are others now.
+    Stale(Label),
     /// A branch's target that is not linked directly.
     Goto {
         entry: Label,
@@ -203,6 +210,8 @@ pub struct Builder<'a> {
     pub unmoved: i32,
     /// The loop whose rounds are being emitted.
     pub steady: Option<Steady>,
+    /// How many of the immediates that were loaded have been used.
+    pub loaded_immediates: usize,
     /// An address relative to EIP was emitted.
     pub narrow_addresses: bool,
     /// Not used any more, but kept for the next block.
@@ -215,7 +224,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
     let bytes = code.bytes();
     let Workspace { points, sites, links, relocations, sensitive, spare } = std::mem::take(workspace);
     let Spare { asm, mut items, behind, pending, mut planner } = spare;
-    let Decoded { lookahead, steady } = decode(code, start, mode, setting.inline_tsc, &mut items)?;
+    let Decoded { lookahead, steady } = decode(code, start, setting, &mut items)?;
     let standing = match steady {
         0 => Vec::new(),
         _ => steady::plan(&mut items[..steady], mode, setting.sharing, &mut planner),
@@ -246,9 +255,11 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         addend: false,
         unmoved: 0,
         steady: None,
+        loaded_immediates: 0,
         narrow_addresses: false,
         planner,
     };
+    let checked_entry = b.check_bytes();
     b.prologue();
     if steady != 0 {
         b.enter_loop(steady, standing);
@@ -290,7 +301,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
             b.goto(next);
         }
     }
-    Some(b.finish(guest_length, end, relocations))
+    Some(b.finish(guest_length, end, checked_entry, relocations))
 }
 
 /// Emits the operation itself, on `[S0]` if it has a memory operand.
@@ -313,11 +324,9 @@ pub fn emit_operation(asm: &mut Asm, bytes: &[u8], insn: &Instruction, operand: 
     Some(Spared::ALL)
 }
 
-/// Whether nothing in a translation but the operation itself depends on the value of the instruction's immediate: no
-/// address, and not which flags it changes. Additions to the registers that addresses are made of are followed by groups.
+/// Whether the immediate of an instruction stands in host code as it does in guest code, and [nothing else](constant_operation)
+/// depends on it.
 fn has_free_immediate(insn: &Instruction) -> bool {
-    use Mnemonic::*;
-    let known = matches!(insn.mnemonic(), Mov | Add | Adc | Sub | Sbb | And | Or | Xor | Cmp | Test);
     let last = insn.op_count().saturating_sub(1);
     let free = matches!(
         insn.op_kind(last),
@@ -328,7 +337,15 @@ fn has_free_immediate(insn: &Instruction) -> bool {
             | OpKind::Immediate8to16
             | OpKind::Immediate8to32
     );
-    known && free && insn.op0_kind() == OpKind::Register && constant_move(insn).is_none()
+    free && constant_operation(insn)
+}
+
+/// Whether nothing in a translation but the operation itself depends on the value of an instruction's immediate, if it has one: no
+/// address, and not which flags it changes. Additions to the registers that addresses are made of are followed by groups.
+pub fn constant_operation(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    let known = matches!(insn.mnemonic(), Mov | Add | Adc | Sub | Sbb | And | Or | Xor | Cmp | Test);
+    known && insn.op0_kind() == OpKind::Register && constant_move(insn).is_none()
 }
 
 /// The code size an instruction was decoded for.
@@ -432,6 +449,11 @@ impl Builder<'_> {
 
     pub fn missed_stub(&mut self, missed: Missed) {
         self.behind.push(Behind::Missed(missed));
+    }
+
+    /// What `entry` leads to leaves a block whose bytes are others now. The flags are parked.
+    pub fn stale_stub(&mut self, entry: Label) {
+        self.behind.push(Behind::Stale(entry));
     }
 
     /// Whether another instruction of the block surely follows the current one.
@@ -542,6 +564,9 @@ impl Builder<'_> {
             self.settle_flags();
         }
         self.note_flags();
+        if self.with_loaded_immediate(insn, offset) {
+            return;
+        }
         let before = self.asm.position();
         self.asm.immediate = 0..0;
         let bytes = &self.bytes[offset..offset + insn.len()];
@@ -636,7 +661,7 @@ impl Builder<'_> {
         if let Some(item) = self.items.iter().find(|i| i.offset as u64 == offset) {
             return item.live_in.is_empty();
         }
-        live_at(target, self.code, self.start, self.mode, &mut self.lookahead).is_empty()
+        live_at(target, self.code, self.start, &self.setting, &mut self.lookahead).is_empty()
     }
 
     /// A jump to careful code, which the slow path takes where a page's end is in the way. Until it is linked it leads nowhere: to
@@ -698,6 +723,11 @@ impl Builder<'_> {
                 self.asm.bind(missed.entry);
                 self.leave_missed(missed);
             }
+            Behind::Stale(entry) => {
+                self.asm.bind(entry);
+                unpark_flags(&mut self.asm);
+                self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_stale)));
+            }
             Behind::Goto { entry, target, item, parked } => {
                 self.asm.bind(entry);
                 self.current = item;
@@ -719,7 +749,13 @@ impl Builder<'_> {
         all_behind
     }
 
-    fn finish(mut self, guest_length: usize, end: u16, mut relocations: Vec<Relocation>) -> Translated {
+    fn finish(
+        mut self,
+        guest_length: usize,
+        end: u16,
+        checked_entry: usize,
+        mut relocations: Vec<Relocation>,
+    ) -> Translated {
         let body_length = self.asm.position();
         let all_behind = self.emit_all_behind();
         let mut all_pending = std::mem::take(&mut self.pending);
@@ -737,8 +773,8 @@ impl Builder<'_> {
                 detour: false,
             });
         }
-        let mut parked_entry = 0;
-        if self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
+        let mut parked_entry = checked_entry;
+        if parked_entry == 0 && self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
             parked_entry = self.asm.position();
             unpark_flags(&mut self.asm);
             self.asm.jmp_start();
@@ -758,6 +794,7 @@ impl Builder<'_> {
             relocations,
             sensitive: self.sensitive,
             movable,
+            checked: self.setting.checked.is_some(),
             immediates: self.immediates,
             spare: Spare {
                 asm: self.asm,

@@ -3,6 +3,8 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, Register};
 
+use super::block::Setting;
+use super::checked::may_store;
 use super::classify::{Kind, access_operand, classify, operand_size, raise_general_protection, writes};
 use super::groups::{self, Access, Form, Member, Planner, Sharing, Step};
 use super::liveness::{Effect, Flags};
@@ -91,7 +93,9 @@ pub struct Decoded {
 }
 
 /// Decodes up to the end of the block into `items`, which is empty, and finds where flags are live.
-pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: &mut Vec<Item>) -> Option<Decoded> {
+pub fn decode(code: GuestCode, start: u64, setting: &Setting, items: &mut Vec<Item>) -> Option<Decoded> {
+    let mode = setting.mode;
+    let checked = setting.checked.is_some();
     let bytes = code.bytes();
     let mut lookahead = Lookahead::default();
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, start, mode.decoder_options());
@@ -127,7 +131,7 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         let kind = if outside || too_long {
             Kind::Sensitive(raise_general_protection, true)
         } else {
-            classify(&insn, mode, inline_tsc)
+            classify(&insn, mode, setting.inline_tsc)
         };
         let effect = match kind {
             Kind::Sensitive(..) => Effect::SENSITIVE,
@@ -146,7 +150,9 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
         };
         items.push(Item { insn, offset, effect, kind, live_in: Flags::ALL, member: None, turns: false, joined: false });
         let body = items.len() / turns;
-        let closes = insn.is_jcc_short_or_near()
+        // A block that looks at its bytes does so for each turn.
+        let closes = !checked
+            && insn.is_jcc_short_or_near()
             && insn.near_branch_target() == start
             && matches!(kind, Kind::Branch)
             && offset + insn.len() <= page;
@@ -201,11 +207,11 @@ pub fn decode(code: GuestCode, start: u64, mode: Mode, inline_tsc: bool, items: 
             Kind::Access | Kind::Level => true,
             _ => false,
         };
-        if ends || offset + insn.len() > page {
+        if ends || offset + insn.len() > page || checked && may_store(&insn, kind) {
             break;
         }
     }
-    let mut live = live_out(items, code, start, mode, &mut lookahead);
+    let mut live = live_out(items, code, start, setting, &mut lookahead);
     for item in items.iter_mut().rev() {
         live = item.effect.before(live);
         item.live_in = live;
@@ -220,21 +226,25 @@ fn ahead(code: GuestCode, start: u64, from: usize, target: u64) -> Option<usize>
 }
 
 /// The flags needed behind the last instruction, as far as it goes on at a known place in the same page.
-pub fn live_out(items: &[Item], code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+fn live_out(items: &[Item], code: GuestCode, start: u64, setting: &Setting, lookahead: &mut Lookahead) -> Flags {
     let Some(last) = items.last() else { return Flags::ALL };
     let next = last.insn.next_ip();
     match last.kind {
         Kind::Branch if last.insn.is_jmp_short_or_near() || last.insn.is_call_near() => {
-            live_at(last.insn.near_branch_target(), code, start, mode, lookahead)
+            live_at(last.insn.near_branch_target(), code, start, setting, lookahead)
         }
-        Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, mode, lookahead),
+        Kind::Branch if last.insn.is_jcc_short_or_near() => live_at(next, code, start, setting, lookahead),
         Kind::Branch | Kind::Access | Kind::Level | Kind::Sensitive(_, true) => Flags::ALL,
-        _ => live_at(next, code, start, mode, lookahead),
+        _ => live_at(next, code, start, setting, lookahead),
     }
 }
 
 /// The flags that the code at `target` may need, if it is in the block's page.
-pub fn live_at(target: u64, code: GuestCode, start: u64, mode: Mode, lookahead: &mut Lookahead) -> Flags {
+pub fn live_at(target: u64, code: GuestCode, start: u64, setting: &Setting, lookahead: &mut Lookahead) -> Flags {
+    let mode = setting.mode;
+    if setting.checked.is_some() {
+        return Flags::ALL;
+    }
     let end = code.page.len().min(4096);
     let Some(offset) = code.offset_of(target, start).filter(|&offset| offset < end && !mode.is_single()) else {
         return Flags::ALL;

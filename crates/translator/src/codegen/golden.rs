@@ -117,6 +117,7 @@ impl Fragment {
             access_slot: Some(1),
             level_slot: Some(2),
             template: false,
+            checked: None,
             far_links: false,
         };
         let start = LINEAR - u64::from(segment.base);

@@ -3,11 +3,12 @@
 //! [`block::translate`] decodes instructions ([`decode`], [`classify`]) up to a branch, a page's end or a limit, finds where flags are live
 //! ([`liveness`]), and emits for each instruction: the address and TLB check of its memory operand ([`operand`]) and the
 //! instruction itself ([`reencode`]), or a branch ([`control`]), or a call into `semantics`. Slow paths stand behind the
-//! block's body, checks of loops before it ([`steady`]). All host code is made by [`asm`].
+//! block's body, checks of loops before it ([`steady`]), and of the code itself where nobody watches it ([`checked`]). All host code is made by [`asm`].
 
 pub mod asm;
 mod bits;
 pub mod block;
+pub mod checked;
 pub mod classify;
 mod control;
 pub mod decode;
