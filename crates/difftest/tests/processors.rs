@@ -210,6 +210,55 @@ fn code_written_by_another_processor_runs_after_a_serializing_instruction() {
     assert_eq!(m.bare.read_u64(SHARED - DIRECT) >> 32, u64::from(ROUNDS) - 1);
 }
 
+/// One store of eight bytes makes `mov eax, 1000; ret` an `add eax, 2000; ret` and back. Whoever calls it meanwhile finds the one or
+/// the other, and never the operation of one with the immediate of the other.
+#[test]
+fn an_instruction_that_another_processor_replaces_by_one_store_is_the_old_or_the_new_one() {
+    const ROUNDS: u32 = 200_000;
+    const FUNCTION: u64 = CODE + 0x4000;
+    let m = machine(
+        |a| {
+            let mut top = a.create_label();
+            a.mov(rsi, DIRECT + FUNCTION)?;
+            a.mov(r8, u64::from_le_bytes([0xb8, 0xe8, 0x03, 0, 0, 0xc3, 0, 0]))?;
+            a.mov(r9, u64::from_le_bytes([0x05, 0xd0, 0x07, 0, 0, 0xc3, 0, 0]))?;
+            a.mov(ecx, ROUNDS)?;
+            a.set_label(&mut top)?;
+            a.mov(qword_ptr(rsi), r8)?;
+            a.mov(qword_ptr(rsi), r9)?;
+            a.dec(ecx)?;
+            a.jnz(top)
+        },
+        |a| {
+            let (mut top, mut wrong, mut right, mut out) =
+                (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+            a.mov(rsi, DIRECT + FUNCTION)?;
+            a.mov(rbx, SHARED)?;
+            a.set_label(&mut top)?;
+            a.cmp(byte_ptr(rsi), 0)?;
+            a.je(top)?;
+            a.mov(ecx, ROUNDS)?;
+            let mut turn = a.create_label();
+            a.set_label(&mut turn)?;
+            a.mov(eax, 7)?;
+            a.call(rsi)?;
+            a.cmp(eax, 1000)?;
+            a.je(right)?;
+            a.cmp(eax, 2007)?;
+            a.jne(wrong)?;
+            a.set_label(&mut right)?;
+            a.dec(ecx)?;
+            a.jnz(turn)?;
+            a.jmp(out)?;
+            a.set_label(&mut wrong)?;
+            a.mov(dword_ptr(rbx), eax)?;
+            a.set_label(&mut out)?;
+            a.nop()
+        },
+    );
+    assert_eq!(m.bare.read_u64(SHARED - DIRECT), 0, "what was called did something else");
+}
+
 #[test]
 fn stores_of_one_processor_are_seen_in_order_by_the_other() {
     // Total store order: the reader never sees the second store without the first.

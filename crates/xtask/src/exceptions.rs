@@ -138,7 +138,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     Exception {
         kind: Kind::EmulatedAmd,
         why: "TCG runs code that was written right before once more as it was",
-        tests: &["paging::code_that_is_written_runs_as_written"],
+        tests: &["rewriting::code_that_is_written_runs_as_written"],
     },
     Exception {
         kind: Kind::EmulatedAmd,
@@ -192,10 +192,10 @@ pub const EXCEPTIONS: &[Exception] = &[
             "interrupts::the_8259s_output_is_what_lint0_says",
             "paging::a_branch_to_another_page_goes_where_that_page_is_mapped_after_a_flush",
             "paging::a_device_that_changes_the_memory_map_leaves_the_stack_where_it_is",
-            "paging::a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written",
+            "rewriting::a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written",
             "paging::a_page_that_is_not_global_is_branched_to_where_each_address_space_has_it",
             "paging::accessed_and_dirty_bits_are_set_by_what_was_done",
-            "paging::code_that_is_written_runs_as_written",
+            "rewriting::code_that_is_written_runs_as_written",
             "paging::devices_are_reached_through_any_instruction",
             "paging::permissions_are_those_of_the_page_and_the_level",
             "paging::translations_are_dropped_by_what_drops_them",

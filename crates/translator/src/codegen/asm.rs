@@ -715,7 +715,7 @@ mod tests {
             ("cmp word ptr [r14],9090h", disassemble(|a| a.compare_constant(2, Mem::Base(S0, 0), 0x9090, S1))),
             ("cmp dword ptr [r14+800h],1", disassemble(|a| a.compare_constant(4, Mem::Base(S0, 0x800), 1, S1))),
             ("movsx r10,byte ptr [r10]", disassemble(|a| a.load_signed(1, S1, Mem::Base(S1, 0)))),
-            ("movsxd r10,dword ptr [r10]", disassemble(|a| a.load_signed(4, S1, Mem::Base(S1, 0)))),
+            ("movsxd r10,[r10]", disassemble(|a| a.load_signed(4, S1, Mem::Base(S1, 0)))),
             ("mov r14,[rsp+50h]", disassemble(|a| a.load(S0, Mem::Base(RSP, 0x50)))),
             ("mov [rbp],r11", disassemble(|a| a.store(Mem::Base(RBP, 0), S2))),
             ("lea r14d,[rdi+r10*4-8]", disassemble(|a| a.lea32(S0, Mem::Index(RDI, S1, 4, -8)))),

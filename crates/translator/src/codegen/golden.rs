@@ -15,6 +15,7 @@ use arch::state::{Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 
 use super::block::{Setting, Translated, Workspace, translate};
+use super::checked::Checked;
 use super::decode::GuestCode;
 use super::groups::Sharing;
 use crate::mode::{CodeSegment, Mode};
@@ -27,13 +28,17 @@ const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/codegen/golden.txt"
 /// Where fragments begin in the linear address space: at a page's start.
 const LINEAR: u64 = 0x6000;
 
+/// Where the host has it.
+const IN_HOST: u64 = 0x7000_0000_0000;
+
 /// Makes a vCPU in some mode.
 type Make = fn() -> VcpuBox;
 
 /// The modes that the table names.
-const MODES: [(&str, Make); 8] = [
+const MODES: [(&str, Make); 9] = [
     ("user64", user_vcpu),
     ("user64-careful", user_vcpu),
+    ("user64-checked", user_vcpu),
     ("user64-aligned", aligned_vcpu),
     ("kernel64", kernel_vcpu),
     ("kernel64-smap", smap_vcpu),
@@ -117,7 +122,7 @@ impl Fragment {
             access_slot: Some(1),
             level_slot: Some(2),
             template: false,
-            checked: None,
+            checked: self.mode.ends_with("-checked").then_some(Checked { page: IN_HOST, next: IN_HOST + 0x1000 }),
             far_links: false,
         };
         let start = LINEAR - u64::from(segment.base);
