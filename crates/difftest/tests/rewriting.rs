@@ -237,3 +237,41 @@ fn an_instruction_across_two_pages_that_is_patched_all_the_time_is_made_of_both(
     let expected: u64 = (1..=TURNS).map(|n| u64::from(n.wrapping_mul(0x1_0101))).sum();
     assert_eq!(m.state().gpr[6], expected);
 }
+
+/// Another operation in each turn, called where the page is mapped: the translator copies code from one address to the other.
+#[test]
+fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
+    const OTHER: u64 = PAGE + 0x10_0000;
+    const TURNS: u32 = 5000;
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.page();
+    for va in [PAGE, OTHER] {
+        bare.map(va, page, P | W);
+    }
+    bare.write(page, &[0x05, 0x40, 0, 0, 0, 0xc3]);
+    let rip = bare.kernel_code(CODE, |a| {
+        let mut top = a.create_label();
+        a.mov(rdi, PAGE)?;
+        a.mov(rbx, OTHER)?;
+        a.xor(esi, esi)?;
+        a.mov(ecx, TURNS)?;
+        a.set_label(&mut top)?;
+        // 05: ADD, 2D: SUB
+        a.mov(edx, ecx)?;
+        a.and(edx, 1)?;
+        a.imul_3(edx, edx, 0x28)?;
+        a.add(edx, 5)?;
+        a.mov(byte_ptr(rdi), dl)?;
+        for function in [rdi, rbx, rdi] {
+            a.mov(eax, 0x1000)?;
+            a.call(function)?;
+            a.add(rsi, rax)?;
+        }
+        a.dec(ecx)?;
+        a.jnz(top)?;
+        a.int3()
+    });
+    let m = run(bare, rip);
+    let expected: u64 = (1..=TURNS).map(|n| 3 * if n % 2 == 0 { 0x1040 } else { 0xfc0 }).sum();
+    assert_eq!(m.state().gpr[6], expected);
+}

@@ -210,12 +210,13 @@ impl Vcpu {
         checked.then_some(Checked { page, next })
     }
 
-    /// A block found its bytes changed: it is dropped, and made anew when it is looked for.
+    /// A block found its bytes changed: it is dropped with its copies, which have the same, and made anew when it is looked for.
     pub fn drop_stale_block(&mut self) {
         let Some((id, _)) = self.engine.cache.find_by_host(self.hot.return_address) else { return };
-        let Some((block, _)) = self.engine.cache.block(id) else { return };
-        self.rip = block.rip;
-        self.engine.cache.remove(id);
+        let Some((block, body)) = self.engine.cache.block(id) else { return };
+        let (rip, origin) = (block.rip, body.origin);
+        self.rip = rip;
+        self.engine.cache.remove_origin(origin);
     }
 
     /// Whether nobody else has code of a page that the tracker says holds some.
