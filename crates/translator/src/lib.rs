@@ -56,6 +56,7 @@ mod testing;
 mod testing_native;
 pub mod time;
 pub mod tlb;
+mod translate;
 pub mod vcpu;
 pub mod wait;
 pub mod xstate;

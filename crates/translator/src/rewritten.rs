@@ -41,7 +41,7 @@ const MAX_PATIENCE: u32 = 1 << 20;
 /// Write tags that a page can have in a TLB while its blocks sleep.
 const MAX_TAGS: usize = 4;
 /// Code that came back so often within so many ticks of the host's TSC is to look at its bytes itself
-const CONSTANTLY: u32 = 64;
+const CONSTANTLY: u32 = 16;
 const WITHIN: u64 = 1 << 23;
 /// for so many ticks.
 const TERM: u64 = 1 << 30;

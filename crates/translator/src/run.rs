@@ -5,36 +5,31 @@ use std::sync::Arc;
 use engine::Exit;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use arch::cpuid::Feature;
-use arch::registers::{debug, efer, rflags};
+use arch::registers::{debug, rflags};
 use arch::state::{Activity, Segment, SegmentRegister};
 use arch::{Exception, Vector};
-use memory::PAGE_SIZE;
 
 use crate::access::{Bounce, canonical};
 use crate::body::Origin;
 use crate::cache::{BlockId, Cache, Found, LinkId};
 use crate::code_memory::{CodeMemory, jump_key};
-use crate::codegen::block::{self, Setting, Translated, Workspace};
-use crate::codegen::decode::GuestCode;
+use crate::codegen::block::Workspace;
 use crate::codegen::groups::Sharing;
-use crate::cpu::{Context, Stop, Vcpu};
+use crate::cpu::{Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, enter};
 use crate::fetches::Fetches;
-use crate::mmu::{Access, walk};
 use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::rewritten::Rewritten;
 use crate::shared::request;
 use crate::spaces::Spaces;
+use crate::translate::{CODE_PAGE, Reached, least_sharing};
 
 /// Code whose groups' failures are remembered.
 const MAX_FAILURES: usize = 1 << 14;
 /// After so many checks that failed for want of a plain page the code's accesses share fewer.
 const MANY_FAILURES: u8 = 16;
-/// A page and what the last instruction in it may have in the next one.
-const CODE_PAGE: usize = PAGE_SIZE as usize + 15;
 /// Code segments whose limits are remembered.
 const MAX_CODE_SEGMENTS: usize = 4096;
 
@@ -58,7 +53,7 @@ pub struct EngineState {
     pub bounce_at: usize,
     /// The current address space's code pages, and the global ones.
     pub fetches: Fetches,
-    global_fetches: Fetches,
+    pub global_fetches: Fetches,
     /// Other address spaces.
     pub spaces: Spaces,
     /// The mode of the block that runs.
@@ -75,10 +70,10 @@ pub struct EngineState {
     /// When detours were last looked at.
     detoured: u64,
     /// Code whose groups' checks failed.
-    failures: FxHashMap<Origin, Failures>,
+    pub failures: FxHashMap<Origin, Failures>,
     /// The bytes that are translated: a page, and perhaps the beginning of the next.
     pub code_page: Vec<u8>,
-    workspace: Workspace,
+    pub workspace: Workspace,
     /// What was saved or restored last, for its memory.
     pub image: Option<Box<crate::semantics::xsave::Image>>,
     pub rewritten: Rewritten,
@@ -91,8 +86,8 @@ pub struct EngineState {
 
 /// How checks of groups failed in some code.
 #[derive(Clone, Copy, Default)]
-struct Failures {
-    sharing: Sharing,
+pub struct Failures {
+    pub sharing: Sharing,
     /// How often with this sharing.
     count: u8,
     /// When it became this one.
@@ -162,7 +157,7 @@ impl EngineState {
     }
 
     /// Code that shares fewer checks since long ago, and is to run at another address now, may share all again.
-    fn forgive(&mut self, origin: Origin) {
+    pub fn forgive(&mut self, origin: Origin) {
         let Some(failures) = self.failures.get(&origin) else { return };
         if failures.sharing > Sharing::Alike && crate::host::rdtsc().wrapping_sub(failures.since) > FORGIVEN {
             self.failures.remove(&origin);
@@ -234,14 +229,6 @@ pub(crate) extern "C" fn find_code_light(cpu: &mut Vcpu) -> u64 {
 
 /// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
 const CHAINED: i32 = -2;
-
-/// The block that runs next.
-struct Reached {
-    id: BlockId,
-    /// All of it is in global pages, and its first byte is.
-    global: bool,
-    first_global: bool,
-}
 
 /// How a step ended that did not fail.
 enum Next {
@@ -355,11 +342,6 @@ impl Vcpu {
         self.engine.mode = Some(mode);
         self.hot.branch = 0;
         Some(cache.entry(id))
-    }
-
-    /// What blocks for the code at a guest-physical address are known by.
-    fn origin(&self, gpa: u64, mode: Mode) -> Origin {
-        Origin { address: self.frame(gpa) | (gpa % PAGE_SIZE), mode, segment: CodeSegment::of(self) }
     }
 
     /// The block that is running was translated to run one instruction.
@@ -540,7 +522,7 @@ impl Vcpu {
     }
 
     /// Whether RIP may be this: canonical, or within the code segment.
-    fn fetchable(&self, rip: u64) -> bool {
+    pub fn fetchable(&self, rip: u64) -> bool {
         if self.code64() { canonical(rip) } else { CodeSegment::of(self).holds(rip, 1) }
     }
 
@@ -611,179 +593,12 @@ impl Vcpu {
         if hit == 0 { Ok(()) } else { Err(Stop::Fault(Exception::debug(hit))) }
     }
 
-    fn linear_rip(&self) -> u64 {
+    pub fn linear_rip(&self) -> u64 {
         self.linear_code(self.rip)
     }
 
-    fn linear_code(&self, rip: u64) -> u64 {
+    pub fn linear_code(&self, rip: u64) -> u64 {
         if self.code64() { rip } else { self.seg(SegmentRegister::Cs).base.wrapping_add(rip) & 0xffff_ffff }
-    }
-
-    /// The block at RIP, translated if need be.
-    fn find_block(&mut self, mode: Mode) -> Result<Reached, Stop> {
-        let rip = self.rip;
-        if !self.fetchable(rip) {
-            return Err(Exception::general_protection(0).into());
-        }
-        let linear = self.linear_rip();
-        let (gpa, global) = self.fetch_address(linear)?;
-        let origin = self.origin(gpa, mode);
-        if let Some(id) = self.engine.cache.find(origin, rip) {
-            let second_page = self.engine.cache.second_page(id);
-            let (same, all_global) = match second_page {
-                None => (true, global),
-                Some(page) => {
-                    let (next, next_global) = self.fetch_address(next_page(linear))?;
-                    (self.frame(next) == page, global && next_global)
-                }
-            };
-            if same {
-                return Ok(Reached { id, global: all_global, first_global: global });
-            }
-            self.engine.cache.remove(id);
-        }
-        // From here on code may be dropped, moved or overwritten: what the FPU notes of it must be the guest's before.
-        self.settle_x87_pointers();
-        self.engine.cache.reap();
-        self.engine.cache.jumps.enlarge();
-        self.engine.forgive(origin);
-        self.choose_checks(origin.frame());
-        let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
-        let id = match known {
-            Some(id) => id,
-            None => self.translate(origin, gpa, rip, linear, global)?,
-        };
-        let all_global = global && self.engine.cache.second_page(id).is_none();
-        Ok(Reached { id, global: all_global, first_global: global })
-    }
-
-    /// A copy of a block of the same origin that was translated for another address.
-    fn copy_block(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
-        let cache = &mut self.engine.cache;
-        let original = cache.find_original(origin)?;
-        let length = cache.length(original);
-        if !cache.has_room(length) {
-            cache.make_room(length);
-        }
-        // Making room may have dropped it.
-        let original = cache.find_original(origin)?;
-        cache.copy(original, rip)
-    }
-
-    /// The physical address of code at a linear address, and whether its page is global.
-    fn fetch_address(&mut self, linear: u64) -> Result<(u64, bool), Exception> {
-        if let Some(known) = self.fetched(linear) {
-            return Ok(known);
-        }
-        let context = self.fetch_context();
-        let mapping = walk(self, linear, Access::Execute, context)?;
-        let engine = &mut self.engine;
-        let fetches = if mapping.global { &mut engine.global_fetches } else { &mut engine.fetches };
-        fetches.enter(linear, context, mapping.gpa, mapping.large);
-        Ok((mapping.gpa, mapping.global))
-    }
-
-    /// [`Vcpu::fetch_address`] of code that was fetched before.
-    fn fetched(&self, linear: u64) -> Option<(u64, bool)> {
-        let context = self.fetch_context();
-        let global = self.engine.global_fetches.find(linear, context).map(|gpa| (gpa, true));
-        global.or_else(|| self.engine.fetches.find(linear, context).map(|gpa| (gpa, false)))
-    }
-
-    fn fetch_context(&self) -> Context {
-        if self.cpl() == 3 { Context::User } else { Context::Supervisor }
-    }
-
-    fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
-        self.engine.rewritten.translated(origin.frame());
-        let offset = (gpa % PAGE_SIZE) as usize;
-        let in_memory = self.readable(gpa).is_some();
-        let mode = if in_memory { origin.mode } else { origin.mode.single() };
-        let checked = self.watch_or_check(gpa, None, mode);
-        let setting = Setting { checked, ..self.setting(origin, mode, global) };
-        // Taken for as long as it is in use.
-        let mut bytes = std::mem::take(&mut self.engine.code_page);
-        let translated = self.translate_bytes(&mut bytes, origin.segment, gpa, rip, linear, &setting);
-        let inserted = translated.map(|(mut translated, second_page)| {
-            translated.movable &= in_memory;
-            let length = translated.guest_length.min(bytes.len() - offset);
-            let second_page = second_page.filter(|_| offset + length > PAGE_SIZE as usize);
-            let cache = &mut self.engine.cache;
-            cache.make_room(translated.code.len());
-            let code = &bytes[offset..offset + length];
-            let ahead = bytes.get(translated.lookahead.clone()).filter(|_| setting.template && in_memory);
-            let inserted = cache.insert(origin, rip, second_page, code, ahead, &mut translated);
-            self.engine.workspace = translated.into();
-            inserted
-        });
-        self.engine.code_page = bytes;
-        let full = || Stop::Exit(Exit::Failed("the translation cache can't hold one more block".into()));
-        inserted?.ok_or_else(full)
-    }
-
-    /// Translates what is at `gpa`, by way of `bytes`; with it the second frame that it takes bytes from.
-    fn translate_bytes(
-        &mut self,
-        bytes: &mut [u8],
-        segment: CodeSegment,
-        gpa: u64,
-        rip: u64,
-        linear: u64,
-        setting: &Setting,
-    ) -> Result<(Translated, Option<u64>), Stop> {
-        let offset = (gpa % PAGE_SIZE) as usize;
-        let (page, tail) = bytes.split_at_mut(PAGE_SIZE as usize);
-        self.read_code(gpa, page);
-        if let Some(translated) =
-            block::translate(GuestCode { page, offset, segment }, rip, setting, &mut self.engine.workspace)
-        {
-            return Ok((translated, None));
-        }
-        if !segment.holds(rip, PAGE_SIZE as usize - offset + 1) {
-            return Err(Exception::general_protection(0).into());
-        }
-        let (next, _) = self.fetch_address(next_page(linear))?;
-        let setting = Setting { checked: self.watch_or_check(gpa, Some(next), setting.mode), ..*setting };
-        // Perhaps only now the first page is watched.
-        self.read_code(gpa, page);
-        self.read_code(next, tail);
-        let translated =
-            block::translate(GuestCode { page: bytes, offset, segment }, rip, &setting, &mut self.engine.workspace);
-        Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
-    }
-
-    /// `global`: the code is in a global page, and so is perhaps what it branches to.
-    fn setting(&mut self, origin: Origin, mode: Mode, global: bool) -> Setting {
-        // Not while a system begins, in modes that it never has programs in.
-        let other_level = match mode.cpl() {
-            _ if !mode.long() || self.msrs.efer & efer::SCE == 0 => None,
-            0 => Some(mode.after_sysret()),
-            3 => Some(mode.after_syscall()),
-            _ => None,
-        };
-        let other_access = mode.with_user_pages(mode.context() == Context::Supervisor);
-        Setting {
-            mode,
-            inline_tsc: self.machine.time.tsc_offset().is_some() && self.machine.cpuid.has(Feature::Rdtscp),
-            sharing: self.engine.failures.get(&origin).map_or(Sharing::All, |f| f.sharing).max(least_sharing(mode)),
-            jump_slot: self.engine.cache.jumps.slot(mode),
-            level_slot: other_level.and_then(|mode| self.engine.cache.jumps.slot(mode)),
-            access_slot: other_access.and_then(|mode| self.engine.cache.jumps.slot(mode)),
-            template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
-            checked: None,
-            far_links: global && mode.long() && mode.cpl() == 0,
-        }
-    }
-
-    /// Reads the page of `gpa`, or as much of it as `bytes` takes; from a device only the one instruction at `gpa`.
-    fn read_code(&self, gpa: u64, bytes: &mut [u8]) {
-        if self.readable(gpa).is_some() {
-            self.phys_read(gpa & !(PAGE_SIZE - 1), bytes);
-        } else {
-            for (i, byte) in bytes.iter_mut().skip((gpa % PAGE_SIZE) as usize).take(15).enumerate() {
-                self.phys_read(gpa + i as u64, std::slice::from_mut(byte));
-            }
-        }
     }
 
     /// Counts a detour to careful code. True if they come so fast that the present one's block is better off without groups.
@@ -852,21 +667,6 @@ impl Vcpu {
         let site = self.site_at(self.engine.cache.snippets.site(pc)?)?;
         Some((site.insn, site.bytes, site.parked))
     }
-}
-
-/// How far a mode itself keeps accesses from sharing checks.
-fn least_sharing(mode: Mode) -> Sharing {
-    if mode.is_most_careful() || mode.is_single() {
-        Sharing::Off
-    } else if mode.is_careful() {
-        Sharing::Near
-    } else {
-        Sharing::All
-    }
-}
-
-fn next_page(linear: u64) -> u64 {
-    (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
 }
 
 #[cfg(test)]

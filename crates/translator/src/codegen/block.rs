@@ -2,10 +2,10 @@
 
 use iced_x86::{Code, Decoder, Instruction, Mnemonic, OpKind};
 
-use super::asm::{Asm, Label, Mem, RCX, RSP, S0, S1, cc};
+use super::asm::{Asm, Mem, RCX, RSP, S0, S1, cc};
+use super::behind::{Behind, PendingLink};
 use super::checked::Checked;
 use super::classify::{Kind, access_operand, operand_size, raise_invalid_opcode, writes};
-use super::control::Missed;
 use super::decode::{Decoded, GuestCode, Item, Lookahead, decode, live_at, plan_groups};
 use super::facts::{FpClass, facts};
 use super::groups::{Member, Planner, Sharing, constant_move};
@@ -14,7 +14,7 @@ use super::reencode::{self, Home, Operand, Spared, home};
 use super::steady::{self, Steady};
 use crate::access::AccessKind;
 use crate::body::{Immediate, Link, Point, Relocation, Site};
-use crate::entry::{KIND_DISTANCE, context_offset};
+use crate::entry::context_offset;
 use crate::mode::Mode;
 use crate::semantics::Exec;
 
@@ -127,60 +127,6 @@ pub struct Setting {
     pub far_links: bool,
 }
 
-/// The slow path of a check, to be emitted behind the body: calls Rust with `kind`, then goes on at `back`.
-pub struct SlowStub {
-    pub entry: Label,
-    pub back: Label,
-    pub kind: AccessKind,
-    pub why: Slow,
-}
-
-/// Why a check failed.
-pub enum Slow {
-    /// The TLB entry doesn't fit.
-    Miss {
-        /// Where the page's end is in the way, careful code is entered.
-        detour: bool,
-    },
-    /// The segment doesn't allow it, as far as emitted code can tell.
-    Segment,
-}
-
-/// Code to be emitted behind the body.
-enum Behind {
-    Slow {
-        stub: SlowStub,
-        point: u8,
-        parked: bool,
-    },
-    /// An instruction that Rust code executes where emitted code doesn't suffice.
-    Sensitive {
-        entry: Label,
-        item: usize,
-        parked: bool,
-        /// Where the block goes on; if nowhere, the instruction ends it.
-        back: Option<Label>,
-    },
-    Missed(Missed),
-    /// The block's bytes are others now.
-    Stale(Label),
-    /// A branch's target that is not linked directly.
-    Goto {
-        entry: Label,
-        target: u64,
-        item: usize,
-        parked: bool,
-    },
-}
-
-struct PendingLink {
-    label: Label,
-    target: u64,
-    /// A rel32 in the body that a link patches to go straight to the target.
-    patch: usize,
-    parked: bool,
-}
-
 pub struct Builder<'a> {
     pub asm: Asm,
     pub mode: Mode,
@@ -195,11 +141,11 @@ pub struct Builder<'a> {
     pub flags: FlagState,
     /// They were parked, and have not changed since: EFLAGS has what is in `near.saved_ax`, if it has anything.
     pub saved: bool,
-    points: Vec<Point>,
-    sites: Vec<Site>,
-    behind: Vec<Behind>,
-    pending: Vec<PendingLink>,
-    links: Vec<Link>,
+    pub points: Vec<Point>,
+    pub sites: Vec<Site>,
+    pub behind: Vec<Behind>,
+    pub pending: Vec<PendingLink>,
+    pub links: Vec<Link>,
     sensitive: Vec<SensitiveInsn>,
     immediates: Vec<Immediate>,
     /// The slot of the group whose host address is in S2.
@@ -364,7 +310,7 @@ impl CodeSizeBits for Instruction {
 }
 
 impl Builder<'_> {
-    fn position(&self) -> u16 {
+    pub fn position(&self) -> u16 {
         self.asm.position() as u16
     }
 
@@ -421,7 +367,7 @@ impl Builder<'_> {
     }
 
     /// Code is emitted to which the flags come so.
-    fn flags_are(&mut self, parked: bool) {
+    pub fn flags_are(&mut self, parked: bool) {
         (self.flags, self.saved) = (if parked { FlagState::Parked } else { FlagState::Host }, parked);
     }
 
@@ -431,29 +377,6 @@ impl Builder<'_> {
             unpark_flags(&mut self.asm);
             (self.flags, self.saved) = (FlagState::Host, true);
         }
-    }
-
-    pub fn slow_stub(&mut self, stub: SlowStub) {
-        let parked = self.flags == FlagState::Parked;
-        self.behind.push(Behind::Slow { stub, point: (self.points.len() - 1) as u8, parked });
-    }
-
-    /// A label whose code, behind the body, has Rust execute the current instruction, of which nothing is done yet; `back`:
-    /// where the block goes on then. The flags are there as they are now.
-    pub fn sensitive_stub(&mut self, back: Option<Label>) -> Label {
-        let entry = self.asm.label();
-        let parked = self.flags == FlagState::Parked;
-        self.behind.push(Behind::Sensitive { entry, item: self.current, parked, back });
-        entry
-    }
-
-    pub fn missed_stub(&mut self, missed: Missed) {
-        self.behind.push(Behind::Missed(missed));
-    }
-
-    /// What `entry` leads to leaves a block whose bytes are others now. The flags are parked.
-    pub fn stale_stub(&mut self, entry: Label) {
-        self.behind.push(Behind::Stale(entry));
     }
 
     /// Whether another instruction of the block surely follows the current one.
@@ -619,13 +542,6 @@ impl Builder<'_> {
             .any(|&b| b == 0x67)
     }
 
-    /// A label whose code, at the block's end, leaves for `target` until it is linked. `patch` is the rel32 field that
-    /// refers to it.
-    pub fn link(&mut self, label: Label, target: u64, patch: usize) {
-        let parked = self.flags == FlagState::Parked;
-        self.pending.push(PendingLink { label, target, patch, parked });
-    }
-
     /// Whether the instruction at an offset lies across the page's end: a block of its own that can't be linked to.
     fn crosses_page(&self, offset: usize) -> bool {
         let rest = self.bytes.get(offset..self.code.room()).unwrap_or_default();
@@ -649,12 +565,6 @@ impl Builder<'_> {
         self.items[self.current].member
     }
 
-    /// A conditional branch's target that needs code of its own: emitted behind the body.
-    pub fn goto_stub(&mut self, entry: Label, target: u64) {
-        let parked = self.flags == FlagState::Parked;
-        self.behind.push(Behind::Goto { entry, target, item: self.current, parked });
-    }
-
     /// Whether no flag is needed at `target`, as far as the code of this page tells.
     pub fn flags_dead_at(&mut self, target: u64) -> bool {
         let offset = target.wrapping_sub(self.start);
@@ -662,91 +572,6 @@ impl Builder<'_> {
             return item.live_in.is_empty();
         }
         live_at(target, self.code, self.start, &self.setting, &mut self.lookahead).is_empty()
-    }
-
-    /// A jump to careful code, which the slow path takes where a page's end is in the way. Until it is linked it leads nowhere: to
-    /// what stands behind it.
-    fn detour(&mut self, return_offset: u16, target: i32, parked: bool) {
-        let behind = self.asm.label();
-        self.asm.jmp(behind);
-        self.asm.bind(behind);
-        self.links.push(Link::detour(self.position(), target, parked));
-        debug_assert_eq!(self.links.last().map(|l| l.return_offset), Some(return_offset));
-    }
-
-    fn emit_behind(&mut self, behind: Behind) {
-        match behind {
-            Behind::Slow { stub, point, parked } => {
-                let (call, detours) = match stub.why {
-                    Slow::Miss { detour } => {
-                        self.asm.test_eax_imm32(stub.kind.bits() as i32);
-                        self.asm.bind(stub.entry);
-                        let (plain, or_detour) = (context_offset!(near.slow), context_offset!(near.slow_or_detour));
-                        (if detour { or_detour } else { plain }, detour)
-                    }
-                    Slow::Segment => {
-                        self.asm.bind(stub.entry);
-                        self.asm.mov_imm(S1, stub.kind.bits() as u64);
-                        (context_offset!(hot.resolve), false)
-                    }
-                };
-                let before = self.asm.position();
-                self.asm.call_mem(Mem::Base(RSP, call));
-                let return_offset = self.position();
-                debug_assert!(
-                    matches!(stub.why, Slow::Segment) || self.asm.position() - before + 4 == KIND_DISTANCE,
-                    "the kind is where `slow` looks for it"
-                );
-                self.sites.push(Site { return_offset, point, parked });
-                self.asm.jmp(stub.back);
-                if detours {
-                    let target = self.points[usize::from(point)].guest_offset.into();
-                    self.detour(return_offset, target, parked);
-                }
-            }
-            Behind::Sensitive { entry, item, parked, back } => {
-                self.asm.bind(entry);
-                self.current = item;
-                if parked {
-                    unpark_flags(&mut self.asm);
-                }
-                let insn = self.items[item].insn;
-                if let Some(s) = super::classify::sensitive(&insn) {
-                    self.sensitive(&insn, s.exec, back.is_none());
-                }
-                // What was parked is so still.
-                if let Some(back) = back {
-                    self.asm.jmp(back);
-                }
-            }
-            Behind::Missed(missed) => {
-                self.asm.bind(missed.entry);
-                self.leave_missed(missed);
-            }
-            Behind::Stale(entry) => {
-                self.asm.bind(entry);
-                unpark_flags(&mut self.asm);
-                self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_stale)));
-            }
-            Behind::Goto { entry, target, item, parked } => {
-                self.asm.bind(entry);
-                self.current = item;
-                self.flags_are(parked);
-                self.goto(target);
-            }
-        }
-    }
-
-    /// Emits what stands behind the body, which may have something behind it as well. Returns an empty list.
-    fn emit_all_behind(&mut self) -> Vec<Behind> {
-        let mut all_behind = std::mem::take(&mut self.behind);
-        while !all_behind.is_empty() {
-            for behind in all_behind.drain(..) {
-                self.emit_behind(behind);
-            }
-            std::mem::swap(&mut all_behind, &mut self.behind);
-        }
-        all_behind
     }
 
     fn finish(
@@ -758,21 +583,7 @@ impl Builder<'_> {
     ) -> Translated {
         let body_length = self.asm.position();
         let all_behind = self.emit_all_behind();
-        let mut all_pending = std::mem::take(&mut self.pending);
-        for pending in all_pending.drain(..) {
-            self.asm.bind(pending.label);
-            let stub_offset = self.position();
-            self.asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_link)));
-            let return_offset = self.position();
-            self.links.push(Link {
-                stub_offset,
-                return_offset,
-                patch_offset: pending.patch as u16,
-                target: pending.target.wrapping_sub(self.start) as i32,
-                parked: pending.parked,
-                detour: false,
-            });
-        }
+        let all_pending = self.emit_links();
         let mut parked_entry = checked_entry;
         if parked_entry == 0 && self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
             parked_entry = self.asm.position();

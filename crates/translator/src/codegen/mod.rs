@@ -6,6 +6,7 @@
 //! block's body, checks of loops before it ([`steady`]), and of the code itself where nobody watches it ([`checked`]). All host code is made by [`asm`].
 
 pub mod asm;
+mod behind;
 mod bits;
 pub mod block;
 pub mod checked;

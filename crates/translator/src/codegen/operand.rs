@@ -9,7 +9,8 @@ use arch::{Segment, SegmentRegister};
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{Alu, Asm, GUEST_RSP, Label, Mem, RAX, RSP, Reg, S0, S1, S2, cc};
-use super::block::{Builder, Slow, SlowStub};
+use super::behind::{Slow, SlowStub};
+use super::block::Builder;
 use super::groups::{Check, Form, Keep, Member};
 use super::reencode::{Home, Operand, context, home};
 use crate::access::AccessKind;
