@@ -9,8 +9,8 @@
 //!   although the tracker still says that it holds code: nothing can run of it before it is looked for, which takes the
 //!   tag away ([`Vcpu::guard_code_page`]). That works only while no other vCPU has code of the page.
 //!
-//! To wake a block takes a microsecond, a hundred times what it takes the guest to patch and call it. So when that happens again
-//! and again in a short time, the page is not watched any more: its blocks are made anew, and look at their bytes themselves
+//! To wake a block takes a microsecond, a hundred times what it takes the guest to patch and call it. So while that happens again
+//! and again in a short time, such a page is not watched any more: its blocks are made anew, and look at their bytes themselves
 //! whenever they are entered ([`crate::codegen::checked`]). Since each then takes a little longer, and it would not be noticed if the
 //! page were used for something else, all are dropped after a while, and the page is watched again.
 
@@ -40,7 +40,7 @@ const PATIENCE: u32 = 8;
 const MAX_PATIENCE: u32 = 1 << 20;
 /// Write tags that a page can have in a TLB while its blocks sleep.
 const MAX_TAGS: usize = 4;
-/// Code that came back so often within so many ticks of the host's TSC is to look at its bytes itself
+/// While code comes back so often within so many ticks of the host's TSC, what is rewritten often is to look at its bytes itself
 const CONSTANTLY: u32 = 16;
 const WITHIN: u64 = 1 << 23;
 /// for so many ticks.
@@ -58,21 +58,8 @@ struct History {
     patience: u32,
     /// Where the TLB has write tags for it.
     tags: [Option<(Context, u32)>; MAX_TAGS],
-    /// Code came back so often since then.
-    returns: u32,
-    since: u64,
     /// Its blocks look at their bytes themselves.
     checked: bool,
-}
-
-impl History {
-    fn came_back(&mut self) {
-        let now = rdtsc();
-        if now.wrapping_sub(self.since) > WITHIN {
-            (self.returns, self.since) = (0, now);
-        }
-        self.returns = self.returns.saturating_add(1);
-    }
 }
 
 /// What one vCPU knows of the pages whose code was written.
@@ -83,6 +70,9 @@ pub struct Rewritten {
     checked: VecDeque<(u64, u64)>,
     /// How many there were so far.
     pub checked_pages: u64,
+    /// Code that had been written was needed again so often since then.
+    returns: u32,
+    since: u64,
 }
 
 impl Rewritten {
@@ -101,7 +91,7 @@ impl Rewritten {
         if let Some(history) = self.frames.get_mut(&frame).filter(|h| h.dropped) {
             history.dropped = false;
             history.turns = history.turns.saturating_add(1).min(2 * OFTEN);
-            history.came_back();
+            self.count_return();
         }
     }
 
@@ -112,7 +102,6 @@ impl Rewritten {
     fn woken(&mut self, frame: u64, woken: Woken) {
         let Some(history) = self.frames.get_mut(&frame) else { return };
         history.stores = 0;
-        history.came_back();
         match woken {
             // It would have been better not to disturb it.
             Woken::Unchanged(_) => history.patience = history.patience.saturating_mul(2).min(MAX_PATIENCE),
@@ -120,6 +109,15 @@ impl Rewritten {
             // The page is used for something else now.
             Woken::No => history.turns = history.turns.saturating_sub(1),
         }
+        self.count_return();
+    }
+
+    fn count_return(&mut self) {
+        let now = rdtsc();
+        if now.wrapping_sub(self.since) > WITHIN {
+            (self.returns, self.since) = (0, now);
+        }
+        self.returns = self.returns.saturating_add(1);
     }
 
     /// Whether the blocks of a frame look at their bytes themselves.
@@ -129,8 +127,7 @@ impl Rewritten {
 
     /// Whether they should, and don't yet.
     fn wants_checks(&self, frame: u64) -> bool {
-        let constantly = |h: &History| h.turns >= OFTEN && h.returns >= CONSTANTLY && !h.checked;
-        self.frames.get(&frame).is_some_and(constantly)
+        self.returns >= CONSTANTLY && self.frames.get(&frame).is_some_and(|h| h.turns >= OFTEN && !h.checked)
     }
 
     fn begin_checks(&mut self, frame: u64) {
@@ -148,7 +145,7 @@ impl Rewritten {
         }
         self.checked.pop_front();
         if let Some(history) = self.frames.get_mut(&frame) {
-            (history.checked, history.returns) = (false, 0);
+            history.checked = false;
         }
         Some(frame)
     }
