@@ -3,13 +3,17 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
-use memory::{RegionTracker, View};
+use memory::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use memory::{RamRegion, RegionTracker, View};
 use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 
 /// The most descriptors of a chain. Drivers may make it as long as the queue (virtio 1.2, 2.7.5.3.1), and some make it longer
 /// by an indirect table; it holds back those that would keep a device busy for hours.
 const MAX_DESCRIPTORS: usize = 1024;
+
+/// Bytes of a descriptor (virtio 1.2, 2.7.5).
+pub(crate) const DESCRIPTOR: usize = 16;
 
 /// A piece of guest memory, known to lie within one region of RAM.
 #[derive(Clone, Copy, Debug)]
@@ -53,31 +57,74 @@ pub struct Chain {
     writable: Buffers,
 }
 
-impl Chain {
-    /// Follows the descriptors. `None`: they loop, end in nothing, lie outside RAM, are in the wrong order or too many.
-    pub(crate) fn collect(memory: Arc<View>, descriptors: DescriptorChain<Arc<View>>) -> Option<Self> {
-        let head = descriptors.head_index();
-        let mut chain = Chain { memory, head, readable: Buffers::default(), writable: Buffers::default() };
-        // The iterator just ends when it can't go on; then the last descriptor has promised another one.
-        let mut complete = false;
-        for descriptor in descriptors {
-            complete = !descriptor.has_next();
-            let segment = Segment { address: descriptor.addr().0, length: descriptor.len() as usize };
-            chain.memory.get_slice(descriptor.addr(), segment.length).ok()?;
-            match descriptor.is_write_only() {
-                true => chain.writable.add(segment),
-                // Virtio 1.2, 2.7.4.2.
-                false if !chain.writable.segments.is_empty() => return None,
-                false => chain.readable.add(segment),
-            }
-            let count = chain.readable.segments.len() + chain.writable.segments.len();
-            let length = chain.readable.length.saturating_add(chain.writable.length);
-            // Less than 4 GiB (2.7.5.2), so that what was written can be told by 32 bits.
-            if count > MAX_DESCRIPTORS || u32::try_from(length).is_err() {
-                return None;
-            }
+/// RAM in pieces that mostly lie in one region, which is looked for once.
+struct Regions<'a> {
+    view: &'a View,
+    last: Option<&'a RamRegion>,
+}
+
+impl<'a> Regions<'a> {
+    fn of(view: &'a View) -> Self {
+        Regions { view, last: None }
+    }
+
+    /// A piece's memory, if all of it is in one region.
+    fn slice(&mut self, segment: Segment) -> Option<VolatileSlice<'a, RegionTracker>> {
+        let address = GuestAddress(segment.address);
+        if self.last.is_none_or(|region| region.to_region_addr(address).is_none()) {
+            self.last = self.view.find_region(address);
         }
-        complete.then_some(chain)
+        let region = self.last?;
+        region.get_slice(region.to_region_addr(address)?, segment.length).ok()
+    }
+}
+
+/// The descriptors of a request that are in an indirect table. Read at once, and followed like those of the queue itself: a
+/// large request has hundreds. `None`: there is no such table, or it is one that `virtio-queue` may judge.
+fn indirect(memory: &View, first: GuestAddress) -> Option<impl Iterator<Item = Descriptor>> {
+    let head: Descriptor = memory.read_obj(first).ok()?;
+    let count = head.len() as usize / DESCRIPTOR;
+    if !head.refers_to_indirect_table() || count * DESCRIPTOR != head.len() as usize || count > MAX_DESCRIPTORS {
+        return None;
+    }
+    let mut table = vec![0; count * DESCRIPTOR];
+    memory.read_slice(&mut table, head.addr()).ok()?;
+    let at = move |index: usize| {
+        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = *table.as_chunks().0.get(index)?;
+        Some(Descriptor::new(
+            u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            u32::from_le_bytes([l0, l1, l2, l3]),
+            u16::from_le_bytes([f0, f1]),
+            u16::from_le_bytes([n0, n1]),
+        ))
+    };
+    let mut next = Some(0);
+    let follow = move || {
+        let descriptor = at(next?)?;
+        next = descriptor.has_next().then(|| usize::from(descriptor.next()));
+        // Virtio 1.2, 2.7.5.3.1.
+        (!descriptor.refers_to_indirect_table()).then_some(descriptor)
+    };
+    // One that is longer than its table loops.
+    Some(std::iter::from_fn(follow).take(count))
+}
+
+impl Chain {
+    /// Follows the descriptors, the first of which is at `first`, if the queue has that. `None`: they loop, end in nothing, lie
+    /// outside RAM, are in the wrong order or too many.
+    pub(crate) fn collect(
+        memory: Arc<View>,
+        descriptors: DescriptorChain<Arc<View>>,
+        first: Option<GuestAddress>,
+    ) -> Option<Self> {
+        let head = descriptors.head_index();
+        let mut buffers = [Buffers::default(), Buffers::default()];
+        let complete = match first.and_then(|first| indirect(&memory, first)) {
+            Some(table) => gather(&memory, table, &mut buffers)?,
+            None => gather(&memory, descriptors, &mut buffers)?,
+        };
+        let [readable, writable] = buffers;
+        complete.then_some(Chain { memory, head, readable, writable })
     }
 
     /// The index of the first descriptor, by which the driver knows the chain.
@@ -137,8 +184,8 @@ impl Chain {
     }
 
     fn slices(&self, buffers: &Buffers, offset: usize, length: usize) -> Vec<VolatileSlice<'_, RegionTracker>> {
-        let slice = |segment: Segment| self.memory.get_slice(GuestAddress(segment.address), segment.length).ok();
-        buffers.range(offset, length).map_while(slice).collect()
+        let mut regions = Regions::of(&self.memory);
+        buffers.range(offset, length).map_while(|segment| regions.slice(segment)).collect()
     }
 
     /// Reads the device-readable part from its start.
@@ -150,6 +197,35 @@ impl Chain {
     pub fn writer(&self) -> Writer<'_> {
         Writer { chain: self, offset: 0 }
     }
+}
+
+/// Takes the device-readable and the device-writable buffers from descriptors. Whether that was all: iterators just end
+/// when they can't go on, and then the last descriptor has promised another one.
+fn gather(
+    memory: &View,
+    descriptors: impl Iterator<Item = Descriptor>,
+    [readable, writable]: &mut [Buffers; 2],
+) -> Option<bool> {
+    let mut complete = false;
+    let mut regions = Regions::of(memory);
+    for descriptor in descriptors {
+        complete = !descriptor.has_next();
+        let segment = Segment { address: descriptor.addr().0, length: descriptor.len() as usize };
+        regions.slice(segment)?;
+        match descriptor.is_write_only() {
+            true => writable.add(segment),
+            // Virtio 1.2, 2.7.4.2.
+            false if !writable.segments.is_empty() => return None,
+            false => readable.add(segment),
+        }
+        let count = readable.segments.len() + writable.segments.len();
+        let length = readable.length.saturating_add(writable.length);
+        // Less than 4 GiB (2.7.5.2), so that what was written can be told by 32 bits.
+        if count > MAX_DESCRIPTORS || u32::try_from(length).is_err() {
+            return None;
+        }
+    }
+    Some(complete)
 }
 
 /// A place in a chain's device-readable bytes.

@@ -7,6 +7,7 @@ use memory::View;
 use memory::vm_memory::{Bytes, GuestAddress};
 use virtio_queue::{QueueOwnedT, QueueT};
 
+use crate::chain::DESCRIPTOR;
 use crate::{Chain, Event, Signals, feature};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
@@ -88,7 +89,11 @@ impl Queue {
                 return None;
             }
         };
-        let chain = Chain::collect(self.memory.clone(), next?);
+        let next = next?;
+        let head = next.head_index();
+        let table = self.ring.desc_table();
+        let first = (head < self.size()).then(|| GuestAddress(table + u64::from(head) * DESCRIPTOR as u64));
+        let chain = Chain::collect(self.memory.clone(), next, first);
         if chain.is_none() {
             self.fail("a descriptor chain is malformed");
         }
