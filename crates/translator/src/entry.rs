@@ -98,8 +98,6 @@ pub struct Hot {
     pub accessed: u64,
     /// What emitted code holds in r10, while it is asked where a group's span ends.
     pub index: u64,
-    /// Of the block that runs: see [`crate::codegen::checked`].
-    pub immediates: [u64; crate::codegen::checked::MAX_IMMEDIATES],
     /// Rounds of a loop until its checks are made again: see [`crate::codegen::steady`].
     pub rounds: u32,
     /// The address of the word of requests from others.
@@ -113,6 +111,8 @@ pub struct Hot {
     pub split: Split,
     /// xmm0-xmm15 across the light path.
     pub xmm: [u128; 16],
+    /// Of the block that runs: see [`crate::codegen::checked`].
+    pub immediates: [u64; crate::codegen::checked::MAX_IMMEDIATES],
 }
 
 /// How far before the return address of a call of `slow` the access kind stands.
@@ -202,7 +202,6 @@ impl Hot {
             held: 0,
             accessed: 0,
             index: 0,
-            immediates: [0; _],
             rounds: 0,
             requests: requests.as_ptr() as u64,
             detours: 0,
@@ -210,6 +209,7 @@ impl Hot {
             returns: 0,
             split: Split::default(),
             xmm: [0; 16],
+            immediates: [0; _],
         }
     }
 }

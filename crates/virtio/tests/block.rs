@@ -211,7 +211,7 @@ fn malformed_chains_stop_the_queue_and_reset_starts_it_again() {
     let machine = machine(|_| ());
     let bench = &machine.bench;
     type Make = fn(&Bench, &mut Ring) -> u16;
-    let cases: [(&str, Make); 10] = [
+    let cases: [(&str, Make); 15] = [
         ("a loop", |bench, ring| {
             ring.descriptor(bench, 0, HEADER, 16, NEXT, 1);
             ring.descriptor(bench, 1, DATA, 16, NEXT, 0);
@@ -232,6 +232,32 @@ fn malformed_chains_stop_the_queue_and_reset_starts_it_again() {
         ("indirect table in an indirect table", |bench, ring| {
             write_descriptor(bench, DATA, DATA, 16, TABLE_FLAG, 0);
             ring.descriptor(bench, 0, DATA, 16, TABLE_FLAG, 0);
+            0
+        }),
+        ("a loop in an indirect table", |bench, ring| {
+            write_descriptor(bench, DATA, HEADER, 16, NEXT, 1);
+            write_descriptor(bench, DATA + 16, STATUS, 1, NEXT | WRITE, 1);
+            ring.descriptor(bench, 0, DATA, 32, TABLE_FLAG, 0);
+            0
+        }),
+        ("next beyond the indirect table", |bench, ring| {
+            write_descriptor(bench, DATA, HEADER, 16, NEXT, 1);
+            write_descriptor(bench, DATA + 16, STATUS, 1, WRITE, 0);
+            ring.descriptor(bench, 0, DATA, 16, TABLE_FLAG, 0);
+            0
+        }),
+        ("an indirect table with a part of a descriptor", |bench, ring| {
+            ring.descriptor(bench, 0, table(bench, 3), 3 * 16 - 1, TABLE_FLAG, 0);
+            0
+        }),
+        ("an indirect table with nothing in it", |bench, ring| {
+            ring.descriptor(bench, 0, table(bench, 3), 0, TABLE_FLAG, 0);
+            0
+        }),
+        ("an indirect table at the end of RAM", |bench, ring| {
+            write_descriptor(bench, RAM - 32, HEADER, 16, NEXT, 1);
+            write_descriptor(bench, RAM - 16, STATUS, 1, NEXT | WRITE, 2);
+            ring.descriptor(bench, 0, RAM - 32, 48, TABLE_FLAG, 0);
             0
         }),
         ("more descriptors than anybody needs", |bench, ring| {
