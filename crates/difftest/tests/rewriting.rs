@@ -3,6 +3,7 @@
 
 use arch::registers::pte;
 use difftest::bare::*;
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 const PAGE: u64 = 0x60_0000;
@@ -16,6 +17,22 @@ fn run(bare: Bare, rip: u64) -> Machine {
     assert_eq!(m.run(), End::Exit);
     assert_eq!(m.frame().vector, 3, "{:x?}", m.frame());
     m
+}
+
+/// Runs `turn` so many times, with RDI = [`PAGE`] and ECX counting down to 1; what it has summed up in RSI.
+fn sum_of_turns(bare: Bare, turns: u32, turn: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
+    let rip = bare.kernel_code(CODE, |a| {
+        let mut top = a.create_label();
+        a.mov(rdi, PAGE)?;
+        a.xor(esi, esi)?;
+        a.mov(ecx, turns)?;
+        a.set_label(&mut top)?;
+        turn(a)?;
+        a.dec(ecx)?;
+        a.jnz(top)?;
+        a.int3()
+    });
+    run(bare, rip).state().gpr[6]
 }
 
 #[test]
@@ -178,12 +195,7 @@ fn code_that_comes_to_need_the_flags_has_them() {
     bare.map(PAGE, page, P | W);
     // add eax, 1000; ret
     bare.write(page, &[0x05, 0xe8, 0x03, 0, 0, 0xc3]);
-    let rip = bare.kernel_code(CODE, |a| {
-        let mut top = a.create_label();
-        a.mov(rdi, PAGE)?;
-        a.xor(esi, esi)?;
-        a.mov(ecx, TURNS)?;
-        a.set_label(&mut top)?;
+    let sum = sum_of_turns(bare, TURNS, |a| {
         // 05: ADD, 15: ADC; every third turn
         a.mov(eax, ecx)?;
         a.xor(edx, edx)?;
@@ -197,14 +209,10 @@ fn code_that_comes_to_need_the_flags_has_them() {
         a.xor(eax, eax)?;
         a.bt(ecx, 0)?;
         a.call(rdi)?;
-        a.add(rsi, rax)?;
-        a.dec(ecx)?;
-        a.jnz(top)?;
-        a.int3()
+        a.add(rsi, rax)
     });
-    let m = run(bare, rip);
     let expected: u64 = (1..=TURNS).map(|n| 1000 + u64::from(n % 3 == 0 && n % 2 == 1)).sum();
-    assert_eq!(m.state().gpr[6], expected);
+    assert_eq!(sum, expected);
 }
 
 /// `mov eax, n` whose opcode is in one page and whose immediate in the next, and which are neighbours only here.
@@ -219,23 +227,15 @@ fn an_instruction_across_two_pages_that_is_patched_all_the_time_is_made_of_both(
     for (at, byte) in [(first + 0xffe, 0xb8), (second + 3, 0xc3)] {
         bare.write(at, &[byte]);
     }
-    let rip = bare.kernel_code(CODE, |a| {
-        let mut top = a.create_label();
+    let sum = sum_of_turns(bare, TURNS, |a| {
         a.mov(rdi, SECOND - 2)?;
-        a.xor(esi, esi)?;
-        a.mov(ecx, TURNS)?;
-        a.set_label(&mut top)?;
         a.imul_3(edx, ecx, 0x1_0101)?;
         a.mov(dword_ptr(rdi + 1), edx)?;
         a.call(rdi)?;
-        a.add(rsi, rax)?;
-        a.dec(ecx)?;
-        a.jnz(top)?;
-        a.int3()
+        a.add(rsi, rax)
     });
-    let m = run(bare, rip);
     let expected: u64 = (1..=TURNS).map(|n| u64::from(n.wrapping_mul(0x1_0101))).sum();
-    assert_eq!(m.state().gpr[6], expected);
+    assert_eq!(sum, expected);
 }
 
 /// Another operation in each turn, called where the page is mapped: the translator copies code from one address to the other.
@@ -249,13 +249,8 @@ fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
         bare.map(va, page, P | W);
     }
     bare.write(page, &[0x05, 0x40, 0, 0, 0, 0xc3]);
-    let rip = bare.kernel_code(CODE, |a| {
-        let mut top = a.create_label();
-        a.mov(rdi, PAGE)?;
+    let sum = sum_of_turns(bare, TURNS, |a| {
         a.mov(rbx, OTHER)?;
-        a.xor(esi, esi)?;
-        a.mov(ecx, TURNS)?;
-        a.set_label(&mut top)?;
         // 05: ADD, 2D: SUB
         a.mov(edx, ecx)?;
         a.and(edx, 1)?;
@@ -267,11 +262,8 @@ fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
             a.call(function)?;
             a.add(rsi, rax)?;
         }
-        a.dec(ecx)?;
-        a.jnz(top)?;
-        a.int3()
+        Ok(())
     });
-    let m = run(bare, rip);
     let expected: u64 = (1..=TURNS).map(|n| 3 * if n % 2 == 0 { 0x1040 } else { 0xfc0 }).sum();
-    assert_eq!(m.state().gpr[6], expected);
+    assert_eq!(sum, expected);
 }
