@@ -267,3 +267,47 @@ fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
     let expected: u64 = (1..=TURNS).map(|n| 3 * if n % 2 == 0 { 0x1040 } else { 0xfc0 }).sum();
     assert_eq!(sum, expected);
 }
+
+/// A second or so of patching and calling: what the translator does about it must not last for ever, nor must its end be seen.
+/// Each turn also writes beside the code, from which a function that stays what it is reads.
+#[test]
+fn code_that_is_rewritten_for_a_second_runs_as_written_all_the_time() {
+    const TICKS: u64 = 5 << 29;
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.page();
+    bare.map(PAGE, page, P | W);
+    // mov eax, 0; ret; and at 100H: mov eax, [rdi + 200H]; ret
+    bare.write(page, &[0xb8, 0, 0, 0, 0, 0xc3]);
+    bare.write(page + 0x100, &[0x8b, 0x87, 0, 2, 0, 0, 0xc3]);
+    let rip = bare.kernel_code(CODE, |a| {
+        let (mut top, mut out) = (a.create_label(), a.create_label());
+        a.mov(rdi, PAGE)?;
+        a.xor(ecx, ecx)?;
+        a.rdtsc()?;
+        a.shl(rdx, 32)?;
+        a.lea(rsi, qword_ptr(rdx + rax))?;
+        a.set_label(&mut top)?;
+        a.inc(ecx)?;
+        a.mov(dword_ptr(rdi + 1), ecx)?;
+        a.mov(dword_ptr(rdi + 0x200), ecx)?;
+        a.call(rdi)?;
+        a.mov(ebx, eax)?;
+        a.lea(rax, qword_ptr(rdi + 0x100))?;
+        a.call(rax)?;
+        a.xor(ebx, ecx)?;
+        a.xor(eax, ecx)?;
+        a.or(ebx, eax)?;
+        a.jnz(out)?;
+        a.rdtsc()?;
+        a.shl(rdx, 32)?;
+        a.add(rax, rdx)?;
+        a.sub(rax, rsi)?;
+        a.mov(r8, TICKS)?;
+        a.cmp(rax, r8)?;
+        a.jb(top)?;
+        a.set_label(&mut out)?;
+        a.int3()
+    });
+    let m = run(bare, rip);
+    assert_eq!(m.state().gpr[3], 0, "something else in turn {}", m.state().gpr[1]);
+}

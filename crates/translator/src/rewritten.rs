@@ -127,7 +127,8 @@ impl Rewritten {
 
     /// Whether they should, and don't yet.
     fn wants_checks(&self, frame: u64) -> bool {
-        self.returns >= CONSTANTLY && self.frames.get(&frame).is_some_and(|h| h.turns >= OFTEN && !h.checked)
+        let often = self.frames.get(&frame).is_some_and(|h| h.turns >= OFTEN && !h.checked);
+        often && self.returns >= CONSTANTLY && rdtsc().wrapping_sub(self.since) <= WITHIN
     }
 
     fn begin_checks(&mut self, frame: u64) {
