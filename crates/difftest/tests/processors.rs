@@ -214,7 +214,7 @@ fn code_written_by_another_processor_runs_after_a_serializing_instruction() {
 /// the other, and never the operation of one with the immediate of the other.
 #[test]
 fn an_instruction_that_another_processor_replaces_by_one_store_is_the_old_or_the_new_one() {
-    const ROUNDS: u32 = 200_000;
+    const ROUNDS: u32 = 20_000;
     const FUNCTION: u64 = CODE + 0x4000;
     let m = machine(
         |a| {

@@ -38,7 +38,7 @@ fn sum_of_turns(bare: Bare, turns: u32, turn: impl FnOnce(&mut CodeAssembler) ->
 #[test]
 fn code_that_is_written_runs_as_written() {
     // A loop that patches the immediate of the instruction that follows the store.
-    const TURNS: u32 = 20_000;
+    const TURNS: u32 = 5000;
     let bare = Bare::new(8 << 20);
     let rip = bare.kernel_code(CODE, |a| {
         let mut top = a.create_label();
@@ -64,7 +64,7 @@ fn code_that_is_written_runs_as_written() {
 #[test]
 fn a_page_of_code_and_data_that_is_rewritten_all_the_time_runs_as_written() {
     const OTHER: u64 = PAGE + 0x10_0000;
-    const TURNS: u32 = 20_000;
+    const TURNS: u32 = 5000;
     let mut bare = Bare::new(8 << 20);
     let page = bare.pages(1);
     bare.map(PAGE, page, P | W);
@@ -189,7 +189,7 @@ fn a_function_whose_immediates_are_patched_all_the_time_has_the_last_ones() {
 /// ADD becomes ADC and back, with CF set and clear: what the caller left in the flags must reach the new code.
 #[test]
 fn code_that_comes_to_need_the_flags_has_them() {
-    const TURNS: u32 = 20_000;
+    const TURNS: u32 = 5000;
     let mut bare = Bare::new(8 << 20);
     let page = bare.page();
     bare.map(PAGE, page, P | W);
@@ -218,7 +218,7 @@ fn code_that_comes_to_need_the_flags_has_them() {
 /// `mov eax, n` whose opcode is in one page and whose immediate in the next, and which are neighbours only here.
 #[test]
 fn an_instruction_across_two_pages_that_is_patched_all_the_time_is_made_of_both() {
-    const TURNS: u32 = 20_000;
+    const TURNS: u32 = 5000;
     const SECOND: u64 = PAGE + 0x1000;
     let mut bare = Bare::new(8 << 20);
     let (second, first) = (bare.page(), bare.page());
