@@ -222,12 +222,12 @@ fn an_instruction_that_another_processor_replaces_by_one_store_is_the_old_or_the
             a.mov(rsi, DIRECT + FUNCTION)?;
             a.mov(r8, u64::from_le_bytes([0xb8, 0xe8, 0x03, 0, 0, 0xc3, 0, 0]))?;
             a.mov(r9, u64::from_le_bytes([0x05, 0xd0, 0x07, 0, 0, 0xc3, 0, 0]))?;
-            a.mov(ecx, ROUNDS)?;
+            a.mov(rbx, SHARED)?;
             a.set_label(&mut top)?;
             a.mov(qword_ptr(rsi), r8)?;
             a.mov(qword_ptr(rsi), r9)?;
-            a.dec(ecx)?;
-            a.jnz(top)
+            a.cmp(dword_ptr(rbx + 4), 0)?;
+            a.je(top)
         },
         |a| {
             let (mut top, mut wrong, mut right, mut out) =
@@ -253,10 +253,10 @@ fn an_instruction_that_another_processor_replaces_by_one_store_is_the_old_or_the
             a.set_label(&mut wrong)?;
             a.mov(dword_ptr(rbx), eax)?;
             a.set_label(&mut out)?;
-            a.nop()
+            a.mov(dword_ptr(rbx + 4), 1)
         },
     );
-    assert_eq!(m.bare.read_u64(SHARED - DIRECT), 0, "what was called did something else");
+    assert_eq!(m.bare.read_u64(SHARED - DIRECT), 1 << 32, "what was called did something else");
 }
 
 #[test]
