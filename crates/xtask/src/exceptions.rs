@@ -142,6 +142,11 @@ pub const EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         kind: Kind::EmulatedAmd,
+        why: "TCG fetches an instruction's bytes one after the other",
+        tests: &["processors::an_instruction_that_another_processor_replaces_by_one_store_is_the_old_or_the_new_one"],
+    },
+    Exception {
+        kind: Kind::EmulatedAmd,
         why: "TCG's processor has no PCID and no INVPCID, and so KVM can't give them",
         tests: &[
             "mappings::a_page_that_is_made_read_only_and_flushed_faults",
