@@ -19,6 +19,15 @@ fn run(bare: Bare, rip: u64) -> Machine {
     m
 }
 
+/// A machine with this code at [`PAGE`], which may be written, and where that page is.
+fn writable_code(code: &[u8]) -> (Bare, u64) {
+    let mut bare = Bare::new(8 << 20);
+    let page = bare.page();
+    bare.map(PAGE, page, P | W);
+    bare.write(page, code);
+    (bare, page)
+}
+
 /// Runs `turn` so many times, with RDI = [`PAGE`] and ECX counting down to 1; what it has summed up in RSI.
 fn sum_of_turns(bare: Bare, turns: u32, turn: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
     let rip = bare.kernel_code(CODE, |a| {
@@ -142,12 +151,9 @@ const OPERATIONS: [Operation; 16] = [
 fn a_function_whose_immediates_are_patched_all_the_time_has_the_last_ones() {
     const TURNS: u32 = 3000;
     for (opcode, size, operation) in OPERATIONS {
-        let mut bare = Bare::new(8 << 20);
-        let page = bare.page();
-        bare.map(PAGE, page, P | W);
         // stc; the operation; ret
         let code = [&[0xf9], opcode, &[0; 8][..size], &[0xc3]].concat();
-        bare.write(page, &code);
+        let (bare, _) = writable_code(&code);
         let immediate = PAGE + 1 + opcode.len() as u64;
         let rip = bare.kernel_code(CODE, |a| {
             let mut top = a.create_label();
@@ -190,11 +196,8 @@ fn a_function_whose_immediates_are_patched_all_the_time_has_the_last_ones() {
 #[test]
 fn code_that_comes_to_need_the_flags_has_them() {
     const TURNS: u32 = 5000;
-    let mut bare = Bare::new(8 << 20);
-    let page = bare.page();
-    bare.map(PAGE, page, P | W);
     // add eax, 1000; ret
-    bare.write(page, &[0x05, 0xe8, 0x03, 0, 0, 0xc3]);
+    let (bare, _) = writable_code(&[0x05, 0xe8, 0x03, 0, 0, 0xc3]);
     let sum = sum_of_turns(bare, TURNS, |a| {
         // 05: ADD, 15: ADC; every third turn
         a.mov(eax, ecx)?;
@@ -243,12 +246,8 @@ fn an_instruction_across_two_pages_that_is_patched_all_the_time_is_made_of_both(
 fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
     const OTHER: u64 = PAGE + 0x10_0000;
     const TURNS: u32 = 5000;
-    let mut bare = Bare::new(8 << 20);
-    let page = bare.page();
-    for va in [PAGE, OTHER] {
-        bare.map(va, page, P | W);
-    }
-    bare.write(page, &[0x05, 0x40, 0, 0, 0, 0xc3]);
+    let (mut bare, page) = writable_code(&[0x05, 0x40, 0, 0, 0, 0xc3]);
+    bare.map(OTHER, page, P | W);
     let sum = sum_of_turns(bare, TURNS, |a| {
         a.mov(rbx, OTHER)?;
         // 05: ADD, 2D: SUB
@@ -273,11 +272,8 @@ fn code_that_is_mapped_twice_is_rewritten_at_both_addresses() {
 #[test]
 fn code_that_is_rewritten_for_a_second_runs_as_written_all_the_time() {
     const TICKS: u64 = 5 << 29;
-    let mut bare = Bare::new(8 << 20);
-    let page = bare.page();
-    bare.map(PAGE, page, P | W);
     // mov eax, 0; ret; and at 100H: mov eax, [rdi + 200H]; ret
-    bare.write(page, &[0xb8, 0, 0, 0, 0, 0xc3]);
+    let (bare, page) = writable_code(&[0xb8, 0, 0, 0, 0, 0xc3]);
     bare.write(page + 0x100, &[0x8b, 0x87, 0, 2, 0, 0, 0xc3]);
     let rip = bare.kernel_code(CODE, |a| {
         let (mut top, mut out) = (a.create_label(), a.create_label());

@@ -72,14 +72,19 @@ impl Vcpu {
         if self.engine.cache.invalidate(frame, bytes) != 0 {
             self.engine.rewritten.dropped(frame);
         }
-        // With more vCPUs than bits a bit may stand for another one as well. Of what is rewritten often it stays.
+        // Of what is rewritten often the bit stays.
         if !self.engine.cache.has_page(frame)
             && !self.engine.rewritten.often(frame)
-            && self.machine.vcpus().len() <= 8
+            && self.has_own_bit()
             && let Some(page) = page_of(frame)
         {
             self.machine.tracker.clear_code(page, holder_bit(self.id));
         }
+    }
+
+    /// Whether this vCPU's bit in the tracker is its own: with more vCPUs than bits it may stand for another one as well.
+    pub fn has_own_bit(&self) -> bool {
+        self.machine.config.cpus.count() <= u8::BITS
     }
 
     /// Does what other threads asked for.

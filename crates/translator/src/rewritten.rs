@@ -38,6 +38,8 @@ const OFTEN: u8 = 3;
 /// Stores beside code until the page's blocks are put to sleep, at first.
 const PATIENCE: u32 = 8;
 const MAX_PATIENCE: u32 = 1 << 20;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Write tags that a page can have in a TLB while its blocks sleep.
 const MAX_TAGS: usize = 4;
 /// While code comes back so often within so many ticks of the host's TSC, what is rewritten often is to look at its bytes itself
@@ -45,8 +47,6 @@ const CONSTANTLY: u32 = 16;
 const WITHIN: u64 = 1 << 23;
 /// for so many ticks.
 const TERM: u64 = 1 << 30;
-/// vCPUs that have a bit of their own in the tracker.
-const MAX_VCPUS: usize = 8;
 
 #[derive(Clone, Copy, Default)]
 struct History {
@@ -163,10 +163,10 @@ impl Vcpu {
     /// Before code of a frame is translated or taken up again: has it look at its bytes itself if that is time. No emitted code
     /// may be running.
     pub fn choose_checks(&mut self, frame: u64) {
-        // With more vCPUs than bits a bit may stand for another one as well.
-        let Some(page) = page_of(frame).filter(|_| self.machine.config.cpus.count() as usize <= MAX_VCPUS) else {
-            return;
-        };
+        // Another processor that puts two instructions there in turns could do so between the load of an immediate and the
+        // comparison of what stands before it.
+        let alone = self.machine.config.cpus.count() == 1;
+        let Some(page) = page_of(frame).filter(|_| alone) else { return };
         if self.engine.rewritten.wants_checks(frame) && !self.machine.tracker.is_device(page) {
             self.engine.cache.drop_page(frame);
             self.engine.native.code_written(frame);
@@ -219,8 +219,7 @@ impl Vcpu {
 
     /// Whether nobody else has code of a page that the tracker says holds some.
     fn code_is_own(&self, page: usize) -> bool {
-        let alone = self.machine.config.cpus.count() as usize <= MAX_VCPUS;
-        alone && self.machine.tracker.code_holders(page) == holder_bit(self.id)
+        self.has_own_bit() && self.machine.tracker.code_holders(page) == holder_bit(self.id)
     }
 
     /// Whether stores to a page must be seen: it holds code that does not sleep, or that of others.
@@ -332,6 +331,8 @@ impl Vcpu {
         let part = self.engine.cache.sleeper(origin, rip)?;
         self.readable(gpa)?;
         self.watch_code_page(gpa);
+        // In whole lines: of what another processor stores meanwhile, aligned and at once, none or all is read.
+        let part = part.start & !(LINE - 1)..part.end.next_multiple_of(LINE);
         let mut page = std::mem::take(&mut self.engine.code_page);
         self.phys_read(gpa & !(PAGE_SIZE - 1) | part.start as u64, &mut page[part]);
         let woken = self.engine.cache.wake(origin, rip, &page);

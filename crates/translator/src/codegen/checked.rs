@@ -14,8 +14,8 @@
 //!
 //! So that this is enough, nothing is looked at beyond the block's own instructions, and the block ends behind one that
 //! may store: the next one looks again. Immediates that the guest's compiler may patch are not compared, but read from the page, into
-//! [`Hot::immediates`](crate::entry::Hot), where operations take them from. That happens before the comparison: if another processor
-//! replaces a whole instruction at once, what is taken for its immediate was that of the instruction which the comparison then finds.
+//! [`Hot::immediates`](crate::entry::Hot), where operations take them from.
+//! Only in machines with one processor: another one could replace a whole instruction between that and the comparison.
 
 use std::ops::Range;
 
@@ -25,7 +25,6 @@ use super::asm::{Label, Mem, RSP, S0, S1, cc};
 use super::block::{Builder, constant_operation};
 use super::classify::{Kind, access_operand, writes};
 use super::decode::MAX_STRAIGHT;
-use super::operand::{FlagState, park_flags};
 use super::reencode::{Home, home};
 use crate::entry::context_offset;
 
@@ -93,8 +92,7 @@ impl Builder<'_> {
     /// Begins a block that looks at its own bytes; where to enter it with the flags parked.
     pub fn check_bytes(&mut self) -> usize {
         let Some(checked) = self.setting.checked else { return 0 };
-        park_flags(&mut self.asm);
-        (self.flags, self.saved) = (FlagState::Parked, true);
+        self.park();
         let entry = self.asm.position();
         let stale = self.asm.label();
         let mut page = None;
