@@ -9,6 +9,9 @@ const ACCOUNTS: usize = 64;
 /// Interrupts that find a program running until it gets a credit, no two further apart than this many milliseconds.
 const TICKS: u32 = 3;
 const APART_MS: u64 = 50;
+/// Microseconds: what programs do is judged by no less than this. Devices may interrupt them many times a millisecond, and from
+/// one such interrupt to the next there is often just one system call.
+const LEAST_APART_US: u64 = 500;
 /// Microseconds: the credit where a switch takes [`SWITCH_US`], what a program can earn at most, how long one without credit
 /// waits.
 const CREDIT_US: i64 = 1_500;
@@ -111,6 +114,9 @@ impl Accounts {
     /// another one than before. Whether it is to run directly.
     pub fn tick(&mut self, cr3: u64, process: u64, now: Now, hz: u64) -> bool {
         self.rate = (hz / 1_000_000).max(1);
+        if now.clock.wrapping_sub(self.last.clock) < LEAST_APART_US * self.rate {
+            return self.accounts.iter().any(|a| a.cr3 == cr3 && a.process == process && a.on);
+        }
         let before = std::mem::replace(&mut self.last, now);
         let (left, worked) = (now.left.wrapping_sub(before.left), now.worked.wrapping_sub(before.worked));
         let computes = left * STRETCH_US * self.rate < worked;
@@ -247,6 +253,27 @@ mod tests {
     fn a_program_that_is_always_in_the_kernel_gets_no_credit() {
         let mut accounts = Accounts::default();
         assert!(!(1..50).any(|n| accounts.tick(0x1000, 1, at(n * TICK, n * 100_000), HZ)));
+    }
+
+    /// Three interrupts with a system call between each and the next, then twelve system calls, all within 400 us.
+    #[test]
+    fn what_happens_between_two_interrupts_of_a_busy_device_says_nothing() {
+        let mut accounts = Accounts::default();
+        let us = HZ / 1_000_000;
+        let mut tick = |cycle: u64, n: u64| {
+            let now = at((400 * cycle + 60 * n) * us, 15 * cycle + n);
+            accounts.tick(0x1000, 1, now, HZ)
+        };
+        assert!(!(1..1000).any(|cycle| (0..4).any(|n| tick(cycle, n))));
+    }
+
+    #[test]
+    fn a_program_with_credit_keeps_it_when_interrupts_come_soon() {
+        let mut accounts = Accounts::default();
+        let mut now = 0;
+        assert!(interrupt(&mut accounts, 1, &mut now, 5));
+        assert!((1..5).all(|n| accounts.tick(0x1000, 1, at(now + n * HZ / 10_000, 3 * n), HZ)));
+        assert!(!accounts.tick(0x1000, 2, at(now + HZ / 10_000, 0), HZ), "another process has none");
     }
 
     #[test]
