@@ -81,8 +81,8 @@ pub struct Block {
     print: u32,
     /// The first link of other blocks (or its own) that leads here.
     incoming: Option<LinkId>,
-    /// Another block of the same origin.
-    alias: Option<BlockId>,
+    /// The next block of the same origin, the last one's being the first: so all are found from any of them.
+    alias: BlockId,
     /// The first of its sensitive instructions, counted from one.
     sensitive: Option<NonZeroU32>,
     /// When the dispatcher last looked for it.
@@ -181,7 +181,7 @@ pub struct Cache {
     free: Vec<BlockId>,
     /// Dropped since the dispatcher last had control.
     dead: Vec<BlockId>,
-    /// The first block of each origin; others follow by [`Block::alias`].
+    /// A block of each origin; others follow by [`Block::alias`].
     by_origin: HashTable<BlockId>,
     /// The frames of the bytes beyond the first page of those blocks that have such bytes.
     second_pages: FxHashMap<BlockId, u64>,
@@ -329,8 +329,13 @@ impl Cache {
 
     /// Blocks of a origin, at whatever address.
     fn at_origin(&self, origin: Origin) -> impl Iterator<Item = BlockId> + '_ {
-        let first = self.by_origin.find(hash(origin), |id| self.at(*id).origin == origin).copied();
-        std::iter::successors(first, |id| self.at(*id).alias)
+        let any = self.by_origin.find(hash(origin), |id| self.at(*id).origin == origin);
+        any.into_iter().flat_map(|id| self.siblings(*id))
+    }
+
+    /// The same from one of them on, which a hash table that is much larger than the processor's caches need not be asked for.
+    fn siblings(&self, first: BlockId) -> impl Iterator<Item = BlockId> + '_ {
+        std::iter::successors(Some(first), move |id| Some(self.at(*id).alias).filter(|next| *next != first))
     }
 
     /// The block of a origin at a guest address; that it depends on a second page is for the caller to check.
@@ -423,6 +428,7 @@ impl Cache {
         self.regions[self.region].next = (start + code.len() + 1).next_multiple_of(16);
         self.name(start, code.len(), rip);
         self.clock = self.clock.wrapping_add(1);
+        let id = self.free.pop().or_else(|| BlockId::nth(self.blocks.len()))?;
         let region = &mut self.regions[self.region];
         let block = Block {
             rip,
@@ -432,7 +438,7 @@ impl Cache {
             links: region.links.len() as u32,
             print: print(body.record.packed),
             incoming: None,
-            alias: None,
+            alias: id,
             sensitive: indices.first().and_then(|index| NonZeroU32::new(index + 1)),
             used: self.clock,
             length: body.length,
@@ -445,17 +451,10 @@ impl Cache {
         };
         region.records.extend_from_slice(body.record.packed);
         region.links.extend(body.record.links().map(LinkState::of));
-        let id = match self.free.pop() {
-            Some(id) => {
-                *self.at_mut(id) = block;
-                id
-            }
-            None => {
-                let id = BlockId::nth(self.blocks.len())?;
-                self.blocks.push(block);
-                id
-            }
-        };
+        match self.blocks.get_mut(id.index()) {
+            Some(free) => *free = block,
+            None => self.blocks.push(block),
+        }
         let region = &mut self.regions[self.region];
         region.blocks.push(id);
         region.starts.push(start as u32);
@@ -470,12 +469,14 @@ impl Cache {
     fn attach(&mut self, id: BlockId) {
         let body = self.body(id);
         let (origin, second_page, extent, beyond) = (body.origin, body.second_page, body.extent(), body.beyond());
-        let alias = self.at_origin(origin).next();
+        let other = self.at_origin(origin).next();
+        match other {
+            Some(other) => self.at_mut(id).alias = std::mem::replace(&mut self.at_mut(other).alias, id),
+            None => self.lead_origin(origin, Some(id)),
+        }
         let block = self.at_mut(id);
-        (block.alias, block.live) = (alias, true);
-        let checked = block.checked;
-        self.lead_origin(origin, Some(id));
-        if checked {
+        block.live = true;
+        if block.checked {
             self.checked.entry(origin.frame()).or_default().push(id);
             return;
         }
@@ -486,11 +487,11 @@ impl Cache {
         }
     }
 
-    /// Sets or forgets the first block of an origin.
-    fn lead_origin(&mut self, origin: Origin, first: Option<BlockId>) {
+    /// Sets or forgets the block that an origin is known by.
+    fn lead_origin(&mut self, origin: Origin, any: Option<BlockId>) {
         let blocks = &self.blocks;
         let of = |id: &BlockId| blocks[id.index()].origin;
-        match (self.by_origin.find_entry(hash(origin), |id| of(id) == origin), first) {
+        match (self.by_origin.find_entry(hash(origin), |id| of(id) == origin), any) {
             (Ok(mut entry), Some(id)) => *entry.get_mut() = id,
             (Ok(entry), None) => {
                 entry.remove();
@@ -658,12 +659,12 @@ impl Cache {
         block.live = false;
         let (origin, rip, alias) = (block.origin, block.rip, block.alias);
         self.jumps.forget(origin.mode, origin.jump_key(rip));
-        let before = self.at_origin(origin).find(|other| self.at(*other).alias == Some(id));
-        match before {
-            Some(before) => self.at_mut(before).alias = alias,
-            None => self.lead_origin(origin, alias),
+        let before = self.siblings(id).find(|other| self.at(*other).alias == id);
+        if let Some(before) = before {
+            self.at_mut(before).alias = alias;
         }
-        self.at_mut(id).alias = None;
+        self.lead_origin(origin, Some(alias).filter(|other| *other != id));
+        self.at_mut(id).alias = id;
         if self.at(id).checked {
             self.forget_checked(id, origin.frame());
             return;

@@ -74,13 +74,13 @@ impl Vcpu {
     /// A copy of a block of the same origin that was translated for another address.
     fn copy_block(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
         let cache = &mut self.engine.cache;
-        let original = cache.find_original(origin)?;
+        let mut original = cache.find_original(origin)?;
         let length = cache.length(original);
         if !cache.has_room(length) {
             cache.make_room(length);
+            // That may have dropped it.
+            original = cache.find_original(origin)?;
         }
-        // Making room may have dropped it.
-        let original = cache.find_original(origin)?;
         cache.copy(original, rip)
     }
 

@@ -22,8 +22,7 @@ impl Cache {
         while let Some((copy, targets)) = chain.pop() {
             for (index, at, target) in targets {
                 let rip = self.at(copy).target(at);
-                let origin = self.at(target).origin;
-                let same = self.at_origin(origin).find(|id| self.at(*id).rip == rip);
+                let same = self.siblings(target).find(|id| self.at(*id).rip == rip);
                 let to = same.or_else(|| {
                     let block = self.at(target);
                     if copied == MAX_CHAIN || !block.movable || !self.has_room(block.length as usize) {
@@ -95,7 +94,7 @@ impl Cache {
             }
         }
         let alike = |id: BlockId| self.at(id).length == body.length && self.at(id).print == block.print;
-        let copies = self.at_origin(body.origin).filter(|id| alike(*id));
+        let copies = self.siblings(original).filter(|id| alike(*id));
         let (count, oldest) = copies.fold((0, None), |(n, oldest): (usize, Option<BlockId>), id| {
             let age = |id: BlockId| self.clock.wrapping_sub(self.at(id).used);
             (n + 1, if oldest.is_some_and(|o| age(o) >= age(id)) { oldest } else { Some(id) })
