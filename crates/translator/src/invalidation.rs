@@ -70,7 +70,7 @@ impl Vcpu {
     fn code_written(&mut self, frame: u64, bytes: Range<usize>) {
         self.engine.native.code_written(frame);
         if self.engine.cache.invalidate(frame, bytes) != 0 {
-            self.engine.rewritten.dropped(frame);
+            self.note_dropped_code(frame);
         }
         // Of what is rewritten often the bit stays.
         if !self.engine.cache.has_page(frame)

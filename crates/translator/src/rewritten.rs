@@ -76,14 +76,9 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
-    /// Code of a frame was written.
-    pub fn dropped(&mut self, frame: u64) {
-        if self.frames.len() < MAX_FRAMES || self.frames.contains_key(&frame) {
-            self.frames.entry(frame).or_insert(History { patience: PATIENCE, ..History::default() }).dropped = true;
-        } else {
-            // Those that hold no tags are worth less than a guest that goes on to other pages.
-            self.frames.retain(|_, h| h.checked || h.tags.iter().any(Option::is_some));
-        }
+    /// Code of a frame was written. There is room to remember it: see [`Vcpu::note_dropped_code`].
+    fn dropped(&mut self, frame: u64) {
+        self.frames.entry(frame).or_insert(History { patience: PATIENCE, ..History::default() }).dropped = true;
     }
 
     /// Code of a frame is translated.
@@ -217,6 +212,38 @@ impl Vcpu {
         self.engine.cache.remove_origin(origin);
     }
 
+    /// Code of a frame was written.
+    pub fn note_dropped_code(&mut self, frame: u64) {
+        let frames = &self.engine.rewritten.frames;
+        if frames.len() >= MAX_FRAMES && !frames.contains_key(&frame) {
+            // A guest goes on to other pages, and uses these for something else.
+            let old: Vec<u64> =
+                frames.iter().filter(|(_, history)| !history.checked).map(|(frame, _)| *frame).collect();
+            for frame in old {
+                self.guard_code_page(frame);
+                self.engine.rewritten.frames.remove(&frame);
+            }
+        }
+        self.engine.rewritten.dropped(frame);
+    }
+
+    /// Whether a page is one that the tracker says holds code, after telling it if that is no longer so: all of this vCPU's blocks may
+    /// have made room for others, and the page may be used for something else by now.
+    pub fn still_holds_code(&mut self, page: usize) -> bool {
+        if !self.machine.tracker.is_code(page) {
+            return false;
+        }
+        let frame = frame_of(page);
+        let holds = !self.code_is_own(page)
+            || self.engine.cache.has_page(frame)
+            || self.engine.native.executes(frame)
+            || self.engine.rewritten.often(frame);
+        if !holds {
+            self.machine.tracker.clear_code(page, holder_bit(self.id));
+        }
+        holds
+    }
+
     /// Whether nobody else has code of a page that the tracker says holds some.
     fn code_is_own(&self, page: usize) -> bool {
         self.has_own_bit() && self.machine.tracker.code_holders(page) == holder_bit(self.id)
@@ -227,27 +254,27 @@ impl Vcpu {
         self.machine.tracker.is_code(page) && !self.code_sleeps(page)
     }
 
-    /// Whether all code of a page that the tracker says holds code sleeps.
-    fn code_sleeps(&self, page: usize) -> bool {
+    /// Whether all code of a page that the tracker says holds code sleeps: it may get a write tag, to be noted by
+    /// [`Vcpu::note_code_tag`].
+    pub fn code_sleeps(&self, page: usize) -> bool {
         let frame = frame_of(page);
         self.engine.rewritten.often(frame) && !self.engine.cache.has_page(frame) && self.code_is_own(page)
     }
 
-    /// Whether a page that the tracker says holds code may get a write tag in a context of the TLB; to be noted by
-    /// [`Vcpu::note_code_tag`].
-    pub fn code_page_sleeps(&self, page: usize, context: Context, va: u64) -> bool {
-        let Some(history) = self.engine.rewritten.frames.get(&frame_of(page)) else { return false };
-        let tag = Some((context, crate::tlb::Tlb::index(va) as u32));
-        let room = history.tags.iter().any(|&t| t.is_none() || t == tag);
-        room && self.code_sleeps(page)
-    }
-
+    /// Notes that a page that the tracker says holds code, all of which sleeps, has a write tag in a context of the TLB.
     pub fn note_code_tag(&mut self, page: usize, context: Context, va: u64) {
+        let frame = frame_of(page);
         let tag = Some((context, crate::tlb::Tlb::index(va) as u32));
-        if let Some(history) = self.engine.rewritten.frames.get_mut(&frame_of(page))
-            && !history.tags.contains(&tag)
-            && let Some(free) = history.tags.iter_mut().find(|t| t.is_none())
-        {
+        let Some(history) = self.engine.rewritten.frames.get(&frame) else { return };
+        if history.tags.contains(&tag) {
+            return;
+        }
+        // The page is often mapped elsewhere by now, and its old entries are of no use.
+        if !history.tags.contains(&None) {
+            self.guard_code_page(frame);
+        }
+        let history = self.engine.rewritten.frames.get_mut(&frame);
+        if let Some(free) = history.and_then(|h| h.tags.iter_mut().find(|t| t.is_none())) {
             *free = tag;
         }
     }
@@ -282,8 +309,9 @@ impl Vcpu {
     fn note_store_beside_code(&mut self, va: u64, kind: AccessKind, page: usize) -> Option<()> {
         let frame = frame_of(page);
         let bytes = bytes_of(va, kind);
-        // Of code that runs directly only the page is known.
+        // Of code that runs directly only the page is known; one without code need not be looked at by the next store.
         if self.engine.native.executes(frame)
+            || !self.engine.cache.has_page(frame)
             || self.engine.cache.overlaps(frame, &bytes)
             || self.engine.rewritten.count_store(frame)
         {

@@ -34,10 +34,10 @@ impl Vcpu {
             return Ok(mapping);
         };
         let watched = self.breakpoint_on_page(va);
+        let code = self.still_holds_code(place.page);
         let tracker = &self.machine.tracker;
-        let code = tracker.is_code(place.page);
         let may = mapping.writable && !watched && write == Some(place);
-        let writable = may && (!code || self.code_page_sleeps(place.page, context, va));
+        let writable = may && (!code || self.code_sleeps(place.page));
         if writable {
             // Stores through the TLB are not seen one by one.
             tracker.mark_dirty(place.page);

@@ -172,7 +172,8 @@ fn stores_through_the_tlb_have_marked_their_page_dirty() {
 #[test]
 fn pages_with_code_or_breakpoints_have_no_write_tag() {
     let mut cpu = kernel_vcpu();
-    cpu.machine.tracker.mark_code(9, 1);
+    // That of another processor.
+    cpu.machine.tracker.mark_code(9, 2);
     cpu.write_sized(0x9000, 8, 1, Context::SupervisorUser).unwrap();
     assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).host_address(0x9000, 1, true), None);
     cpu.dr[1] = 0xa004;
@@ -185,6 +186,51 @@ fn pages_with_code_or_breakpoints_have_no_write_tag() {
     cpu.write_sized(0xa000, 5, 1, Context::SupervisorUser).unwrap();
     assert_eq!(cpu.pending_debug, 2);
     assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0xa000).host_address(0xa000, 1, true), None);
+}
+
+#[test]
+fn a_page_whose_code_made_room_for_other_code_is_written_like_any_other() {
+    let mut cpu = kernel_vcpu();
+    cpu.machine.tracker.mark_code(9, 1);
+    cpu.fill_tlb(0x9000, Access::Write, Context::SupervisorUser).unwrap();
+    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).write, 0x9000);
+    assert!(!cpu.machine.tracker.is_code(9));
+}
+
+#[test]
+fn a_page_whose_code_sleeps_is_written_wherever_it_is_mapped_until_the_code_is_needed() {
+    const FRAME: u64 = 0x20_4000;
+    let mut cpu = user_vcpu();
+    for _ in 0..3 {
+        cpu.note_dropped_code(FRAME);
+        cpu.engine.rewritten.translated(FRAME);
+    }
+    cpu.machine.tracker.mark_code((FRAME / 0x1000) as usize, 1);
+    let places = (1..=6).map(|n| USER + n * 0x1000);
+    for (n, va) in (1..).zip(places.clone()) {
+        poke(&mut cpu, USER_PT + n * 8, FRAME | pte::P | pte::W | pte::U);
+        cpu.fill_tlb(va, Access::Write, Context::User).unwrap();
+        assert!(cpu.tlb.entry(Context::User, va).host_address(va, 8, true).is_some(), "mapping {n}");
+    }
+    cpu.guard_code_page(FRAME);
+    for va in places {
+        assert_eq!(cpu.tlb.entry(Context::User, va).host_address(va, 8, true), None, "{va:#x}");
+    }
+}
+
+#[test]
+fn pages_beyond_those_remembered_take_the_place_of_older_ones() {
+    let mut cpu = kernel_vcpu();
+    let often = |cpu: &mut Vcpu, frame| {
+        for _ in 0..3 {
+            cpu.note_dropped_code(frame);
+            cpu.engine.rewritten.translated(frame);
+        }
+        cpu.note_code_tag((frame / 0x1000) as usize, Context::SupervisorUser, frame);
+        assert!(cpu.engine.rewritten.often(frame), "{frame:#x}");
+    };
+    // All of them with a write tag.
+    (0..5000).for_each(|n| often(&mut cpu, 0x1000 * (n % 4500 + 256)));
 }
 
 #[test]
