@@ -197,14 +197,19 @@ fn a_page_whose_code_made_room_for_other_code_is_written_like_any_other() {
     assert!(!cpu.machine.tracker.is_code(9));
 }
 
+/// Code of a frame is written and translated in turns.
+fn rewrite_often(cpu: &mut Vcpu, frame: u64) {
+    for _ in 0..3 {
+        cpu.note_dropped_code(frame);
+        cpu.engine.rewritten.translated(frame);
+    }
+}
+
 #[test]
 fn a_page_whose_code_sleeps_is_written_wherever_it_is_mapped_until_the_code_is_needed() {
     const FRAME: u64 = 0x20_4000;
     let mut cpu = user_vcpu();
-    for _ in 0..3 {
-        cpu.note_dropped_code(FRAME);
-        cpu.engine.rewritten.translated(FRAME);
-    }
+    rewrite_often(&mut cpu, FRAME);
     cpu.machine.tracker.mark_code((FRAME / 0x1000) as usize, 1);
     let places = (1..=6).map(|n| USER + n * 0x1000);
     for (n, va) in (1..).zip(places.clone()) {
@@ -221,16 +226,12 @@ fn a_page_whose_code_sleeps_is_written_wherever_it_is_mapped_until_the_code_is_n
 #[test]
 fn pages_beyond_those_remembered_take_the_place_of_older_ones() {
     let mut cpu = kernel_vcpu();
-    let often = |cpu: &mut Vcpu, frame| {
-        for _ in 0..3 {
-            cpu.note_dropped_code(frame);
-            cpu.engine.rewritten.translated(frame);
-        }
+    // All of them with a write tag.
+    for frame in (0..5000).map(|n| 0x1000 * (n % 4500 + 256)) {
+        rewrite_often(&mut cpu, frame);
         cpu.note_code_tag((frame / 0x1000) as usize, Context::SupervisorUser, frame);
         assert!(cpu.engine.rewritten.often(frame), "{frame:#x}");
-    };
-    // All of them with a write tag.
-    (0..5000).for_each(|n| often(&mut cpu, 0x1000 * (n % 4500 + 256)));
+    }
 }
 
 #[test]
