@@ -100,9 +100,38 @@ pub fn is_readable(cpu: &Vcpu, va: u64, context: Context) -> bool {
 /// What `va` maps to, seen through a context, if a read of it would change no accessed bit and fault not: as a processor
 /// looks that looks ahead. For 64-bit mode.
 pub fn peek(cpu: &Vcpu, va: u64, context: Context) -> Option<Mapping> {
-    let mut steps = [Step::default(); 4];
-    let (mapping, used) = walk_once(cpu, va, Access::Read, context, Format::FourLevel, &mut steps).ok()?;
-    steps.iter().take(used).all(|step| step.missing == 0).then_some(mapping)
+    Peeks::new(context).peek(cpu, va)
+}
+
+/// [`peek`] for one page after another: of a table of 512 entries it walks to the first, and to those of other rights than the
+/// one before.
+pub struct Peeks {
+    context: Context,
+    /// The address of the last page, its entry and where that is, and what it says.
+    last: Option<(u64, Step, Mapping)>,
+}
+
+impl Peeks {
+    pub fn new(context: Context) -> Self {
+        Peeks { context, last: None }
+    }
+
+    pub fn peek(&mut self, cpu: &Vcpu, va: u64) -> Option<Mapping> {
+        if let Some((last, step, mapping)) = &self.last
+            && (last ^ va) >> 21 == 0
+        {
+            let word_gpa = step.word_gpa & !0xfff | va >> 12 << 3 & 0xff8;
+            let entry = cpu.phys_read_u64(word_gpa);
+            if (entry ^ step.word) & !ADDRESS == 0 && entry & beyond_physical(cpu) == 0 {
+                return Some(Mapping { gpa: entry & ADDRESS | va & 0xfff, ..*mapping });
+            }
+        }
+        let mut steps = [Step::default(); 4];
+        let (mapping, used) = walk_once(cpu, va, Access::Read, self.context, Format::FourLevel, &mut steps).ok()?;
+        let plain = steps.iter().take(used).all(|step| step.missing == 0);
+        self.last = steps.last().filter(|_| plain && used == steps.len()).map(|step| (va, *step, mapping));
+        plain.then_some(mapping)
+    }
 }
 
 /// Sets a step's missing bits; false if its entry is no longer what the walk saw.
@@ -208,8 +237,7 @@ fn may_be_large(cpu: &Vcpu, format: Format, level: u32) -> bool {
 #[inline(always)]
 fn reserved_bits(cpu: &Vcpu, format: Format, level: u32, leaf: bool) -> u64 {
     let no_execute = if cpu.msrs.efer & efer::NXE == 0 { pte::NX } else { 0 };
-    // Address bits above MAXPHYADDR, which CPUID leaf 8000_0008H reports.
-    let beyond_physical = ADDRESS & !((1 << cpu.machine.cpuid.physical_bits()) - 1);
+    let beyond_physical = beyond_physical(cpu);
     let large_offset = match (leaf, level) {
         (true, 2) => 0x1f_e000,
         (true, 3) => 0x3fff_e000,
@@ -226,6 +254,12 @@ fn reserved_bits(cpu: &Vcpu, format: Format, level: u32, leaf: bool) -> u64 {
             beyond_physical | no_execute | page_size | large_offset
         }
     }
+}
+
+/// Address bits above MAXPHYADDR, which CPUID leaf 8000_0008H reports.
+#[inline(always)]
+fn beyond_physical(cpu: &Vcpu) -> u64 {
+    ADDRESS & !((1 << cpu.machine.cpuid.physical_bits()) - 1)
 }
 
 /// The physical address that a leaf gives, low bits undefined for large pages.

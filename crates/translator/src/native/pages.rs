@@ -11,7 +11,7 @@ use memory::PAGE_SIZE;
 use super::account::Reason;
 use super::shadow::Page;
 use crate::cpu::{Context, Vcpu};
-use crate::mmu::walk::{is_readable, peek};
+use crate::mmu::walk::{Peeks, is_readable, peek};
 use crate::mmu::{Access, Mapping, walk};
 use crate::phys::frame_of;
 
@@ -199,11 +199,12 @@ impl Vcpu {
 
     /// Compares what is mapped with the guest's tables: what these no longer say is not mapped any more.
     pub(super) fn compare_pages(&mut self, index: usize) {
+        let mut peeks = Peeks::new(Context::User);
         let changes: Vec<(u64, Option<Protection>)> = self.engine.native.shadows[index]
             .pages
             .iter()
             .filter_map(|(&address, &page)| {
-                let rights = self.rights_now(address, &page);
+                let rights = peeks.peek(self, address).and_then(|mapping| self.rights_left(&mapping, &page));
                 (rights != Some(page.rights)).then_some((address, rights))
             })
             .collect();
@@ -219,9 +220,11 @@ impl Vcpu {
         self.engine.native.counts.comparisons += 1;
     }
 
-    /// What is left of a mapped page's rights.
-    fn rights_now(&self, address: u64, page: &Page) -> Option<Protection> {
-        let mapping = peek(self, address, Context::User).filter(|m| m.readable && !m.global)?;
+    /// What is left of a mapped page's rights by what the guest's tables say now.
+    fn rights_left(&self, mapping: &Mapping, page: &Page) -> Option<Protection> {
+        if !mapping.readable || mapping.global {
+            return None;
+        }
         let (read, write) = self.at(mapping.gpa & !(PAGE_SIZE - 1));
         let place = read.filter(|place| frame_of(place.page) == page.frame)?;
         let allowed = match page.rights {

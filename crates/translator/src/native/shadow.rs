@@ -1,6 +1,6 @@
 //! What is mapped of one of the guest's address spaces, in the process that its programs run in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use direct::{Protection, Sensitive, Space};
 use memory::PAGE_SIZE;
@@ -35,6 +35,8 @@ pub struct Shadow {
     pub space: Space,
     /// By address.
     pub pages: BTreeMap<u64, Page>,
+    /// Frames, each with the addresses where it is.
+    places: BTreeSet<(u64, u64)>,
     /// Addresses of pages that have code which may not run directly.
     barred: FxHashSet<u64>,
     /// Instructions that the process stops before, with the addresses of their pages: the oldest first.
@@ -77,6 +79,7 @@ impl Shadow {
             cr3,
             space,
             pages: BTreeMap::new(),
+            places: BTreeSet::new(),
             barred: FxHashSet::default(),
             guards: Vec::new(),
             guarded: 0,
@@ -101,6 +104,7 @@ impl Shadow {
     pub fn clear(&mut self) {
         self.space.unmap_all();
         self.pages.clear();
+        self.places.clear();
         self.barred.clear();
         self.unguard(|_| true);
         self.hits.clear();
@@ -119,12 +123,16 @@ impl Shadow {
     /// Maps a page, in place of what was there.
     pub fn map(&mut self, address: u64, page: Page) {
         self.space.map(address, PAGE_SIZE, page.frame, page.rights);
-        self.pages.insert(address, page);
+        if let Some(before) = self.pages.insert(address, page) {
+            self.places.remove(&(before.frame, address));
+        }
+        self.places.insert((page.frame, address));
         self.large |= page.large;
     }
 
     pub fn unmap(&mut self, address: u64) {
-        if self.pages.remove(&address).is_some() {
+        if let Some(page) = self.pages.remove(&address) {
+            self.places.remove(&(page.frame, address));
             self.space.unmap(address, PAGE_SIZE);
             self.unguard(|page| page == address);
         }
@@ -250,10 +258,12 @@ impl Shadow {
     /// What mappings of a frame with these rights are for from now on.
     fn leave_to_be_read(&mut self, frame: u64, rights: Protection) {
         let mut left = Vec::new();
-        for (&address, page) in self.pages.iter_mut().filter(|(_, page)| page.frame == frame && page.rights == rights) {
-            page.rights = Protection::Read;
-            self.space.map(address, PAGE_SIZE, frame, Protection::Read);
-            left.push(address);
+        for &(_, address) in self.places.range((frame, 0)..=(frame, u64::MAX)) {
+            if let Some(page) = self.pages.get_mut(&address).filter(|page| page.rights == rights) {
+                page.rights = Protection::Read;
+                self.space.map(address, PAGE_SIZE, frame, Protection::Read);
+                left.push(address);
+            }
         }
         self.unguard(|page| left.contains(&page));
     }
