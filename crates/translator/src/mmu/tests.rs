@@ -4,6 +4,7 @@ use arch::exception::pf;
 use arch::registers::{cr0, cr4, efer, pte, rflags};
 use arch::{Exception, Segment, SegmentRegister, Vector};
 
+use super::walk::{Peeks, peek as peek_page};
 use super::{Access, is_canonical, walk};
 use crate::cpu::{Context, Vcpu};
 use crate::testing::{PD, PDPT, PML4, PT, USER, USER_PT, kernel_vcpu, peek, poke, test_vcpu, user_vcpu};
@@ -45,6 +46,39 @@ fn large_pages_map_2_mib() {
     poke(&mut cpu, PDPT + 8, pte::P | pte::W | pte::PS);
     let mapping = walk(&mut cpu, 0x4012_3456, Access::Read, Context::SupervisorUser).unwrap();
     assert_eq!((mapping.gpa, mapping.large), (0x12_3456, true));
+}
+
+#[test]
+fn pages_in_a_row_are_peeked_at_as_each_alone_is() {
+    let mut cpu = user_vcpu();
+    let entries = [
+        0x20_4000 | pte::P | pte::U | pte::A,
+        0x20_8000 | pte::P | pte::U | pte::A,
+        0x20_9000 | pte::P | pte::U | pte::A | pte::W | pte::D,
+        0x20_a000 | pte::P | pte::U | pte::A | pte::W,
+        0x20_b000 | pte::P | pte::U | pte::W,
+        0x20_c000 | pte::P | pte::A,
+        0,
+        0x20_d000 | pte::P | pte::U | pte::A,
+        0x20_e000 | pte::P | pte::U | pte::A | 1 << 51,
+        0x20_f000 | pte::P | pte::U | pte::A | pte::NX,
+    ];
+    for (n, entry) in (1..).zip(entries) {
+        poke(&mut cpu, USER_PT + n * 8, entry);
+    }
+    // The tables above are accessed.
+    cpu.read_sized(USER, 8, Context::User).unwrap();
+    let mut peeks = Peeks::new(Context::User);
+    let found: Vec<bool> = (1..=entries.len() as u64)
+        .map(|n| {
+            let va = USER + n * 0x1000 + 0x123;
+            let mapping = peeks.peek(&cpu, va);
+            assert_eq!(mapping, peek_page(&cpu, va, Context::User), "entry {n}");
+            mapping.is_some()
+        })
+        .collect();
+    assert_eq!(found, [true, true, true, true, false, false, false, true, false, true]);
+    assert_eq!(peeks.peek(&cpu, USER + 0x20_0000), peek_page(&cpu, USER + 0x20_0000, Context::User));
 }
 
 #[test]
