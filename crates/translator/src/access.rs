@@ -675,7 +675,7 @@ impl Vcpu {
         let (id, offset) = self.engine.cache.find_by_host(address)?;
         let (block, body) = self.engine.cache.block(id)?;
         let (point, end, parked) = body.record.site(offset)?;
-        let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
+        let (insn, bytes) = body.decode(block.address(self.near.code_page), point.guest_offset)?;
         let end = self.engine.cache.host_address(block.start(), end);
         Some(SiteInfo { block: id, insn, bytes, parked, end })
     }

@@ -159,6 +159,8 @@ pub struct Body<'a> {
     pub length: u16,
     /// Where to enter with the flags parked.
     pub parked_entry: u16,
+    /// The same for who comes by the jump table, if the block is [relative](crate::codegen::relative); or else zero.
+    pub parked_way_in: u16,
     /// The code can stand at other guest addresses.
     pub movable: bool,
     /// It looks at its bytes itself: writes to them need not be noticed.

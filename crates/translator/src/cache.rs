@@ -23,8 +23,9 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use crate::body::{self, Body, Link, Origin, Position, Template};
 use crate::code_memory::{CODE_START, CodeMemory};
 use crate::codegen::block::{SensitiveInsn, Translated};
+use crate::codegen::relative::{self, WAY_IN};
 use crate::jumps::Jumps;
-use crate::mode::CodeSegment;
+use crate::mode::{CodeSegment, Mode};
 use crate::perf_map::PerfMap;
 use crate::record::{Record, Writer};
 use crate::snippets::{SNIPPET_BYTES, Snippets};
@@ -68,9 +69,14 @@ impl LinkState {
     }
 }
 
-/// Host code for a run of guest instructions at one guest address.
+/// No addresses of 64-bit code.
+const NOWHERE: u64 = 1 << 63;
+const SEVERAL: u64 = NOWHERE + 1;
+
+/// Host code for a run of guest instructions, at one guest address or at any.
 pub struct Block {
-    pub rip: u64,
+    /// Its guest address; of a relative block, the one that the jump table has it at, or [`NOWHERE`] or [`SEVERAL`].
+    rip: u64,
     origin: Origin,
     /// In code memory.
     start: u32,
@@ -90,6 +96,8 @@ pub struct Block {
     /// Of the host code.
     length: u16,
     parked_entry: u16,
+    /// Not zero: the block is [relative](crate::codegen::relative).
+    parked_way_in: u16,
     link_count: u16,
     movable: bool,
     checked: bool,
@@ -107,13 +115,41 @@ impl Block {
         Position { rip: self.rip, host: self.start as usize }
     }
 
+    fn is_relative(&self) -> bool {
+        self.parked_way_in != 0
+    }
+
+    /// What it was translated at: of a relative block the offset in its page.
+    fn nominal_rip(&self) -> u64 {
+        if self.is_relative() { self.origin.address % PAGE_SIZE } else { self.rip }
+    }
+
+    /// Its guest address, given the page that a relative block runs in.
+    pub fn address(&self, page: u64) -> u64 {
+        if self.is_relative() { page.wrapping_add(self.nominal_rip()) } else { self.rip }
+    }
+
+    /// Whether it can run at a guest address where its origin is mapped.
+    fn runs_at(&self, rip: u64) -> bool {
+        self.is_relative() || self.rip == rip
+    }
+
+    /// Where linked blocks enter.
+    fn linked_entry(&self, parked: bool) -> u16 {
+        match (parked, self.is_relative()) {
+            (true, _) => self.parked_entry,
+            (false, true) => WAY_IN as u16,
+            (false, false) => 0,
+        }
+    }
+
     fn first_sensitive(&self) -> Option<u32> {
         self.sensitive.map(|number| number.get() - 1)
     }
 
     /// The guest address that one of its links leads to.
     fn target(&self, link: Link) -> u64 {
-        body::target(self.origin.mode, self.rip, link)
+        body::target(self.origin.mode, self.nominal_rip(), link)
     }
 
     fn is_far(&self, link: Link) -> bool {
@@ -283,6 +319,7 @@ impl Cache {
             second_page: self.second_page(id),
             length: block.length,
             parked_entry: block.parked_entry,
+            parked_way_in: block.parked_way_in,
             movable: block.movable,
             checked: block.checked,
             // Of a block that is gone nothing may be left.
@@ -340,7 +377,7 @@ impl Cache {
 
     /// The block of a origin at a guest address; that it depends on a second page is for the caller to check.
     pub fn find(&mut self, origin: Origin, rip: u64) -> Option<BlockId> {
-        let id = self.at_origin(origin).find(|id| self.at(*id).rip == rip)?;
+        let id = self.at_origin(origin).find(|id| self.at(*id).runs_at(rip))?;
         self.clock = self.clock.wrapping_add(1);
         self.at_mut(id).used = self.clock;
         Some(id)
@@ -383,7 +420,8 @@ impl Cache {
             second_page,
             length: t.code.len() as u16,
             parked_entry: t.parked_entry as u16,
-            movable: t.movable && second_page.is_none() && origin.segment == CodeSegment::FLAT,
+            parked_way_in: t.parked_way_in as u16,
+            movable: t.movable && t.parked_way_in == 0 && second_page.is_none() && origin.segment == CodeSegment::FLAT,
             checked: t.checked,
             record: Record::read(writer.pack(bytes, t)),
         };
@@ -431,7 +469,7 @@ impl Cache {
         let id = self.free.pop().or_else(|| BlockId::nth(self.blocks.len()))?;
         let region = &mut self.regions[self.region];
         let block = Block {
-            rip,
+            rip: if body.parked_way_in == 0 { rip } else { NOWHERE },
             origin: body.origin,
             start: start as u32,
             record: region.records.len() as u32,
@@ -443,6 +481,7 @@ impl Cache {
             used: self.clock,
             length: body.length,
             parked_entry: body.parked_entry,
+            parked_way_in: body.parked_way_in,
             link_count: links,
             movable: body.movable,
             checked: body.checked,
@@ -534,12 +573,13 @@ impl Cache {
         self.by_page.contains_key(&page)
     }
 
-    /// The link whose stub's call returns to a host address, with its target and whether it leaves with the flags parked.
-    pub fn find_link(&self, return_address: u64) -> Option<(LinkId, u64, bool)> {
+    /// The link whose stub's call returns to a host address, with its target and whether it leaves with the flags parked. `page`:
+    /// where a relative block runs.
+    pub fn find_link(&self, return_address: u64, page: u64) -> Option<(LinkId, u64, bool)> {
         let (id, offset) = self.find_by_host(return_address)?;
         let (block, body) = self.block(id)?;
         let (index, link) = body.record.links().enumerate().find(|(_, l)| l.return_offset == offset)?;
-        Some((LinkId { block: id, index: index as u16 }, body.target(block.rip, link), link.parked))
+        Some((LinkId { block: id, index: index as u16 }, body.target(block.address(page), link), link.parked))
     }
 
     /// Lets a link lead to `to`, if that is still where it goes. `global`: all of the block's bytes are in global pages.
@@ -557,7 +597,8 @@ impl Cache {
         // What comes after a detour's place may also be the handler of an interrupt.
         if !source.live
             || !target.live
-            || source.target(at) != target.rip
+            || source.is_relative() != target.is_relative()
+            || source.target(at) != target.nominal_rip()
             || (mode, from.segment) != (origin.mode, origin.segment)
         {
             return;
@@ -568,7 +609,7 @@ impl Cache {
         if !(stays || global && mode.long() && mode.cpl() == 0) {
             return;
         }
-        let entry = if at.parked { target.parked_entry } else { 0 };
+        let entry = target.linked_entry(at.parked);
         let (patch, entry) = (source.start() + at.patch_offset as usize, target.start() + entry as usize);
         let next = target.incoming;
         let state = self.link_state(link);
@@ -589,15 +630,33 @@ impl Cache {
         self.memory.write(patch_offset, &rel.to_le_bytes());
     }
 
-    /// Lets the jump table lead from a block's address to it.
-    pub fn enter_jump(&mut self, id: BlockId, global: bool) {
-        let block = self.at(id);
+    /// Lets the jump table lead from a guest address to the block that runs there.
+    pub fn enter_jump(&mut self, id: BlockId, rip: u64, global: bool) {
+        let block = self.at_mut(id);
         if block.origin.mode.is_careful() {
             return;
         }
-        let (origin, entry) = (block.origin, self.host_address(block.start(), 0));
-        let (key, parked_entry) = (origin.jump_key(block.rip), self.host_address(block.start(), block.parked_entry));
-        self.jumps.enter(origin.mode, key, entry, parked_entry, global);
+        if block.is_relative() && block.rip != rip {
+            block.rip = if block.rip == NOWHERE { rip } else { SEVERAL };
+        }
+        let (origin, start) = (block.origin, block.start());
+        let parked = if block.is_relative() { block.parked_way_in } else { block.parked_entry };
+        let (entry, parked_entry) = (self.host_address(start, 0), self.host_address(start, parked));
+        self.jumps.enter(origin.mode, origin.jump_key(rip), entry, parked_entry, global);
+    }
+
+    /// The host code that the jump table has for a key, of a block that is there.
+    pub fn jump(&self, mode: Mode, key: u64) -> Option<u64> {
+        self.jumps.find(mode, key).filter(|entry| !self.leads_out(*entry))
+    }
+
+    /// Whether a host address that the jump table leads to is the way in of a block that is gone.
+    pub fn leads_out(&self, entry: u64) -> bool {
+        let mut code = [0; WAY_IN];
+        self.offset_of(entry).is_some_and(|offset| {
+            self.memory.read(offset, &mut code);
+            relative::leads_out(&code)
+        })
     }
 
     /// Whether translation looked at any of these bytes of a page.
@@ -658,7 +717,14 @@ impl Cache {
         let block = self.at_mut(id);
         block.live = false;
         let (origin, rip, alias) = (block.origin, block.rip, block.alias);
-        self.jumps.forget(origin.mode, origin.jump_key(rip));
+        let (start, way_in) = (block.start(), usize::from(block.parked_way_in));
+        if way_in != 0 {
+            self.memory.write(start, &relative::way_out(false));
+            self.memory.write(start + way_in, &relative::way_out(true));
+        }
+        if rip != NOWHERE && rip != SEVERAL {
+            self.jumps.forget(origin.mode, origin.jump_key(rip));
+        }
         let before = self.siblings(id).find(|other| self.at(*other).alias == id);
         if let Some(before) = before {
             self.at_mut(before).alias = alias;
@@ -717,20 +783,20 @@ impl Cache {
 pub type Found = (Instruction, [u8; 15], bool);
 
 impl Cache {
-    /// The guest instruction whose operation is at a host address within a block.
-    pub fn instruction_at(&self, address: u64) -> Option<Found> {
+    /// The guest instruction whose operation is at a host address within a block; `page`: where a relative one runs.
+    pub fn instruction_at(&self, address: u64, page: u64) -> Option<Found> {
         let (id, offset) = self.find_by_host(address)?;
         let (block, body) = self.block(id)?;
         let point = body.record.point_at(offset)?;
-        let (insn, bytes) = body.decode(block.rip, point.guest_offset)?;
+        let (insn, bytes) = body.decode(block.address(page), point.guest_offset)?;
         (offset < body.length).then_some((insn, bytes, point.parked))
     }
 
-    /// The guest address of the last instruction of the block that holds a host address.
-    pub fn last_instruction(&self, address: u64) -> Option<u64> {
+    /// The guest address of the last instruction of the block that holds a host address; `page`: where a relative one runs.
+    pub fn last_instruction(&self, address: u64, page: u64) -> Option<u64> {
         let (id, _) = self.find_by_host(address)?;
         let (block, body) = self.block(id)?;
-        Some(block.rip.wrapping_add(body.record.point_at(body.length)?.guest_offset.into()))
+        Some(block.address(page).wrapping_add(body.record.point_at(body.length)?.guest_offset.into()))
     }
 }
 

@@ -1,12 +1,13 @@
 //! The border between Rust and emitted code, in assembly.
 //!
-//! [`enter`] loads the guest's registers and jumps into a block. The block leaves by one of the thunks, whose addresses
+//! [`enter`] loads the guest's registers and jumps into a block, which finds the guest's RIP in r14 as after a branch. The block leaves by one of the thunks, whose addresses
 //! stand in [`Near`] and [`Hot`] so that emitted code reaches them as `[rsp + constant]`:
 //!
 //! - `exit_link`, called by the stub of a direct branch that is not linked yet; the return address names the stub;
 //! - `exit_stale`, called the same way by a block that finds its bytes changed;
 //! - `exit_lookup`, jumped to with the guest RIP in r14: a branch missed the jump table; `exit_branch` the same, called, of one
 //!   that computed its target, which the return address tells of; `exit_branch_event` instead of `exit_event`;
+//! - `exit_lookup_parked`, the same with the flags parked, where a block was: see [`crate::codegen::relative`];
 //! - `exit_event`, jumped to with the guest RIP in r14: the poll word is set;
 //! - `helper`, called with the index of a sensitive instruction in r14;
 //! - `slow`, called with what the check of an address left in r14 and r10 (see [`Tlb::address`](crate::tlb::Tlb::address)), and an
@@ -54,9 +55,10 @@ pub struct Near {
     pub slow_or_detour: u64,
     pub exit_link: u64,
     pub exit_lookup: u64,
-    pub exit_branch: u64,
     pub exit_event: u64,
     pub helper: u64,
+    /// The page that the code of a relative block runs in: see [`crate::codegen::relative`].
+    pub code_page: u64,
     /// Host flags while an inline TLB check needs them: see `Asm::flags_to_ax`.
     pub saved_ax: u64,
 }
@@ -76,8 +78,10 @@ pub struct Hot {
     /// A guest register lent to the translator within one instruction.
     pub lent: u64,
     pub resolve: u64,
+    pub exit_branch: u64,
     pub exit_branch_event: u64,
     pub exit_stale: u64,
+    pub exit_lookup_parked: u64,
     pub bounced: u64,
     pub stored_split: u64,
     /// XSAVE's and XRSTOR's component mask.
@@ -96,6 +100,8 @@ pub struct Hot {
     pub held: u64,
     /// The guest-virtual address of the access that `slow` was called for.
     pub accessed: u64,
+    /// The page of the relative block whose x87 instruction ran last.
+    pub x87_page: u64,
     /// What emitted code holds in r10, while it is asked where a group's span ends.
     pub index: u64,
     /// Rounds of a loop until its checks are made again: see [`crate::codegen::steady`].
@@ -143,6 +149,7 @@ unsafe extern "C" {
     fn ringer_exit_link();
     fn ringer_exit_stale();
     fn ringer_exit_lookup();
+    fn ringer_exit_lookup_parked();
     fn ringer_exit_branch();
     fn ringer_exit_branch_event();
     fn ringer_exit_event();
@@ -167,9 +174,9 @@ impl Default for Near {
             slow_or_detour: address(ringer_slow_or_detour),
             exit_link: address(ringer_exit_link),
             exit_lookup: address(ringer_exit_lookup),
-            exit_branch: address(ringer_exit_branch),
             exit_event: address(ringer_exit_event),
             helper: address(ringer_helper),
+            code_page: 0,
             saved_ax: 0,
         }
     }
@@ -187,8 +194,10 @@ impl Hot {
             segment_ends: Default::default(),
             lent: 0,
             resolve: address(ringer_resolve),
+            exit_branch: address(ringer_exit_branch),
             exit_branch_event: address(ringer_exit_branch_event),
             exit_stale: address(ringer_exit_stale),
+            exit_lookup_parked: address(ringer_exit_lookup_parked),
             bounced: address(ringer_bounced),
             stored_split: address(ringer_stored_split),
             xsave_mask,
@@ -201,6 +210,7 @@ impl Hot {
             group_spans: [0; crate::codegen::groups::SLOTS],
             held: 0,
             accessed: 0,
+            x87_page: 0,
             index: 0,
             rounds: 0,
             requests: requests.as_ptr() as u64,
@@ -372,6 +382,7 @@ global_asm!(
     "mov rsp, rdi",
     "mov [rsp + {target}], rsi",
     "LOAD_ALL",
+    "mov r14, [rsp + {rip}]",
     "jmp [rsp + {target}]",
     // Back to the caller of `enter`, with the reason in ebx.
     "ringer_leave:",
@@ -398,6 +409,14 @@ global_asm!(
     "SAVE_ALL",
     "mov ebx, 6",
     "jmp ringer_leave",
+    ".global ringer_exit_lookup_parked",
+    "ringer_exit_lookup_parked:",
+    "mov r10, rax",
+    "mov eax, [rsp + {saved_ax}]",
+    "add al, 0x7f",
+    "sahf",
+    "mov rax, r10",
+    "jmp ringer_exit_lookup",
     ".global ringer_exit_branch",
     "ringer_exit_branch:",
     "pop qword ptr [rsp + {branch}]",
@@ -423,6 +442,7 @@ global_asm!(
     "test rax, rax",
     "je 3f",
     "LOAD_ALL",
+    "mov r14, [rsp + {rip}]",
     "jmp [rsp + {return_address}]",
     "3:",
     "mov ebx, 1",
@@ -466,6 +486,7 @@ global_asm!(
     "call ringer_restore_fp",
     "1:",
     "LOAD_ALL",
+    "mov r14, [rsp + {rip}]",
     "jmp [rsp + {return_address}]",
     // A group's check failed. The low word of the kind is its span; the second jump's distance is zero until it is linked.
     ".global ringer_slow_or_detour",
@@ -661,6 +682,7 @@ global_asm!(
     "mov qword ptr [rsp + 16 + {fp_loaded}], 1",
     "ret",
     gpr = const offset_of!(Vcpu, gpr),
+    saved_ax = const context_offset!(near.saved_ax),
     rip = const context_offset!(rip),
     rflags = const context_offset!(rflags),
     fp_loaded = const context_offset!(fp_loaded),

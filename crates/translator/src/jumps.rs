@@ -8,6 +8,7 @@
 //! forget all of one, is to use another number. When all have been used, programs start anew. Of others' entries those
 //! for pages that are not global are taken out and put back.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -311,6 +312,29 @@ impl Jumps {
         self.rounds += 1;
         (self.number, self.last_number) = (0, 0);
         self.memory.select(0);
+    }
+
+    /// Forgets what leads programs, in whatever address space, to host code in a range: blocks that are not known by one address.
+    pub fn forget_programs_code(&mut self, range: &Range<u64>) {
+        let memory = &self.memory;
+        for s in self.slots.iter().filter(|s| s.used && is_programs(s.at)) {
+            let first = s.at * JUMP_SLOT_WORDS;
+            for (i, word) in self.programs[first / 64..(first + JUMP_SLOT_ENTRY_WORDS) / 64].iter_mut().enumerate() {
+                let mut bits = *word;
+                while bits != 0 {
+                    let bit = bits.trailing_zeros();
+                    let tag_index = first + i * 64 + bit as usize;
+                    if range.contains(&memory.jump_word(targets(tag_index)[0]).load(Ordering::Relaxed)) {
+                        memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
+                        *word &= !(1 << bit);
+                    }
+                    bits &= bits - 1;
+                }
+            }
+        }
+        for displaced in self.displaced.iter_mut().filter(|displaced| range.contains(&displaced.entry)) {
+            *displaced = Displaced::default();
+        }
     }
 
     /// Leaves an address space: takes out what is neither a program's nor in global pages. Another one is to be entered next.

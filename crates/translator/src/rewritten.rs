@@ -207,7 +207,7 @@ impl Vcpu {
     pub fn drop_stale_block(&mut self) {
         let Some((id, _)) = self.engine.cache.find_by_host(self.hot.return_address) else { return };
         let Some((block, body)) = self.engine.cache.block(id) else { return };
-        let (rip, origin) = (block.rip, body.origin);
+        let (rip, origin) = (block.address(self.near.code_page), body.origin);
         self.rip = rip;
         self.engine.cache.remove_origin(origin);
     }

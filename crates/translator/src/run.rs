@@ -15,6 +15,7 @@ use crate::cache::{BlockId, Cache, Found, LinkId};
 use crate::code_memory::{CodeMemory, jump_key};
 use crate::codegen::block::Workspace;
 use crate::codegen::groups::Sharing;
+use crate::codegen::relative::in_page;
 use crate::cpu::{Stop, Vcpu};
 use crate::deliver::{Event, deliver};
 use crate::entry::{Left, enter};
@@ -132,7 +133,7 @@ impl EngineState {
         if !self.cache.is_live(id) {
             return;
         }
-        self.failed_check = self.cache.find_link(place).filter(|_| crosses).map(|(link, ..)| link);
+        self.failed_check = self.cache.find_link(place, 0).filter(|_| crosses).map(|(link, ..)| link);
         let Some(origin) = self.cache.block(id).map(|(_, body)| body.origin) else { return };
         if crosses && !enough {
             return;
@@ -192,7 +193,7 @@ impl EngineState {
 
 /// Executes a sensitive instruction for emitted code. -1: back to the block; else the [`Left`] to leave with.
 pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
-    let Some(s) = cpu.engine.cache.sensitive(index) else {
+    let Some(mut s) = cpu.engine.cache.sensitive(index) else {
         cpu.engine.stop =
             Some(Stop::Exit(Exit::Failed(format!("a block names sensitive instruction {index}, which there isn't"))));
         return Left::Stop as i32;
@@ -200,6 +201,9 @@ pub(crate) extern "C" fn run_sensitive(cpu: &mut Vcpu, index: u64) -> i32 {
     cpu.engine.counts.sensitive += 1;
     if cpu.machine.config.stats {
         *cpu.engine.counts.mnemonics.entry(s.insn.mnemonic()).or_default() += 1;
+    }
+    if s.relative {
+        s.insn = in_page(s.insn, cpu.near.code_page);
     }
     cpu.insn_rip = s.insn.ip();
     cpu.rip = s.insn.next_ip();
@@ -281,7 +285,7 @@ impl Vcpu {
             }
             self.segments_changed();
         }
-        self.hot.return_address = self.engine.cache.jumps.find(mode, jump_key(self.rip, segment))?;
+        self.hot.return_address = self.engine.cache.jump(mode, jump_key(self.rip, segment))?;
         self.engine.mode = Some(mode);
         Some(())
     }
@@ -323,7 +327,8 @@ impl Vcpu {
             return None;
         }
         let key = jump_key(self.rip, CodeSegment::FLAT);
-        if let Some(entry) = self.engine.cache.jumps.recall(mode, key) {
+        let recalled = self.engine.cache.jumps.recall(mode, key);
+        if let Some(entry) = recalled.filter(|entry| !self.engine.cache.leads_out(*entry)) {
             self.engine.cache.stats.lookups += 1;
             self.engine.mode = Some(mode);
             self.hot.branch = 0;
@@ -337,7 +342,7 @@ impl Vcpu {
         if cache.second_page(id).is_some() || !cache.jumps.has_room(mode, global) {
             return None;
         }
-        cache.enter_jump(id, global);
+        cache.enter_jump(id, self.rip, global);
         cache.stats.lookups += 1;
         self.engine.mode = Some(mode);
         self.hot.branch = 0;
@@ -435,7 +440,7 @@ impl Vcpu {
                 let branch = link.take();
                 // What a branch is linked to is mostly reached by nothing else; if it is, it is found then.
                 if branch.is_none() {
-                    cache.enter_jump(id, first_global);
+                    cache.enter_jump(id, self.rip, first_global);
                 }
                 for link in [branch, self.engine.failed_check.take()].into_iter().flatten() {
                     cache.link(link, id, global);
@@ -472,7 +477,7 @@ impl Vcpu {
         self.shared.invalidations.set_running(false);
         if self.hot.branch != 0
             && !self.fetchable(self.rip)
-            && let Some(at) = self.engine.cache.last_instruction(self.hot.branch)
+            && let Some(at) = self.engine.cache.last_instruction(self.hot.branch, self.near.code_page)
         {
             return Err(self.branch_fault(at));
         }
@@ -518,7 +523,7 @@ impl Vcpu {
         if !mode.long() || link.is_some() || self.engine.failed_check.is_some() {
             return None;
         }
-        self.engine.cache.jumps.find(mode, jump_key(self.rip, CodeSegment::FLAT))
+        self.engine.cache.jump(mode, jump_key(self.rip, CodeSegment::FLAT))
     }
 
     /// Whether RIP may be this: canonical, or within the code segment.
@@ -560,7 +565,7 @@ impl Vcpu {
 
     /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.
     fn set_link_target(&mut self, link: &mut Option<LinkId>) {
-        if let Some((site, target, parked)) = self.engine.cache.find_link(self.hot.return_address) {
+        if let Some((site, target, parked)) = self.engine.cache.find_link(self.hot.return_address, self.near.code_page) {
             self.rip = target;
             if parked {
                 self.unpark();
@@ -615,7 +620,7 @@ impl Vcpu {
     /// What a host signal in emitted code means for the guest.
     fn signal_stop(&mut self) -> Stop {
         let (pc, trap) = (self.hot.signal_pc, self.hot.signal_code);
-        let Some((insn, _, parked)) = self.instruction_at(pc) else {
+        let Some((insn, _, parked)) = self.instruction_at(pc, self.near.code_page) else {
             return Stop::Exit(Exit::Failed(format!(
                 "host trap {trap} at {pc:#x} in emitted code of no known instruction"
             )));
@@ -658,9 +663,9 @@ impl Vcpu {
         Stop::Fault(exception)
     }
 
-    /// The guest instruction whose operation is at a host address.
-    pub fn instruction_at(&self, pc: u64) -> Option<Found> {
-        if let Some(found) = self.engine.cache.instruction_at(pc) {
+    /// The guest instruction whose operation is at a host address; `page`: where it ran if its block is relative.
+    pub fn instruction_at(&self, pc: u64, page: u64) -> Option<Found> {
+        if let Some(found) = self.engine.cache.instruction_at(pc, page) {
             return Some(found);
         }
         // The copy of a bounced instruction.

@@ -187,6 +187,7 @@ pub fn fault_of(cpu: &mut Vcpu, bytes: &[u8]) -> arch::Exception {
 /// How code that runs in a mode is translated, with the second part of the jump table for it.
 pub fn setting(mode: Mode) -> Setting {
     Setting {
+        relative: false,
         mode,
         inline_tsc: true,
         sharing: Sharing::All,

@@ -114,7 +114,8 @@ impl Vcpu {
         let in_memory = self.readable(gpa).is_some();
         let mode = if in_memory { origin.mode } else { origin.mode.single() };
         let checked = self.watch_or_check(gpa, None, mode);
-        let setting = Setting { checked, ..self.setting(origin, mode, global) };
+        let relative = checked.is_none() && in_memory && mode.long() && mode.cpl() == 3;
+        let setting = Setting { checked, relative, ..self.setting(origin, mode, global) };
         // Taken for as long as it is in use.
         let mut bytes = std::mem::take(&mut self.engine.code_page);
         let translated = self.translate_bytes(&mut bytes, origin.segment, gpa, rip, linear, &setting);
@@ -126,6 +127,7 @@ impl Vcpu {
             cache.make_room(translated.code.len());
             let code = &bytes[offset..offset + length];
             let ahead = bytes.get(translated.lookahead.clone()).filter(|_| setting.template && in_memory);
+            let rip = if translated.parked_way_in == 0 { rip } else { offset as u64 };
             let inserted = cache.insert(origin, rip, second_page, code, ahead, &mut translated);
             self.engine.workspace = translated.into();
             inserted
@@ -148,16 +150,25 @@ impl Vcpu {
         let offset = (gpa % PAGE_SIZE) as usize;
         let (page, tail) = bytes.split_at_mut(PAGE_SIZE as usize);
         self.read_code(gpa, page);
-        if let Some(translated) =
-            block::translate(GuestCode { page, offset, segment }, rip, setting, &mut self.engine.workspace)
-        {
-            return Ok((translated, None));
+        let code = GuestCode { page, offset, segment };
+        let nominal = if setting.relative { offset as u64 } else { rip };
+        let fixed = Setting { relative: false, ..*setting };
+        match block::translate(code, nominal, setting, &mut self.engine.workspace) {
+            // What 32-bit addressing makes of an address says nothing of it elsewhere.
+            Some(translated) if setting.relative && !translated.movable => {
+                self.engine.workspace = translated.into();
+                if let Some(translated) = block::translate(code, rip, &fixed, &mut self.engine.workspace) {
+                    return Ok((translated, None));
+                }
+            }
+            Some(translated) => return Ok((translated, None)),
+            None => {}
         }
         if !segment.holds(rip, PAGE_SIZE as usize - offset + 1) {
             return Err(Exception::general_protection(0).into());
         }
         let (next, _) = self.fetch_address(next_page(linear))?;
-        let setting = Setting { checked: self.watch_or_check(gpa, Some(next), setting.mode), ..*setting };
+        let setting = Setting { checked: self.watch_or_check(gpa, Some(next), setting.mode), ..fixed };
         // Perhaps only now the first page is watched.
         self.read_code(gpa, page);
         self.read_code(next, tail);
@@ -186,6 +197,7 @@ impl Vcpu {
             template: !mode.is_single() && self.engine.rewritten.often(origin.frame()),
             checked: None,
             far_links: global && mode.long() && mode.cpl() == 0,
+            relative: false,
         }
     }
 

@@ -330,7 +330,7 @@ impl Vcpu {
         let mut base = 0;
         let instruction = self.xsave.u64_at(legacy::FIP);
         if self.engine.cache.offset_of(instruction).is_some() {
-            let guest = self.instruction_at(instruction);
+            let guest = self.instruction_at(instruction, self.hot.x87_page);
             self.xsave.put(legacy::FIP, &guest.map_or(0, |(insn, ..)| insn.ip()).to_le_bytes());
             if let (Some((insn, bytes, _)), true) = (guest, self.xsave.x87_pending()) {
                 self.xsave.put(legacy::FOP, &x87_opcode(&bytes).to_le_bytes());

@@ -16,7 +16,7 @@ fn relocate(t: &mut Translated, origin: Origin, from: Position, to: Position) ->
     let mut writer = Writer::default();
     let record = Record::read(writer.pack(&[], t));
     let body =
-        Body { origin, second_page: None, length: 0, parked_entry: 0, movable: t.movable, checked: false, record };
+        Body { origin, second_page: None, length: 0, parked_entry: 0, parked_way_in: 0, movable: t.movable, checked: false, record };
     // A translation numbers sensitive instructions with zeros.
     t.movable && body.relocate(&mut t.code, from, to, || Some(0))
 }

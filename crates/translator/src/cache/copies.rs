@@ -22,7 +22,7 @@ impl Cache {
         while let Some((copy, targets)) = chain.pop() {
             for (index, at, target) in targets {
                 let rip = self.at(copy).target(at);
-                let same = self.siblings(target).find(|id| self.at(*id).rip == rip);
+                let same = self.siblings(target).find(|id| self.at(*id).runs_at(rip));
                 let to = same.or_else(|| {
                     let block = self.at(target);
                     if copied == MAX_CHAIN || !block.movable || !self.has_room(block.length as usize) {

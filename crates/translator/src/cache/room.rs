@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{BlockId, Cache, LinkState};
+use super::{BlockId, Cache, LinkState, SEVERAL};
 use crate::codegen::block::MAX_BLOCK_BYTES;
 
 /// The most and the least bytes of a region.
@@ -96,7 +96,9 @@ impl Cache {
         self.reap();
         self.free.extend(blocks);
         self.regions[self.region] = Region::with_room(range.clone(), sizes);
-        self.snippets.forget(self.memory.host_address(range.start)..self.memory.host_address(range.end));
+        let evicted = self.memory.host_address(range.start)..self.memory.host_address(range.end);
+        self.jumps.forget_programs_code(&evicted);
+        self.snippets.forget(evicted);
         self.has_room(length)
     }
 
@@ -108,6 +110,7 @@ impl Cache {
             block.sensitive = None;
             let (start, record, links) = (block.start(), block.record, block.links());
             let two_pages = block.two_pages;
+            let known = block.rip == SEVERAL;
             self.templates.remove(&id);
             if two_pages {
                 self.second_pages.remove(&id);
@@ -117,10 +120,11 @@ impl Cache {
                 chain = entry.next.take();
                 entry.next = self.free_sensitive.replace(index);
             }
-            // The one made last gives its memory back: code that is patched and run in turns needs no more than once.
+            // The one made last gives its memory back, unless the jump table still leads there: code that is patched and run in turns
+            // needs no more than once.
             let index = self.region_of(start);
             let region = &mut self.regions[index];
-            if region.blocks.last() == Some(&id) {
+            if region.blocks.last() == Some(&id) && !known {
                 region.blocks.pop();
                 region.starts.pop();
                 region.records.truncate(record as usize);

@@ -6,6 +6,7 @@ use memory::PAGE_SIZE;
 
 use super::{BlockId, Cache, print};
 use crate::body::Origin;
+use crate::codegen::relative::way_in;
 
 /// Taking up a block again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ impl Cache {
 
     fn key(&self, id: BlockId) -> (Origin, u64) {
         let block = self.at(id);
-        (block.origin, block.rip)
+        (block.origin, block.nominal_rip())
     }
 
     /// Puts all blocks of a page to sleep, or drops them.
@@ -82,13 +83,20 @@ impl Cache {
 
     /// The part of its page that must be read to wake the block of an origin at a guest address, if one sleeps.
     pub fn sleeper(&self, origin: Origin, rip: u64) -> Option<Range<usize>> {
-        let id = *self.asleep.get(&(origin, rip))?;
-        Some(self.body(id).extent())
+        let id = self.asleep.get(&self.sleeping(origin, rip)?)?;
+        Some(self.body(*id).extent())
+    }
+
+    /// What a block sleeps by that runs at a guest address.
+    fn sleeping(&self, origin: Origin, rip: u64) -> Option<(Origin, u64)> {
+        let mut keys = [rip, origin.address % PAGE_SIZE].into_iter().map(|rip| (origin, rip));
+        keys.find(|key| self.asleep.contains_key(key))
     }
 
     /// Takes up a block again if its page, of which the part that [`Cache::sleeper`] said has been read, has its code.
     pub fn wake(&mut self, origin: Origin, rip: u64, page: &[u8]) -> Woken {
-        let Some(id) = self.asleep.remove(&(origin, rip)) else { return Woken::No };
+        let asleep = self.sleeping(origin, rip).and_then(|key| self.asleep.remove(&key));
+        let Some(id) = asleep else { return Woken::No };
         let Some(changed) = self.refresh(id, page) else {
             self.dead.push(id);
             return Woken::No;
@@ -96,8 +104,20 @@ impl Cache {
         self.stats.woken += 1;
         self.clock = self.clock.wrapping_add(1);
         self.at_mut(id).used = self.clock;
+        self.open(id);
         self.attach(id);
         if changed { Woken::Changed(id) } else { Woken::Unchanged(id) }
+    }
+
+    /// Makes a relative block's ways out ways in again. Where the jump table still leads to them, its code is.
+    fn open(&mut self, id: BlockId) {
+        let block = self.at(id);
+        if block.is_relative() {
+            let way_in = way_in(block.nominal_rip());
+            for at in [0, block.parked_way_in.into()] {
+                self.memory.write(block.start() + at, &way_in);
+            }
+        }
     }
 
     /// Makes a block's host code that of the bytes in its page, if only immediates differ; whether any do.

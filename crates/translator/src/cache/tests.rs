@@ -78,7 +78,7 @@ fn however_often_code_memory_was_full_every_block_is_found_by_its_addresses() {
         let end = cache.host_address(start, length);
         assert_eq!(cache.find_by_host(end), Some((id, length)));
         assert_eq!(cache.find_by_host(cache.host_address(start, 0)), Some((id, 0)));
-        let (link, target, _) = cache.find_link(end).unwrap();
+        let (link, target, _) = cache.find_link(end, 0).unwrap();
         assert_eq!(target, RIP);
         cache.link(link, id, false);
         assert_eq!(leads_to(&cache, id), start);

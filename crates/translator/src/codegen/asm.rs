@@ -91,6 +91,8 @@ pub struct Asm {
     fixups: Vec<(usize, Label)>,
     /// What moving the code changes: where, how, and the guest address that it is about.
     pub moved: Vec<(u16, Field, u64)>,
+    /// Guest addresses are in the page that `near.code_page` names, or as far from it: see [`super::relative`].
+    pub relative: bool,
     /// Where the last re-encoded instruction has its immediate.
     pub immediate: std::ops::Range<usize>,
 }
@@ -102,6 +104,7 @@ impl Asm {
         self.labels.clear();
         self.fixups.clear();
         self.moved.clear();
+        self.relative = false;
     }
 
     /// Bytes emitted so far.
@@ -351,6 +354,9 @@ impl Asm {
 
     /// [`Asm::mov_imm`] of a guest address, which depends on where the guest's code is.
     pub fn mov_address(&mut self, to: Reg, address: u64) {
+        if self.relative {
+            return self.mov_relative_address(to, address as i64);
+        }
         self.mov_imm(to, address);
         let (field, size) = if u32::try_from(address).is_ok() {
             (Field::Address32, 4)
@@ -365,7 +371,7 @@ impl Asm {
     /// `mov qword [mem], address`, if that is one of those that have a signed immediate, and not a shorter one as well.
     pub fn store_address(&mut self, mem: Mem, address: u64) -> bool {
         match i32::try_from(address as i64) {
-            Ok(value) if value < 0 => {
+            Ok(value) if value < 0 && !self.relative => {
                 self.store_imm(mem, value);
                 self.moved.push(((self.code.len() - 4) as u16, Field::AddressSigned, address));
                 true
@@ -387,6 +393,12 @@ impl Asm {
 
     pub fn lea(&mut self, to: Reg, mem: Mem) {
         self.op_mem(true, 0x8d, to, mem);
+    }
+
+    /// LEA with a displacement of four bytes whatever its value, so that its length is always the same.
+    pub fn lea_far(&mut self, to: Reg, base: Reg, disp: i32) {
+        self.bytes(&[0x48 | (to.0 >> 3) << 2 | base.0 >> 3, 0x8d, 0x80 | (to.0 & 7) << 3 | base.0 & 7]);
+        self.imm32(disp);
     }
 
     /// LEA with a 32-bit result: the address modulo 4 GiB.
@@ -658,11 +670,11 @@ impl Asm {
         self.rel32(to);
     }
 
-    /// A jump to the code's first byte.
-    pub fn jmp_start(&mut self) {
+    /// A jump back to a byte of the code.
+    pub fn jmp_back(&mut self, to: usize) {
         self.byte(0xe9);
         let next = self.code.len() + 4;
-        self.imm32(-(next as i32));
+        self.imm32(to as i32 - next as i32);
     }
 
     /// JRCXZ over what `body` emits (at most 127 bytes): it runs if rcx is not zero.

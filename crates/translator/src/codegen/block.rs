@@ -35,6 +35,8 @@ pub struct SensitiveInsn {
     pub ends_block: bool,
     /// Outside 64-bit mode, where segments may be part of what the block was made for.
     pub loads_segment: bool,
+    /// Its addresses count from the page that its block runs in.
+    pub relative: bool,
 }
 
 /// What translation makes of a run of instructions; the cache turns it into a block. See [`crate::body`] for its parts.
@@ -52,6 +54,8 @@ pub struct Translated {
     pub relocations: Vec<Relocation>,
     pub sensitive: Vec<SensitiveInsn>,
     pub parked_entry: usize,
+    /// Of a relative block: where the jump table leads with the flags parked. Zero: it is none.
+    pub parked_way_in: usize,
     pub lookahead: std::ops::Range<usize>,
     /// The code can be moved to other guest addresses.
     pub movable: bool,
@@ -125,6 +129,8 @@ pub struct Setting {
     pub checked: Option<Checked>,
     /// Direct branches to other pages can be linked: see [`crate::cache`].
     pub far_links: bool,
+    /// The block can run in any page: see [`super::relative`]. Its guest address is its offset in the page.
+    pub relative: bool,
 }
 
 pub struct Builder<'a> {
@@ -205,6 +211,7 @@ pub fn translate(code: GuestCode, start: u64, setting: &Setting, workspace: &mut
         narrow_addresses: false,
         planner,
     };
+    b.way_in();
     let checked_entry = b.check_bytes();
     b.prologue();
     if steady != 0 {
@@ -447,7 +454,8 @@ impl Builder<'_> {
 
     pub fn sensitive(&mut self, insn: &Instruction, exec: Exec, ends_block: bool) {
         let loads_segment = !self.mode.long() && crate::semantics::segments::loads_segment(insn);
-        self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block, loads_segment });
+        let relative = self.setting.relative;
+        self.sensitive.push(SensitiveInsn { insn: *insn, exec, ends_block, loads_segment, relative });
         self.asm.mov_sensitive(S0);
         self.asm.call_mem(Mem::Base(RSP, context_offset!(near.helper)));
     }
@@ -497,6 +505,7 @@ impl Builder<'_> {
             Some(spared) => {
                 self.held = self.held.filter(|_| spared.s2);
                 self.addend &= spared.s0;
+                self.note_x87(insn);
             }
             None => {
                 self.asm.code.truncate(before);
@@ -584,16 +593,21 @@ impl Builder<'_> {
         let body_length = self.asm.position();
         let all_behind = self.emit_all_behind();
         let all_pending = self.emit_links();
-        let mut parked_entry = checked_entry;
-        if parked_entry == 0 && self.items.first().is_some_and(|i| !i.live_in.is_empty()) {
+        let parked_way_in = self.parked_way_in();
+        let mut parked_entry = if checked_entry == 0 { self.linked_entry() } else { checked_entry };
+        let unparks = checked_entry == 0 && self.items.first().is_some_and(|i| !i.live_in.is_empty());
+        if unparks {
             parked_entry = self.asm.position();
             unpark_flags(&mut self.asm);
-            self.asm.jmp_start();
+        }
+        if unparks || parked_way_in != 0 {
+            self.asm.jmp_back(self.linked_entry());
         }
         self.asm.finish();
         let movable = self.relocations(&mut relocations);
         Translated {
             parked_entry,
+            parked_way_in,
             lookahead: self.lookahead.0,
             code: std::mem::take(&mut self.asm.code),
             body_length,

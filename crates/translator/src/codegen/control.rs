@@ -228,15 +228,15 @@ impl Builder<'_> {
             match (computed, self.mode.is_single()) {
                 (false, false) => self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup))),
                 (false, true) => self.asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_event))),
-                (true, false) => self.asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_branch))),
+                (true, false) => self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_branch))),
                 (true, true) => self.asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_branch_event))),
             }
             return;
         };
         let (mode, segment) = (self.mode, self.code.segment);
         let known = match target {
-            Target::Known(address) => Some(address),
-            Target::Computed | Target::Entry => None,
+            Target::Known(address) if !self.setting.relative => Some(address),
+            _ => None,
         };
         let asm = &mut self.asm;
         // What is looked up: with the base of a code segment in the upper half.
@@ -314,7 +314,7 @@ impl Builder<'_> {
             asm.mov32(S0, S0);
         }
         if computed {
-            asm.call_mem(Mem::Base(RSP, context_offset!(near.exit_branch)));
+            asm.call_mem(Mem::Base(RSP, context_offset!(hot.exit_branch)));
         } else {
             asm.jmp_mem(Mem::Base(RSP, context_offset!(near.exit_lookup)));
         }

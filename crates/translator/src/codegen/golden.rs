@@ -114,6 +114,10 @@ impl Fragment {
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
         let sharing = if mode.is_careful() { Sharing::Near } else { Sharing::All };
+        let checked =
+            self.mode.ends_with("-checked").then_some(Checked { page: IN_HOST, next: IN_HOST + 0x1000 });
+        // As programs are translated.
+        let relative = mode.long() && mode.cpl() == 3 && checked.is_none();
         let setting = Setting {
             mode,
             inline_tsc: true,
@@ -122,10 +126,11 @@ impl Fragment {
             access_slot: Some(1),
             level_slot: Some(2),
             template: false,
-            checked: self.mode.ends_with("-checked").then_some(Checked { page: IN_HOST, next: IN_HOST + 0x1000 }),
+            checked,
             far_links: false,
+            relative,
         };
-        let start = LINEAR - u64::from(segment.base);
+        let start = if relative { 0 } else { LINEAR - u64::from(segment.base) };
         let mut blocks = Vec::new();
         let mut offset = 0;
         while offset < self.bytes.len() {

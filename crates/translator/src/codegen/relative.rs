@@ -1,0 +1,120 @@
+//! Relative blocks: one translation for code that runs at many addresses.
+//!
+//! Programs share libraries, and each process has them elsewhere: address space layout randomization sees to that. So a
+//! program's 64-bit code is translated as if its page were at address zero, and finds the page that it really is in at
+//! `near.code_page`: a guest address is that plus a constant. Whoever comes by the jump table or from the dispatcher has RIP
+//! in [`S0`], of which the *way in*, a block's first instructions, makes the page; linked blocks are in the same page, and go
+//! past it.
+//!
+//! No one knows which addresses of which address spaces lead to a relative block. So when one is dropped its ways in become
+//! ways out, to the dispatcher, which finds what is to run instead; their memory serves for nothing else until the jump
+//! table has been searched for them ([`crate::jumps`]).
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::asm::{Asm, Mem, RSP, Reg, S0, S1};
+use super::block::Builder;
+use super::facts::{FpClass, facts};
+use crate::entry::context_offset;
+
+const CODE_PAGE: Mem = Mem::Base(RSP, context_offset!(near.code_page));
+const X87_PAGE: Mem = Mem::Base(RSP, context_offset!(hot.x87_page));
+
+/// Bytes of a way in.
+pub const WAY_IN: usize = 12;
+/// As long: a way out for code that was reached with the flags in EFLAGS, and one with them parked.
+type Way = [u8; WAY_IN];
+
+fn way(emit: impl FnOnce(&mut Asm)) -> Way {
+    let mut asm = Asm::default();
+    emit(&mut asm);
+    // What stands behind a jump is never reached.
+    asm.code.resize(WAY_IN, 0xcc);
+    asm.code.as_slice().try_into().unwrap_or([0xcc; WAY_IN])
+}
+
+/// Notes the page of a block that begins at an offset of it.
+pub fn way_in(offset: u64) -> Way {
+    way(|asm| {
+        asm.lea_far(S1, S0, -(offset as i32));
+        asm.store(CODE_PAGE, S1);
+    })
+}
+
+/// Stands for the way in of a block that is gone.
+pub fn way_out(parked: bool) -> Way {
+    let thunk = if parked { context_offset!(hot.exit_lookup_parked) } else { context_offset!(near.exit_lookup) };
+    way(|asm| asm.jmp_mem(Mem::Base(RSP, thunk)))
+}
+
+/// An instruction of a relative block, as it is in a page.
+pub fn in_page(mut insn: Instruction, page: u64) -> Instruction {
+    let target = insn.near_branch_target();
+    if insn.is_ip_rel_memory_operand() {
+        insn.set_memory_displacement64(insn.memory_displacement64().wrapping_add(page));
+    } else if target != 0 && insn.op0_kind() == iced_x86::OpKind::NearBranch64 {
+        insn.set_near_branch64(target.wrapping_add(page));
+    }
+    insn.set_ip(insn.ip().wrapping_add(page));
+    insn
+}
+
+/// Whether the processor notes the address of an x87 instruction (Intel SDM 1 8.1.8).
+fn is_noted(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    let control = matches!(
+        insn.mnemonic(),
+        Wait | Fninit | Finit | Fnclex | Fclex | Fldcw | Fnstcw | Fstcw | Fnstsw | Fstsw | Fnstenv | Fstenv
+    );
+    facts(insn.code()).fp == FpClass::X87 && !control
+}
+
+impl Asm {
+    /// Moves the guest address that is so far from the page's beginning to a register. Leaves the flags alone.
+    pub fn mov_relative_address(&mut self, to: Reg, distance: i64) {
+        self.load(to, CODE_PAGE);
+        // RIP-relative operands are up to 2 GiB away from where the instruction is in its page.
+        let first = distance.clamp(i32::MIN.into(), i32::MAX.into());
+        for part in [first, distance - first].into_iter().filter(|part| *part != 0) {
+            self.lea(to, Mem::Base(to, part as i32));
+        }
+    }
+}
+
+impl Builder<'_> {
+    /// Begins a relative block.
+    pub fn way_in(&mut self) {
+        self.asm.relative = self.setting.relative;
+        if self.setting.relative {
+            self.asm.bytes(&way_in(self.start));
+        }
+    }
+
+    /// The way in for those who come by the jump table with the flags parked, if the block is relative: where it is, or else zero.
+    pub fn parked_way_in(&mut self) -> usize {
+        if !self.setting.relative {
+            return 0;
+        }
+        let at = self.asm.position();
+        self.asm.bytes(&way_in(self.start));
+        at
+    }
+
+    /// Where linked blocks enter.
+    pub fn linked_entry(&self) -> usize {
+        if self.setting.relative { WAY_IN } else { 0 }
+    }
+
+    /// After an x87 instruction: where a relative block's last one was can be told from its host code later, but for the page.
+    pub fn note_x87(&mut self, insn: &Instruction) {
+        if self.setting.relative && is_noted(insn) {
+            self.asm.load(S1, CODE_PAGE);
+            self.asm.store(X87_PAGE, S1);
+        }
+    }
+}
+
+/// Whether host code is a way out.
+pub fn leads_out(code: &Way) -> bool {
+    *code == way_out(false)
+}
