@@ -15,6 +15,7 @@ use crate::codegen::asm::{Asm, Mem, RSP};
 use crate::codegen::classify::operand_size;
 use crate::codegen::facts::{FpClass, facts};
 use crate::codegen::reencode::Operand;
+use crate::codegen::relative;
 use crate::cpu::{Context, Stop, Vcpu};
 use crate::entry::{Left, Split, context_offset};
 use crate::mmu::Access;
@@ -232,6 +233,9 @@ fn bounce_light(cpu: &mut Vcpu, va: u64, kind: AccessKind, pieces: [(u64, usize)
             resume: store.resume,
         };
         cpu.hot.return_address = store.snippet;
+        if store.x87 {
+            cpu.hot.x87_page = cpu.near.code_page;
+        }
     }
     Some(buffer as u64)
 }
@@ -547,7 +551,7 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
         let Some(code) = site.copy_instruction(context_offset!(hot.stored_split)) else {
             return lost(cpu, "split store");
         };
-        cpu.engine.cache.snippets.add_store(key, &code, site.end);
+        cpu.engine.cache.snippets.add_store(key, &code, site.end, relative::is_noted(&site.insn));
     }
     let snippet = match cpu.snippet(site) {
         Some(address) => address,
@@ -573,6 +577,10 @@ fn access(cpu: &mut Vcpu, va: u64, kind: AccessKind, site: &SiteInfo) -> Accesse
     bounce.resume = site.end;
     bounce.next_rip = site.insn.next_ip();
     bounce.block = Some(site.block);
+    // The copy runs instead of what notes it.
+    if relative::is_noted(&site.insn) {
+        cpu.hot.x87_page = cpu.near.code_page;
+    }
     cpu.engine.bounce_at = buffer_at;
     Accessed { host, left: 0 }
 }

@@ -231,6 +231,11 @@ pub(crate) extern "C" fn find_code_light(cpu: &mut Vcpu) -> u64 {
     cpu.find_known_code().unwrap_or(0)
 }
 
+/// A direct branch has no link: it gets one to the host code of the block at its target, on the same conditions.
+pub(crate) extern "C" fn link_code_light(cpu: &mut Vcpu) -> u64 {
+    cpu.link_known_code().unwrap_or(0)
+}
+
 /// From [`run_sensitive`]: go on at `hot.return_address`, where another block begins.
 const CHAINED: i32 = -2;
 
@@ -316,16 +321,41 @@ impl Vcpu {
         self.engine.mode != Some(Mode::of(self))
     }
 
-    /// For [`find_code_light`].
-    fn find_known_code(&mut self) -> Option<u64> {
-        if self.mode_is_single() || self.shared.poll.is_set() || self.engine.native.brief || !canonical(self.rip) {
+    /// The mode to look for known code in, if any may be entered without the dispatcher.
+    fn mode_of_known_code(&self) -> Option<Mode> {
+        if self.mode_is_single() || self.shared.poll.is_set() || self.engine.native.brief {
             return None;
         }
         // Not that of the block that ran: STAC and CLAC change it on their way.
-        let mode = Mode::of(self);
-        if !mode.long() {
+        Some(Mode::of(self)).filter(|mode| mode.long())
+    }
+
+    /// For [`link_code_light`].
+    fn link_known_code(&mut self) -> Option<u64> {
+        let mode = self.mode_of_known_code()?;
+        let (link, target, parked) =
+            self.engine.cache.find_link(self.hot.return_address, self.near.code_page)?;
+        let (gpa, global) = self.fetched(target)?;
+        let origin = self.origin(gpa, mode);
+        let cache = &mut self.engine.cache;
+        let id = cache.find(origin, target)?;
+        if cache.second_page(id).is_some() || !cache.has_room_for_link() {
             return None;
         }
+        cache.link(link, id, global);
+        let entry = cache.entry(id);
+        self.rip = target;
+        if parked {
+            self.unpark();
+        }
+        self.engine.mode = Some(mode);
+        self.hot.branch = 0;
+        Some(entry)
+    }
+
+    /// For [`find_code_light`].
+    fn find_known_code(&mut self) -> Option<u64> {
+        let mode = self.mode_of_known_code().filter(|_| canonical(self.rip))?;
         let key = jump_key(self.rip, CodeSegment::FLAT);
         let recalled = self.engine.cache.jumps.recall(mode, key);
         if let Some(entry) = recalled.filter(|entry| !self.engine.cache.leads_out(*entry)) {

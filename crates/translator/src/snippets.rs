@@ -16,6 +16,8 @@ pub struct Store {
     /// Its host address, and that of the code behind the instruction.
     pub snippet: u64,
     pub resume: u64,
+    /// The processor [notes](crate::codegen::relative::is_noted) where it is.
+    pub x87: bool,
 }
 
 /// One vCPU's snippets, by the return addresses of their slow-path calls. When their memory is full they are all
@@ -52,9 +54,9 @@ impl Snippets {
     }
 
     /// The same for a store. Emitted code goes on at `resume`.
-    pub fn add_store(&mut self, site: u64, code: &[u8], resume: u64) {
+    pub fn add_store(&mut self, site: u64, code: &[u8], resume: u64, x87: bool) {
         if let Some(snippet) = self.add(code) {
-            self.stores.insert(site, Store { snippet, resume });
+            self.stores.insert(site, Store { snippet, resume, x87 });
         }
     }
 

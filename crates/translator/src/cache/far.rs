@@ -21,6 +21,11 @@ impl Cache {
         }
     }
 
+    /// Whether one more link can be noted without a list that grows.
+    pub fn has_room_for_link(&self) -> bool {
+        self.far_links.len() < self.far_links.capacity()
+    }
+
     /// Notes a link that goes by global pages.
     pub(super) fn note_far_link(&mut self, link: LinkId) {
         if self.far_links.len() == self.far_links.capacity() {

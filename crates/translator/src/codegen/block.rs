@@ -164,7 +164,7 @@ pub struct Builder<'a> {
     pub steady: Option<Steady>,
     /// How many of the immediates that were loaded have been used.
     pub loaded_immediates: usize,
-    /// An address relative to EIP was emitted.
+    /// An address relative to EIP was emitted, or to IP.
     pub narrow_addresses: bool,
     /// Not used any more, but kept for the next block.
     planner: Planner,
@@ -633,7 +633,8 @@ impl Builder<'_> {
 
     /// Notes what moving the code changes; whether all of it could be said.
     fn relocations(&self, relocations: &mut Vec<Relocation>) -> bool {
-        // In 16-bit code addresses wrap at 64K; 32-bit addressing in 64-bit code does at 4G.
+        // In 16-bit code addresses wrap at 64K; 32-bit addressing in 64-bit code does at 4G, and
+        // some of its branches at 64K.
         let mut movable = self.mode.bits() != 16 && !self.mode.segmented() && !self.narrow_addresses;
         for &(offset, field, address) in &self.asm.moved {
             let distance = if field.is_guest_address() { address.wrapping_sub(self.start) as i64 } else { 0 };

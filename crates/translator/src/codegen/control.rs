@@ -60,6 +60,8 @@ impl Builder<'_> {
     /// Emits a branch; false if the block goes on behind it.
     pub fn branch(&mut self, insn: &Instruction) -> bool {
         use Mnemonic::*;
+        // AMD's processors cut such a one's target in 64-bit code.
+        self.narrow_addresses |= self.mode.long() && insn.op0_kind() == OpKind::NearBranch16;
         if is_direct(insn) && !self.code.segment.holds(insn.near_branch_target(), 1) && !self.mode.long() {
             self.need_flags();
             self.sensitive(insn, crate::semantics::stack::exec, true);

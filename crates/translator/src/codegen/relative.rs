@@ -60,7 +60,7 @@ pub fn in_page(mut insn: Instruction, page: u64) -> Instruction {
 }
 
 /// Whether the processor notes the address of an x87 instruction (Intel SDM 1 8.1.8).
-fn is_noted(insn: &Instruction) -> bool {
+pub fn is_noted(insn: &Instruction) -> bool {
     use Mnemonic::*;
     let control = matches!(
         insn.mnemonic(),
