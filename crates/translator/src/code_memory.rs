@@ -280,6 +280,13 @@ impl CodeMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.writable.start.as_ptr().add(offset), bytes.len()) };
     }
 
+    /// One byte of code.
+    pub fn byte(&self, offset: usize) -> u8 {
+        assert!(offset < self.writable.length, "a read beyond code memory");
+        // SAFETY: in bounds; only the owning vCPU's thread writes code.
+        unsafe { self.writable.start.as_ptr().add(offset).read() }
+    }
+
     /// Copies code out.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         assert!(offset + bytes.len() <= self.writable.length, "a read beyond code memory");

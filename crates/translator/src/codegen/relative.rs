@@ -10,7 +10,7 @@
 //! ways out, to the dispatcher, which finds what is to run instead; their memory serves for nothing else until the jump
 //! table has been searched for them ([`crate::jumps`]).
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{Asm, Mem, RSP, Reg, S0, S1};
 use super::block::Builder;
@@ -22,38 +22,40 @@ const X87_PAGE: Mem = Mem::Base(RSP, context_offset!(hot.x87_page));
 
 /// Bytes of a way in.
 pub const WAY_IN: usize = 12;
-/// As long: a way out for code that was reached with the flags in EFLAGS, and one with them parked.
-type Way = [u8; WAY_IN];
-
-fn way(emit: impl FnOnce(&mut Asm)) -> Way {
-    let mut asm = Asm::default();
-    emit(&mut asm);
-    // What stands behind a jump is never reached.
-    asm.code.resize(WAY_IN, 0xcc);
-    asm.code.as_slice().try_into().unwrap_or([0xcc; WAY_IN])
-}
 
 /// Notes the page of a block that begins at an offset of it.
-pub fn way_in(offset: u64) -> Way {
-    way(|asm| {
-        asm.lea_far(S1, S0, -(offset as i32));
-        asm.store(CODE_PAGE, S1);
-    })
+pub fn way_in(offset: u64) -> [u8; WAY_IN] {
+    let mut asm = Asm::default();
+    asm.lea_far(S1, S0, -(offset as i32));
+    asm.store(CODE_PAGE, S1);
+    let mut way = [0; WAY_IN];
+    way.copy_from_slice(&asm.code);
+    way
 }
 
-/// Stands for the way in of a block that is gone.
-pub fn way_out(parked: bool) -> Way {
-    let thunk = if parked { context_offset!(hot.exit_lookup_parked) } else { context_offset!(near.exit_lookup) };
-    way(|asm| asm.jmp_mem(Mem::Base(RSP, thunk)))
+/// Stands at the beginning of a way in once the block is gone: `jmp [rsp + constant]` to the thunk for who comes with the flags
+/// in EFLAGS, and parked.
+pub const WAY_OUT: [u8; 7] = way_out(context_offset!(near.exit_lookup));
+pub const PARKED_WAY_OUT: [u8; 7] = way_out(context_offset!(hot.exit_lookup_parked));
+
+const fn way_out(thunk: i32) -> [u8; 7] {
+    let [a, b, c, d] = thunk.to_le_bytes();
+    [0xff, 0xa4, 0x24, a, b, c, d]
 }
 
 /// An instruction of a relative block, as it is in a page.
 pub fn in_page(mut insn: Instruction, page: u64) -> Instruction {
-    let target = insn.near_branch_target();
-    if insn.is_ip_rel_memory_operand() {
-        insn.set_memory_displacement64(insn.memory_displacement64().wrapping_add(page));
-    } else if target != 0 && insn.op0_kind() == iced_x86::OpKind::NearBranch64 {
-        insn.set_near_branch64(target.wrapping_add(page));
+    let address = insn.memory_displacement64().wrapping_add(page);
+    let target = insn.near_branch_target().wrapping_add(page);
+    match insn.memory_base() {
+        Register::RIP => insn.set_memory_displacement64(address),
+        Register::EIP => insn.set_memory_displacement64(address & 0xffff_ffff),
+        _ => {}
+    }
+    match insn.op0_kind() {
+        OpKind::NearBranch64 => insn.set_near_branch64(target),
+        OpKind::NearBranch16 => insn.set_near_branch16(target as u16),
+        _ => {}
     }
     insn.set_ip(insn.ip().wrapping_add(page));
     insn
@@ -112,9 +114,4 @@ impl Builder<'_> {
             self.asm.store(X87_PAGE, S1);
         }
     }
-}
-
-/// Whether host code is a way out.
-pub fn leads_out(code: &Way) -> bool {
-    *code == way_out(false)
 }
