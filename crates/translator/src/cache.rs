@@ -205,6 +205,8 @@ struct PageCode {
     blocks: Vec<PageBlock>,
     /// A bit for each 64 bytes: translation may have looked at some of them.
     lines: u64,
+    /// Some that begin here are relative.
+    relative: bool,
 }
 
 /// One vCPU's blocks.
@@ -514,6 +516,7 @@ impl Cache {
             None => self.lead_origin(origin, Some(id)),
         }
         let block = self.at_mut(id);
+        let relative = block.is_relative();
         block.live = true;
         if block.checked {
             self.checked.entry(origin.frame()).or_default().push(id);
@@ -523,6 +526,7 @@ impl Cache {
             let code = self.by_page.entry(page).or_default();
             code.blocks.push(PageBlock { id, start: extent.start as u16, end: extent.end as u16 });
             code.lines |= lines(&extent);
+            code.relative |= relative && page == origin.frame();
         }
     }
 
@@ -566,6 +570,11 @@ impl Cache {
     /// A sensitive instruction, by the number that emitted code gives.
     pub fn sensitive(&self, index: u64) -> Option<SensitiveInsn> {
         self.sensitive.get(index as usize).map(|entry| entry.insn)
+    }
+
+    /// Whether a page has relative blocks.
+    pub fn is_relative_page(&self, page: u64) -> bool {
+        self.by_page.get(&page).is_some_and(|code| code.relative)
     }
 
     /// Whether translated code of the page exists.

@@ -62,13 +62,29 @@ impl Vcpu {
         self.engine.cache.jumps.enlarge();
         self.engine.forgive(origin);
         self.choose_checks(origin.frame());
-        let known = self.copy_block(origin, rip).or_else(|| self.wake_block(origin, gpa, rip));
-        let id = match known {
+        let relative = self.goes_relative(origin);
+        let copy = if relative { None } else { self.copy_block(origin, rip) };
+        let id = match copy.or_else(|| self.wake_block(origin, gpa, rip)) {
             Some(id) => id,
-            None => self.translate(origin, gpa, rip, linear, global)?,
+            None => self.translate(origin, gpa, rip, linear, (global, relative))?,
         };
         let all_global = global && self.engine.cache.second_page(id).is_none();
         Ok(Reached { id, global: all_global, first_global: global })
+    }
+
+    /// Whether code that has no block for its address is to have a relative one: that of programs, once its page has been found at a
+    /// second address. What the page has of other blocks is dropped then, since they can't be linked to relative ones.
+    fn goes_relative(&mut self, origin: Origin) -> bool {
+        if !origin.mode.long() || origin.mode.cpl() != 3 {
+            return false;
+        }
+        let cache = &mut self.engine.cache;
+        let already = cache.is_relative_page(origin.frame());
+        let second = !already && cache.find_original(origin).is_some();
+        if second {
+            cache.drop_page(origin.frame());
+        }
+        already || second
     }
 
     /// A copy of a block of the same origin that was translated for another address.
@@ -108,13 +124,20 @@ impl Vcpu {
         if self.cpl() == 3 { Context::User } else { Context::Supervisor }
     }
 
-    fn translate(&mut self, origin: Origin, gpa: u64, rip: u64, linear: u64, global: bool) -> Result<BlockId, Stop> {
+    fn translate(
+        &mut self,
+        origin: Origin,
+        gpa: u64,
+        rip: u64,
+        linear: u64,
+        (global, relative): (bool, bool),
+    ) -> Result<BlockId, Stop> {
         self.engine.rewritten.translated(origin.frame());
         let offset = (gpa % PAGE_SIZE) as usize;
         let in_memory = self.readable(gpa).is_some();
         let mode = if in_memory { origin.mode } else { origin.mode.single() };
         let checked = self.watch_or_check(gpa, None, mode);
-        let relative = checked.is_none() && in_memory && mode.long() && mode.cpl() == 3;
+        let relative = relative && checked.is_none() && in_memory;
         let setting = Setting { checked, relative, ..self.setting(origin, mode, global) };
         // Taken for as long as it is in use.
         let mut bytes = std::mem::take(&mut self.engine.code_page);

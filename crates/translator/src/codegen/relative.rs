@@ -1,8 +1,9 @@
 //! Relative blocks: one translation for code that runs at many addresses.
 //!
-//! Programs share libraries, and each process has them elsewhere: address space layout randomization sees to that. So a
-//! program's 64-bit code is translated as if its page were at address zero, and finds the page that it really is in at
-//! `near.code_page`: a guest address is that plus a constant. Whoever comes by the jump table or from the dispatcher has RIP
+//! Programs share libraries, and each process has them elsewhere: address space layout randomization sees to that. So once a page
+//! of a program's 64-bit code is found at a second address, its code is translated as if it were at address zero, and finds the
+//! page that it really is in at `near.code_page`: a guest address is that plus a constant. That is a little slower than a constant
+//! alone, so pages begin without. Whoever comes by the jump table or from the dispatcher has RIP
 //! in [`S0`], of which the *way in*, a block's first instructions, makes the page; linked blocks are in the same page, and go
 //! past it.
 //!
