@@ -4,7 +4,7 @@ use super::*;
 use crate::codegen::block::{Setting, Workspace, translate};
 use crate::codegen::decode::GuestCode;
 use crate::mode::Mode;
-use crate::testing::{kernel_vcpu, setting};
+use crate::testing::{kernel_vcpu, setting, user_vcpu};
 
 use super::copies::MAX_COPIES;
 
@@ -318,4 +318,82 @@ fn a_branch_to_a_page_that_is_not_global_is_not_linked() {
     let copy = cache.copy(from, RIP + 0x10_0000).unwrap();
     let stub = cache.at(copy).start() + usize::from(cache.link_of(link).unwrap().stub_offset);
     assert_eq!(leads_to(&cache, copy), stub, "a copy finds out for itself");
+}
+
+fn user_mode() -> Mode {
+    static MODE: OnceLock<Mode> = OnceLock::new();
+    *MODE.get_or_init(|| Mode::of(&user_vcpu()))
+}
+
+/// A relative block of a program's page.
+fn add_relative(cache: &mut Cache, page_number: u64, offset: usize, page: &[u8]) -> BlockId {
+    let origin = Origin { mode: user_mode(), ..origin(page_number, offset) };
+    let setting = Setting { jump_slot: Some(0), relative: true, ..setting(origin.mode) };
+    let code = GuestCode { page, offset, segment: CodeSegment::FLAT };
+    let mut t = translate(code, offset as u64, &setting, &mut Workspace::default()).unwrap();
+    assert!(cache.make_room(t.code.len()));
+    let bytes = &page[offset..offset + t.guest_length];
+    cache.insert(origin, offset as u64, None, bytes, None, &mut t).unwrap()
+}
+
+#[test]
+fn a_relative_block_is_found_at_every_address_until_it_is_dropped() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    block_code(&mut page, 0, 3, 0x400);
+    block_code(&mut page, 0x400, 5, 0);
+    let ids = [0, 0x400].map(|offset| add_relative(&mut cache, 1, offset, &page));
+    let origin = cache.at(ids[0]).origin;
+    assert!(cache.is_relative_page(1 << 12));
+    cache.link(LinkId { block: ids[0], index: 0 }, ids[1], false);
+    assert_eq!(leads_to(&cache, ids[0]), cache.at(ids[1]).start() + WAY_IN, "linked blocks are in the same page");
+    let addresses: [u64; 3] = std::array::from_fn(|n| RIP + n as u64 * 0x5000);
+    for rip in addresses {
+        assert_eq!(cache.find(origin, rip), Some(ids[0]));
+        cache.enter_jump(ids[0], rip, false);
+    }
+    let found = |cache: &Cache| addresses.map(|rip| cache.jump(origin.mode, rip));
+    assert_eq!(found(&cache), [Some(cache.entry(ids[0])); 3]);
+    cache.invalidate(1 << 12, 0..1);
+    assert_eq!(found(&cache), [None; 3]);
+    assert_eq!(cache.find(origin, RIP), None);
+    // Its memory isn't another block's as long as the jump table leads there.
+    let start = cache.at(ids[0]).start();
+    cache.reap();
+    let other = add_relative(&mut cache, 2, 0, &page);
+    assert_ne!(cache.at(other).start(), start);
+    assert_eq!(found(&cache), [None; 3]);
+    cache.invalidate(1 << 12, 0..4096);
+    assert!(!cache.is_relative_page(1 << 12));
+}
+
+#[test]
+fn what_led_to_relative_blocks_is_forgotten_when_their_memory_serves_for_others() {
+    let mut cache = small_cache();
+    let mut page = vec![0x90; 4096];
+    let mode = user_mode();
+    for i in 0..12_000usize {
+        block_code(&mut page, 0, 1 + i * 7 % 31, 0);
+        let id = add_relative(&mut cache, i as u64, 0, &page);
+        for copy in 0..2 {
+            cache.enter_jump(id, RIP + i as u64 * 4 + (copy << 40), false);
+        }
+    }
+    assert!(cache.stats.evicted_regions > 5);
+    let live: Vec<u64> = (0..cache.blocks.len())
+        .filter_map(BlockId::nth)
+        .filter(|id| cache.is_live(*id))
+        .map(|id| cache.entry(id))
+        .collect();
+    let mut found = 0;
+    for i in 0..12_000 {
+        for copy in 0..2 {
+            let key = RIP + i * 4 + (copy << 40);
+            for entry in [cache.jump(mode, key), cache.jumps.recall(mode, key)].into_iter().flatten() {
+                assert!(live.contains(&entry) || cache.leads_out(entry), "an entry within other code");
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 100);
 }
