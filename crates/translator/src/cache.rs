@@ -23,9 +23,9 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use crate::body::{self, Body, Link, Origin, Position, Template};
 use crate::code_memory::{CODE_START, CodeMemory};
 use crate::codegen::block::{SensitiveInsn, Translated};
-use crate::codegen::relative::{PARKED_WAY_OUT, WAY_IN, WAY_OUT};
+use crate::codegen::relative::WAY_IN;
 use crate::jumps::Jumps;
-use crate::mode::{CodeSegment, Mode};
+use crate::mode::CodeSegment;
 use crate::perf_map::PerfMap;
 use crate::record::{Record, Writer};
 use crate::snippets::{SNIPPET_BYTES, Snippets};
@@ -639,33 +639,6 @@ impl Cache {
         self.memory.write(patch_offset, &rel.to_le_bytes());
     }
 
-    /// Lets the jump table lead from a guest address to the block that runs there.
-    pub fn enter_jump(&mut self, id: BlockId, rip: u64, global: bool) {
-        let block = self.at_mut(id);
-        if block.origin.mode.is_careful() {
-            return;
-        }
-        if block.is_relative() && block.rip != rip {
-            block.rip = if block.rip == NOWHERE { rip } else { SEVERAL };
-        }
-        let (origin, start) = (block.origin, block.start());
-        let parked = if block.is_relative() { block.parked_way_in } else { block.parked_entry };
-        let (entry, parked_entry) = (self.host_address(start, 0), self.host_address(start, parked));
-        self.jumps.enter(origin.mode, origin.jump_key(rip), entry, parked_entry, global);
-    }
-
-    /// The host code that the jump table has for a key, of a block that is there.
-    pub fn jump(&self, mode: Mode, key: u64) -> Option<u64> {
-        self.jumps.find(mode, key).filter(|entry| !self.leads_out(*entry))
-    }
-
-    /// Whether a host address that the jump table leads to is the way in of a block that is gone.
-    pub fn leads_out(&self, entry: u64) -> bool {
-        // For the light path, too: no comparison by libc.
-        let differs = |(at, byte): (usize, u8)| self.memory.byte(at) != byte;
-        self.offset_of(entry).is_some_and(|start| !(start..).zip(WAY_OUT).any(differs))
-    }
-
     /// Whether translation looked at any of these bytes of a page.
     pub fn overlaps(&self, page: u64, bytes: &Range<usize>) -> bool {
         let Some(code) = self.by_page.get(&page) else { return false };
@@ -724,11 +697,7 @@ impl Cache {
         let block = self.at_mut(id);
         block.live = false;
         let (origin, rip, alias) = (block.origin, block.rip, block.alias);
-        let (start, way_in) = (block.start(), usize::from(block.parked_way_in));
-        if way_in != 0 {
-            self.memory.write(start, &WAY_OUT);
-            self.memory.write(start + way_in, &PARKED_WAY_OUT);
-        }
+        self.close(id);
         if rip != NOWHERE && rip != SEVERAL {
             self.jumps.forget(origin.mode, origin.jump_key(rip));
         }
@@ -825,6 +794,7 @@ mod copies;
 mod far;
 mod room;
 mod sleep;
+mod ways;
 pub use sleep::Woken;
 #[cfg(test)]
 mod tests;

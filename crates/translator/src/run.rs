@@ -333,8 +333,7 @@ impl Vcpu {
     /// For [`link_code_light`].
     fn link_known_code(&mut self) -> Option<u64> {
         let mode = self.mode_of_known_code()?;
-        let (link, target, parked) =
-            self.engine.cache.find_link(self.hot.return_address, self.near.code_page)?;
+        let (link, target, parked) = self.engine.cache.find_link(self.hot.return_address, self.near.code_page)?;
         let (gpa, global) = self.fetched(target)?;
         let origin = self.origin(gpa, mode);
         let cache = &mut self.engine.cache;
@@ -595,7 +594,8 @@ impl Vcpu {
 
     /// After [`Left::Link`]: the branch's target becomes RIP, and the stub will be linked to its block.
     fn set_link_target(&mut self, link: &mut Option<LinkId>) {
-        if let Some((site, target, parked)) = self.engine.cache.find_link(self.hot.return_address, self.near.code_page) {
+        if let Some((site, target, parked)) = self.engine.cache.find_link(self.hot.return_address, self.near.code_page)
+        {
             self.rip = target;
             if parked {
                 self.unpark();

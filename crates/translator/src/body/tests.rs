@@ -15,8 +15,16 @@ fn corpus() -> Vec<u8> {
 fn relocate(t: &mut Translated, origin: Origin, from: Position, to: Position) -> bool {
     let mut writer = Writer::default();
     let record = Record::read(writer.pack(&[], t));
-    let body =
-        Body { origin, second_page: None, length: 0, parked_entry: 0, parked_way_in: 0, movable: t.movable, checked: false, record };
+    let body = Body {
+        origin,
+        second_page: None,
+        length: 0,
+        parked_entry: 0,
+        parked_way_in: 0,
+        movable: t.movable,
+        checked: false,
+        record,
+    };
     // A translation numbers sensitive instructions with zeros.
     t.movable && body.relocate(&mut t.code, from, to, || Some(0))
 }

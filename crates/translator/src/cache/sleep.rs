@@ -6,7 +6,6 @@ use memory::PAGE_SIZE;
 
 use super::{BlockId, Cache, print};
 use crate::body::Origin;
-use crate::codegen::relative::way_in;
 
 /// Taking up a block again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,17 +106,6 @@ impl Cache {
         self.open(id);
         self.attach(id);
         if changed { Woken::Changed(id) } else { Woken::Unchanged(id) }
-    }
-
-    /// Makes a relative block's ways out ways in again. Where the jump table still leads to them, its code is.
-    fn open(&mut self, id: BlockId) {
-        let block = self.at(id);
-        if block.is_relative() {
-            let way_in = way_in(block.nominal_rip());
-            for at in [0, block.parked_way_in.into()] {
-                self.memory.write(block.start() + at, &way_in);
-            }
-        }
     }
 
     /// Makes a block's host code that of the bytes in its page, if only immediates differ; whether any do.

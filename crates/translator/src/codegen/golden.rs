@@ -114,8 +114,7 @@ impl Fragment {
         let plain = Mode::of(&cpu);
         let mode = if self.mode.ends_with("-careful") { plain.careful() } else { plain };
         let sharing = if mode.is_careful() { Sharing::Near } else { Sharing::All };
-        let checked =
-            self.mode.ends_with("-checked").then_some(Checked { page: IN_HOST, next: IN_HOST + 0x1000 });
+        let checked = self.mode.ends_with("-checked").then_some(Checked { page: IN_HOST, next: IN_HOST + 0x1000 });
         // As programs are translated.
         let relative = mode.long() && mode.cpl() == 3 && checked.is_none();
         let setting = Setting {
