@@ -72,13 +72,8 @@ impl Vcpu {
         if self.engine.cache.invalidate(frame, bytes) != 0 {
             self.note_dropped_code(frame);
         }
-        // Of what is rewritten often the bit stays.
-        if !self.engine.cache.has_page(frame)
-            && !self.engine.rewritten.often(frame)
-            && self.has_own_bit()
-            && let Some(page) = page_of(frame)
-        {
-            self.machine.tracker.clear_code(page, holder_bit(self.id));
+        if let Some(page) = page_of(frame) {
+            self.give_back_code_page(page);
         }
     }
 

@@ -76,11 +76,6 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
-    /// Code of a frame was written. There is room to remember it: see [`Vcpu::note_dropped_code`].
-    fn dropped(&mut self, frame: u64) {
-        self.frames.entry(frame).or_insert(History { patience: PATIENCE, ..History::default() }).dropped = true;
-    }
-
     /// Code of a frame is translated.
     pub fn translated(&mut self, frame: u64) {
         if let Some(history) = self.frames.get_mut(&frame).filter(|h| h.dropped) {
@@ -116,7 +111,7 @@ impl Rewritten {
     }
 
     /// Whether the blocks of a frame look at their bytes themselves.
-    fn is_checked(&self, frame: u64) -> bool {
+    pub fn is_checked(&self, frame: u64) -> bool {
         self.frames.get(&frame).is_some_and(|h| h.checked)
     }
 
@@ -224,24 +219,28 @@ impl Vcpu {
                 self.engine.rewritten.frames.remove(&frame);
             }
         }
-        self.engine.rewritten.dropped(frame);
+        let new = History { patience: PATIENCE, ..History::default() };
+        self.engine.rewritten.frames.entry(frame).or_insert(new).dropped = true;
     }
 
-    /// Whether a page is one that the tracker says holds code, after telling it if that is no longer so: all of this vCPU's blocks may
-    /// have made room for others, and the page may be used for something else by now.
-    pub fn still_holds_code(&mut self, page: usize) -> bool {
-        if !self.machine.tracker.is_code(page) {
-            return false;
-        }
+    /// Tells the tracker if this vCPU has no code of a page any more: it was written, or all blocks have made room for others, and the
+    /// page may be used for something else by now. Of what is rewritten often the bit stays.
+    pub fn give_back_code_page(&mut self, page: usize) {
         let frame = frame_of(page);
-        let holds = !self.code_is_own(page)
-            || self.engine.cache.has_page(frame)
+        let needed = self.engine.cache.has_page(frame)
             || self.engine.native.executes(frame)
             || self.engine.rewritten.often(frame);
-        if !holds {
+        if !needed && self.has_own_bit() {
             self.machine.tracker.clear_code(page, holder_bit(self.id));
         }
-        holds
+    }
+
+    /// Whether a page is one that the tracker says holds code, this vCPU's or another one's, once it has been told what it has no more.
+    pub fn still_holds_code(&mut self, page: usize) -> bool {
+        if self.machine.tracker.is_code(page) {
+            self.give_back_code_page(page);
+        }
+        self.machine.tracker.is_code(page)
     }
 
     /// Whether nobody else has code of a page that the tracker says holds some.

@@ -75,7 +75,9 @@ impl Vcpu {
     /// Whether code that has no block for its address is to have a relative one: that of programs, once its page has been found at a
     /// second address. What the page has of other blocks is dropped then, since they can't be linked to relative ones.
     fn goes_relative(&mut self, origin: Origin) -> bool {
-        if !origin.mode.long() || origin.mode.cpl() != 3 {
+        // Blocks that look at their own bytes are copied: a page is like that for long, and can't have both.
+        let checked = self.machine.config.checked || self.engine.rewritten.is_checked(origin.frame());
+        if !origin.mode.long() || origin.mode.cpl() != 3 || checked {
             return false;
         }
         let cache = &mut self.engine.cache;

@@ -231,6 +231,16 @@ fn a_page_whose_code_made_room_for_other_code_is_written_like_any_other() {
     assert!(!cpu.machine.tracker.is_code(9));
 }
 
+#[test]
+fn a_page_whose_code_made_room_is_watched_for_another_processor_only() {
+    let mut cpu = kernel_vcpu();
+    let other = 2;
+    cpu.machine.tracker.mark_code(9, 1 | other);
+    cpu.fill_tlb(0x9000, Access::Write, Context::SupervisorUser).unwrap();
+    assert_eq!(cpu.machine.tracker.code_holders(9), other);
+    assert_eq!(cpu.tlb.entry(Context::SupervisorUser, 0x9000).host_address(0x9000, 8, true), None);
+}
+
 /// Code of a frame is written and translated in turns.
 fn rewrite_often(cpu: &mut Vcpu, frame: u64) {
     for _ in 0..3 {
