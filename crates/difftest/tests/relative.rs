@@ -187,6 +187,32 @@ fn an_x87_error_in_a_page_at_several_addresses_says_where_it_was() {
 }
 
 #[test]
+fn an_instruction_across_two_pages_finds_itself_wherever_they_are() {
+    let (mut program, pages) = at_all_addresses(
+        &|a| {
+            a.call(ADDRESSES[0] + 4090)?;
+            a.mov(qword_ptr(rbx), rax)?;
+            a.ret()
+        },
+        &ret,
+    );
+    // LEA of what is behind it, and RET.
+    program.bare.write(pages + 4090, &[0x48, 0x8d, 0x05, 0, 0, 0, 0, 0xc3]);
+    // At the last address another page follows, where LEA goes on otherwise.
+    let other = program.bare.page();
+    program.bare.write(other, &[1, 0xc3]);
+    let last = ADDRESSES[ADDRESSES.len() - 1];
+    program.bare.map(last + 4096, other, pte::P | pte::U);
+    let data = program.data;
+    let machine = translated(program);
+    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    for (call, address) in (0..).zip(ADDRESSES.repeat(ROUNDS as usize)) {
+        let behind = address + 4090 + 7 + if address == last { 1 << 24 } else { 0 };
+        assert_eq!(machine.bare.read_u64(data + call * NOTES), behind, "call {call}");
+    }
+}
+
+#[test]
 fn code_that_is_written_at_one_address_runs_as_written_at_all() {
     // MOV EAX, n and RET; each call makes it another n for the next one, wherever that is.
     let (program, _) = at_all_addresses(

@@ -385,6 +385,11 @@ impl Cache {
         Some(id)
     }
 
+    /// Whether there is a block of the origin at any address.
+    pub fn has_origin(&self, origin: Origin) -> bool {
+        self.at_origin(origin).next().is_some()
+    }
+
     /// A block of the origin whose code can be copied to another address.
     pub fn find_original(&self, origin: Origin) -> Option<BlockId> {
         self.at_origin(origin).find(|id| self.at(*id).movable)
@@ -427,6 +432,7 @@ impl Cache {
             checked: t.checked,
             record: Record::read(writer.pack(bytes, t)),
         };
+        self.limit_addresses(origin);
         self.stats.blocks += 1;
         self.stats.guest_instructions += t.points.len() as u64;
         let new = New { body, links: t.links.len() as u16 };

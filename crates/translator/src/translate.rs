@@ -82,7 +82,7 @@ impl Vcpu {
         }
         let cache = &mut self.engine.cache;
         let already = cache.is_relative_page(origin.frame());
-        let second = !already && cache.find_original(origin).is_some();
+        let second = !already && cache.has_origin(origin);
         if second {
             cache.drop_page(origin.frame());
         }
@@ -175,31 +175,34 @@ impl Vcpu {
         let offset = (gpa % PAGE_SIZE) as usize;
         let (page, tail) = bytes.split_at_mut(PAGE_SIZE as usize);
         self.read_code(gpa, page);
-        let code = GuestCode { page, offset, segment };
-        let nominal = if setting.relative { offset as u64 } else { rip };
-        let fixed = Setting { relative: false, ..*setting };
-        match block::translate(code, nominal, setting, &mut self.engine.workspace) {
-            // What 32-bit addressing makes of an address says nothing of it elsewhere.
-            Some(translated) if setting.relative && !translated.movable => {
-                self.engine.workspace = translated.into();
-                if let Some(translated) = block::translate(code, rip, &fixed, &mut self.engine.workspace) {
-                    return Ok((translated, None));
-                }
-            }
-            Some(translated) => return Ok((translated, None)),
-            None => {}
+        if let Some(translated) = self.translate_code(GuestCode { page, offset, segment }, rip, setting) {
+            return Ok((translated, None));
         }
         if !segment.holds(rip, PAGE_SIZE as usize - offset + 1) {
             return Err(Exception::general_protection(0).into());
         }
         let (next, _) = self.fetch_address(next_page(linear))?;
-        let setting = Setting { checked: self.watch_or_check(gpa, Some(next), setting.mode), ..fixed };
+        let checked = self.watch_or_check(gpa, Some(next), setting.mode);
+        let setting = Setting { checked, relative: setting.relative && checked.is_none(), ..*setting };
         // Perhaps only now the first page is watched.
         self.read_code(gpa, page);
         self.read_code(next, tail);
-        let translated =
-            block::translate(GuestCode { page: bytes, offset, segment }, rip, &setting, &mut self.engine.workspace);
+        let translated = self.translate_code(GuestCode { page: bytes, offset, segment }, rip, &setting);
         Ok((translated.ok_or(Exception::invalid_opcode())?, Some(self.frame(next))))
+    }
+
+    /// Translates code for `rip`, or for any address if that is asked for and can be.
+    fn translate_code(&mut self, code: GuestCode, rip: u64, setting: &Setting) -> Option<Translated> {
+        let workspace = &mut self.engine.workspace;
+        if setting.relative {
+            let translated = block::translate(code, code.offset as u64, setting, workspace)?;
+            if translated.movable {
+                return Some(translated);
+            }
+            // What 32-bit addressing makes of an address says nothing of it elsewhere.
+            *workspace = translated.into();
+        }
+        block::translate(code, rip, &Setting { relative: false, ..*setting }, workspace)
     }
 
     /// `global`: the code is in a global page, and so is perhaps what it branches to.

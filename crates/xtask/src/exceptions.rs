@@ -57,6 +57,7 @@ const PROGRAMS: &[&str] = &[
     "programs::what_instructions_tell_is_about_the_guest",
     "relative::a_page_at_several_addresses_finds_itself_and_its_neighbour_at_each",
     "relative::an_exception_in_a_page_at_several_addresses_says_where_it_was",
+    "relative::an_instruction_across_two_pages_finds_itself_wherever_they_are",
     "relative::an_x87_error_in_a_page_at_several_addresses_says_where_it_was",
     "relative::code_that_is_written_at_one_address_runs_as_written_at_all",
     "together::a_page_that_was_shot_down_is_not_seen_by_the_other_program_any_more",

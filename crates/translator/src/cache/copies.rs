@@ -1,7 +1,7 @@
 //! Copies of blocks, for guest code that is mapped at another address as well.
 
 use super::{BlockId, Cache, LinkId, New};
-use crate::body::{Body, Link, Position};
+use crate::body::{Body, Link, Origin, Position};
 use crate::codegen::block::SensitiveInsn;
 use crate::record::Record;
 
@@ -40,6 +40,16 @@ impl Cache {
             }
         }
         Some(first)
+    }
+
+    /// Drops the one longest not looked for of the blocks that an origin has at different addresses, if one more would be too many: each
+    /// process may add one of those that neither are relative nor can be copied.
+    pub(super) fn limit_addresses(&mut self, origin: Origin) {
+        let age = |id: &BlockId| self.clock.wrapping_sub(self.at(*id).used);
+        let (count, oldest) = (self.at_origin(origin).count(), self.at_origin(origin).max_by_key(age));
+        if let Some(oldest) = oldest.filter(|_| count >= MAX_COPIES) {
+            self.remove(oldest);
+        }
     }
 
     /// The links of a block that lead somewhere, by their index, and where.

@@ -397,3 +397,18 @@ fn what_led_to_relative_blocks_is_forgotten_when_their_memory_serves_for_others(
     }
     assert!(found > 100);
 }
+
+#[test]
+fn code_that_neither_can_be_copied_nor_is_relative_is_kept_at_few_addresses() {
+    let mut cache = small_cache();
+    let page = vec![0x90; 4096 + 15];
+    let origin = origin(1, 4090);
+    for n in 0..100 {
+        let rip = RIP + n * 0x5000 + 4090;
+        let code = GuestCode { page: &page, offset: 4090, segment: CodeSegment::FLAT };
+        let mut t = translate(code, rip, &setting(origin.mode), &mut Workspace::default()).unwrap();
+        let id = cache.insert(origin, rip, Some(2 << 12), &page[4090..4090 + t.guest_length], None, &mut t);
+        assert_eq!(cache.find(origin, rip), id);
+        assert_eq!(cache.at_origin(origin).count(), MAX_COPIES.min(n as usize + 1));
+    }
+}
