@@ -48,6 +48,14 @@ fn translated(program: Program) -> Machine {
     machine
 }
 
+/// The same to its end: the words of its notes, by call and place.
+fn notes(program: Program) -> impl Fn(u64, u64) -> u64 {
+    let data = program.data;
+    let machine = translated(program);
+    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    move |call, at| machine.bare.read_u64(data + call * NOTES + at)
+}
+
 fn ret(a: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
     a.ret()
 }
@@ -95,17 +103,14 @@ fn a_page_at_several_addresses_finds_itself_and_its_neighbour_at_each() {
             a.ret()
         },
     );
-    let data = program.data;
-    let machine = translated(program);
-    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    let note = notes(program);
     for (call, address) in (0..).zip(ADDRESSES.repeat(ROUNDS as usize)) {
-        let note = |at: u64| machine.bare.read_u64(data + call * NOTES + at);
         // LEA has 7 bytes, MOV 3, CALL 5.
-        assert_eq!(note(0), address, "LEA in call {call}");
-        assert_eq!(note(8), address + 15, "the return address in call {call}");
-        assert_eq!(note(16), WORD, "a constant of the page in call {call}");
-        assert_eq!(note(24), address + 4096, "the neighbour in call {call}");
-        assert_eq!(note(32) & 0xff, 1, "ZF in call {call}");
+        assert_eq!(note(call, 0), address, "LEA in call {call}");
+        assert_eq!(note(call, 8), address + 15, "the return address in call {call}");
+        assert_eq!(note(call, 16), WORD, "a constant of the page in call {call}");
+        assert_eq!(note(call, 24), address + 4096, "the neighbour in call {call}");
+        assert_eq!(note(call, 32) & 0xff, 1, "ZF in call {call}");
     }
 }
 
@@ -177,12 +182,9 @@ fn an_x87_error_in_a_page_at_several_addresses_says_where_it_was() {
         },
         &ret,
     );
-    let data = program.data;
-    let machine = translated(program);
-    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    let note = notes(program);
     for call in 0..ROUNDS * ADDRESSES.len() as u64 {
-        let note = |at: u64| machine.bare.read_u64(data + call * NOTES + at);
-        assert_eq!(note(28) as u32, note(8) as u32, "call {call}");
+        assert_eq!(note(call, 28) as u32, note(call, 8) as u32, "call {call}");
     }
 }
 
@@ -203,12 +205,10 @@ fn an_instruction_across_two_pages_finds_itself_wherever_they_are() {
     program.bare.write(other, &[1, 0xc3]);
     let last = ADDRESSES[ADDRESSES.len() - 1];
     program.bare.map(last + 4096, other, pte::P | pte::U);
-    let data = program.data;
-    let machine = translated(program);
-    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    let note = notes(program);
     for (call, address) in (0..).zip(ADDRESSES.repeat(ROUNDS as usize)) {
         let behind = address + 4090 + 7 + if address == last { 1 << 24 } else { 0 };
-        assert_eq!(machine.bare.read_u64(data + call * NOTES), behind, "call {call}");
+        assert_eq!(note(call, 0), behind, "call {call}");
     }
 }
 
@@ -230,10 +230,8 @@ fn code_that_is_written_at_one_address_runs_as_written_at_all() {
         },
         &ret,
     );
-    let data = program.data;
-    let machine = translated(program);
-    assert_eq!(machine.frame().vector, 3, "{:x?}", machine.frame());
+    let note = notes(program);
     for call in 0..ROUNDS * ADDRESSES.len() as u64 {
-        assert_eq!(machine.bare.read_u64(data + call * NOTES), call);
+        assert_eq!(note(call, 0), call);
     }
 }
