@@ -298,17 +298,7 @@ impl Jumps {
 
     /// Forgets all of programs, whatever their address space.
     fn start_anew(&mut self) {
-        for slot in self.slots.iter().filter(|s| s.used && is_programs(s.at)) {
-            let first = slot.at * JUMP_SLOT_WORDS;
-            for (i, word) in self.programs[first / 64..(first + JUMP_SLOT_ENTRY_WORDS) / 64].iter_mut().enumerate() {
-                let mut bits = std::mem::take(word);
-                while bits != 0 {
-                    let tag_index = first + i * 64 + bits.trailing_zeros() as usize;
-                    self.memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
-                    bits &= bits - 1;
-                }
-            }
-        }
+        self.empty_programs(|_| true);
         self.rounds += 1;
         (self.number, self.last_number) = (0, 0);
         self.memory.select(0);
@@ -316,6 +306,14 @@ impl Jumps {
 
     /// Forgets what leads programs, in whatever address space, to host code in a range: blocks that are not known by one address.
     pub fn forget_programs_code(&mut self, range: &Range<u64>) {
+        self.empty_programs(|entry| range.contains(&entry));
+        for displaced in self.displaced.iter_mut().filter(|displaced| range.contains(&displaced.entry)) {
+            *displaced = Displaced::default();
+        }
+    }
+
+    /// Takes out what leads programs to host addresses that are `gone`.
+    fn empty_programs(&mut self, gone: impl Fn(u64) -> bool) {
         let memory = &self.memory;
         for s in self.slots.iter().filter(|s| s.used && is_programs(s.at)) {
             let first = s.at * JUMP_SLOT_WORDS;
@@ -324,16 +322,13 @@ impl Jumps {
                 while bits != 0 {
                     let bit = bits.trailing_zeros();
                     let tag_index = first + i * 64 + bit as usize;
-                    if range.contains(&memory.jump_word(targets(tag_index)[0]).load(Ordering::Relaxed)) {
+                    if gone(memory.jump_word(targets(tag_index)[0]).load(Ordering::Relaxed)) {
                         memory.jump_word(tag_index).store(empty_tag(tag_index), Ordering::Relaxed);
                         *word &= !(1 << bit);
                     }
                     bits &= bits - 1;
                 }
             }
-        }
-        for displaced in self.displaced.iter_mut().filter(|displaced| range.contains(&displaced.entry)) {
-            *displaced = Displaced::default();
         }
     }
 

@@ -192,10 +192,12 @@ impl Vcpu {
             Some(next) => host(next)?,
             None => (frame, page),
         };
-        let checked = self.machine.config.checked
-            || self.engine.rewritten.is_checked(frame)
-            || self.engine.rewritten.is_checked(next_frame);
-        checked.then_some(Checked { page, next })
+        (self.is_checked(frame) || self.is_checked(next_frame)).then_some(Checked { page, next })
+    }
+
+    /// Whether blocks of a page's code look at their own bytes.
+    pub fn is_checked(&self, frame: u64) -> bool {
+        self.machine.config.checked || self.engine.rewritten.is_checked(frame)
     }
 
     /// A block found its bytes changed: it is dropped with its copies, which have the same, and made anew when it is looked for.

@@ -76,8 +76,7 @@ impl Vcpu {
     /// second address. What the page has of other blocks is dropped then, since they can't be linked to relative ones.
     fn goes_relative(&mut self, origin: Origin) -> bool {
         // Blocks that look at their own bytes are copied: a page is like that for long, and can't have both.
-        let checked = self.machine.config.checked || self.engine.rewritten.is_checked(origin.frame());
-        if !origin.mode.long() || origin.mode.cpl() != 3 || checked {
+        if !origin.mode.long() || origin.mode.cpl() != 3 || self.is_checked(origin.frame()) {
             return false;
         }
         let cache = &mut self.engine.cache;

@@ -46,7 +46,8 @@ impl Cache {
     /// process may add one of those that neither are relative nor can be copied.
     pub(super) fn limit_addresses(&mut self, origin: Origin) {
         let age = |id: &BlockId| self.clock.wrapping_sub(self.at(*id).used);
-        let (count, oldest) = (self.at_origin(origin).count(), self.at_origin(origin).max_by_key(age));
+        let mut count = 0;
+        let oldest = self.at_origin(origin).inspect(|_| count += 1).max_by_key(age);
         if let Some(oldest) = oldest.filter(|_| count >= MAX_COPIES) {
             self.remove(oldest);
         }

@@ -27,8 +27,7 @@ pub const WAY_IN: usize = 12;
 /// Notes the page of a block that begins at an offset of it.
 pub fn way_in(offset: u64) -> [u8; WAY_IN] {
     let mut asm = Asm::default();
-    asm.lea_far(S1, S0, -(offset as i32));
-    asm.store(CODE_PAGE, S1);
+    asm.way_in(offset);
     let mut way = [0; WAY_IN];
     way.copy_from_slice(&asm.code);
     way
@@ -73,6 +72,12 @@ pub fn is_noted(insn: &Instruction) -> bool {
 }
 
 impl Asm {
+    /// [`way_in`].
+    fn way_in(&mut self, offset: u64) {
+        self.lea_far(S1, S0, -(offset as i32));
+        self.store(CODE_PAGE, S1);
+    }
+
     /// Moves the guest address that is so far from the page's beginning to a register. Leaves the flags alone.
     pub fn mov_relative_address(&mut self, to: Reg, distance: i64) {
         self.load(to, CODE_PAGE);
@@ -89,7 +94,7 @@ impl Builder<'_> {
     pub fn way_in(&mut self) {
         self.asm.relative = self.setting.relative;
         if self.setting.relative {
-            self.asm.bytes(&way_in(self.start));
+            self.asm.way_in(self.start);
         }
     }
 
@@ -99,7 +104,7 @@ impl Builder<'_> {
             return 0;
         }
         let at = self.asm.position();
-        self.asm.bytes(&way_in(self.start));
+        self.asm.way_in(self.start);
         at
     }
 
